@@ -1,0 +1,81 @@
+"""The errors a user can cause or meet, one small tree.
+
+Each message says what was wrong, where, the value got, the value wanted and what to try next. Everything in this tree ends the command
+line with one message and `exit_code`, never with a traceback; anything else that escapes is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "GateFailed",
+    "Interrupted",
+    "LlmliteError",
+    "LoadError",
+    "OutputError",
+    "ResourceError",
+    "RunError",
+    "UnsupportedModel",
+]
+
+
+class LlmliteError(Exception):
+    """Root of the tree. `str(error)` is the whole message, ready to be read by a person."""
+
+    exit_code = 2
+
+
+class ConfigError(LlmliteError):
+    """A setting that cannot work. Carries every problem found, not only the first.
+
+    Args:
+        where: the file or call in which the problems stand, for instance ``recipes/mine.yaml``.
+        problems: one complete sentence or more for each problem.
+    """
+
+    def __init__(self, where: str, problems: Sequence[str]) -> None:
+        self.where = where
+        self.problems = tuple(problems)
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__("\n".join([f"{where} has {count}", *(f"  {problem}" for problem in self.problems)]))
+
+
+class UnsupportedModel(LlmliteError):
+    """An architecture, or one combination of architecture and method, that cannot give a stock checkpoint."""
+
+
+class DataError(LlmliteError):
+    """Data that cannot be read or cannot be used as asked."""
+
+
+class LoadError(LlmliteError):
+    """A model, tokenizer or adapter that is missing, broken or unsafe to load."""
+
+
+class OutputError(LlmliteError):
+    """An output folder that is in use, holds something else, or cannot be written."""
+
+
+class ResourceError(LlmliteError):
+    """Not enough disk or memory for what the plan needs."""
+
+
+class RunError(LlmliteError):
+    """A run that started and could not end well, for instance a saved folder whose reload gives other logits."""
+
+    exit_code = 1
+
+
+class GateFailed(RunError):
+    """A quality gate was crossed. The last good checkpoint stays."""
+
+    exit_code = 3
+
+
+class Interrupted(LlmliteError):
+    """Ctrl-C or SIGTERM, after everything worth keeping was written."""
+
+    exit_code = 130
