@@ -1,0 +1,1 @@
+"""Small trained parts on a frozen base: LoRA by peft, where they go, and merging them back."""

@@ -1,0 +1,112 @@
+"""The step `lora`: train a low-rank adapter on a frozen base, in 16/32 bit or on a bitsandbytes base (QLoRA).
+
+    h = W x + (alpha / r) B A x,    A: (r, in), B: (out, r), W frozen
+
+Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; on a 4-bit base Dettmers et al. 2023, arXiv:2305.14314.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from llmlite.config import settings
+from llmlite.errors import ConfigError
+from llmlite.step import ModelPlan, Names
+from llmlite.training.settings import PositiveInt, TrainingStep
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from llmlite.run import Run
+
+__all__ = ["Lora"]
+
+
+@settings
+class Lora(TrainingStep):
+    """Train a LoRA adapter on the frozen model."""
+
+    takes: ClassVar[frozenset[str]] = frozenset({"dense", "sparse", "int8", "nf4", "fp4"})
+
+    r: PositiveInt = 16
+    """Rank of the adapter: rows of A, columns of B."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 32
+    """The adapter's output is scaled by lora_alpha / r."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's inputs set to zero in training."""
+    target_modules: Names = ("all-linear",)
+    """Layers that get an adapter: all-linear (every linear layer of the decoder blocks), or names such as q_proj."""
+    init_lora_weights: Literal["default", "gaussian", "eva"] = "default"
+    """How A starts; B starts at zero, so the adapted model starts as the base."""
+    merge: bool = False
+    """Also write merged/: the adapter added into the (dequantized) base it was trained against, in 16 bit."""
+
+    def check(self, model: ModelPlan, run: Run) -> ModelPlan:
+        """See `Step.check`.
+
+        Raises:
+            ConfigError: target modules that match nothing, or a second adapter.
+        """
+        from llmlite.training.memory import training_peak_bytes
+
+        if model.adapters:
+            raise ConfigError("lora", ["the model already carries an adapter. Merge it first, or train one adapter with more steps."])
+        shapes = self._target_shapes(model)
+        trained = sum(self.r * (out_features + in_features) for out_features, in_features in shapes.values())
+        return dataclasses.replace(
+            model,
+            adapters=True,
+            parameters=model.parameters + trained,
+            trained_parameters=trained,
+            disk_bytes=4 * trained,
+            peak_bytes=training_peak_bytes(model, trained, self, run),
+            tokens=run.training_tokens(self),
+            notes=(f"rank {self.r} on {len(shapes)} layers",),
+        )
+
+    def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
+        """Attach, train, and merge if asked."""
+        from llmlite.adapters.merge import write_merged
+        from llmlite.training.trainer import train
+
+        adapted = self.attach(model, run)
+        train(adapted, self, run)
+        if self.merge:
+            write_merged(adapted, run)
+        return adapted
+
+    def attach(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
+        """A peft model with fresh adapters, ready to train."""
+        import peft
+        import torch
+
+        torch.manual_seed(run.recipe.seed)
+        init = True if self.init_lora_weights == "default" else self.init_lora_weights
+        config = peft.LoraConfig(
+            r=self.r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=sorted(self._target_shapes(ModelPlan(model.config))),
+            init_lora_weights=init,
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=run.base_name(),
+        )
+        adapted: PreTrainedModel = peft.get_peft_model(model, config)
+        adapted.peft_config["default"].base_model_name_or_path = run.base_name()
+        return adapted
+
+    def _target_shapes(self, model: ModelPlan) -> dict[str, tuple[int, int]]:
+        from llmlite.models.view import linear_shapes
+
+        shapes = linear_shapes(model.config)
+        if self.target_modules == ("all-linear",):
+            return shapes
+        wanted = {name: shape for name, shape in shapes.items() if any(name == t or name.endswith(f".{t}") for t in self.target_modules)}
+        unmatched = [t for t in self.target_modules if not any(name == t or name.endswith(f".{t}") for name in shapes)]
+        if unmatched:
+            known = sorted({name.rpartition(".")[2] for name in shapes})
+            raise ConfigError("lora", [f"target_modules {', '.join(map(repr, unmatched))} match no layer of this model. It has: {', '.join(known)}."])
+        return wanted

@@ -1,0 +1,375 @@
+"""The command line: `llmlite ...` and `python -m llmlite.recipes.NAME`. Options are the settings' fields; their docs are the help.
+
+Nothing here imports torch: help, typing errors and unknown options answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shlex
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llmlite import __version__
+from llmlite.config import parse_flag, to_yaml
+from llmlite.data.settings import Data
+from llmlite.errors import ConfigError, Interrupted, LlmliteError
+from llmlite.models.load import Model
+from llmlite.recipe import Recipe
+from llmlite.step import STEPS, Step, name_of_step, step_class
+
+__all__ = ["main", "recipe_main"]
+
+_HIDDEN = frozenset({"steps"})
+Section = tuple[str, list[click.Option]]
+
+
+# Options from fields ------------------------------------------------------------------------------------------------------------------
+
+
+def _options_of(cls: type[Any], defaults: Any, taken: set[str], skip: frozenset[str] = frozenset()) -> list[click.Option]:
+    """Click options for a settings class, help and default taken from its fields; names in `taken` are left out and new ones added."""
+    options = []
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.name in taken or field.name in skip:
+            continue
+        taken.add(field.name)
+        info = cls.__pydantic_fields__[field.name]
+        value = getattr(defaults, field.name)
+        boolean = _admits(hints[field.name], bool)
+        shown = _shown(value)
+        options.append(
+            click.Option(
+                [f"--{field.name}"],
+                help=" ".join((info.description or "").split()) + (f"  [default: {shown}]" if shown else ""),
+                metavar=_metavar(hints[field.name]),
+                is_flag=False,
+                flag_value="true" if boolean else None,
+                type=click.UNPROCESSED,
+            )
+        )
+    return options
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, Model | Data):
+        return ""
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _metavar(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _metavar(arguments[0])
+    if origin is typing.Literal:
+        return "|".join(map(str, arguments))
+    if origin in {typing.Union, types.UnionType}:
+        return _metavar(next(a for a in arguments if a is not type(None)))
+    return {bool: "BOOL", int: "N", float: "X", str: "TEXT", Model: "MODEL", Data: "DATA"}.get(hint, "LIST")
+
+
+def _admits(hint: Any, kind: type) -> bool:
+    return hint is kind or any(_admits(argument, kind) for argument in typing.get_args(hint))
+
+
+def _takes_text(recipe: type[Recipe]) -> Callable[[str], bool]:
+    """Whether an option keeps numbers and words as text, by its name without path."""
+    hints: dict[str, Any] = {}
+    for cls in (*{type(step) for step in recipe.steps}, Data, Model, recipe):
+        hints.update(typing.get_type_hints(cls))
+    return lambda name: _admits(hints.get(name.rpartition(".")[2]), str) or name in {"model", "data"}
+
+
+class _RecipeCommand(click.Command):
+    """A command whose help has one section for each part of the recipe."""
+
+    def __init__(self, sections: Sequence[Section], **kwargs: Any) -> None:
+        super().__init__(params=[option for _, options in sections for option in options], **kwargs)
+        self.sections = sections
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Called by click."""
+        for title, options in self.sections:
+            records = [record for option in options if (record := option.get_help_record(ctx))]
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+        with formatter.section("Any option of any part, by its path"):
+            formatter.write_dl([("--steps.0.NAME, --data.NAME, --model.NAME", "For instance --model.revision main.")])
+
+
+def _sections(recipe: type[Recipe]) -> list[Section]:
+    taken: set[str] = set()
+    config = click.Option(["--config"], metavar="FILE", help="YAML file with the same options; flags win over it.")
+    sections: list[Section] = [("Recipe", [config, *_options_of(recipe, recipe, taken, _HIDDEN)])]
+    for index, step in enumerate(recipe.steps):
+        title = f"Step {index + 1}: {name_of_step(type(step))} - {(type(step).__doc__ or '').strip().splitlines()[0]}"
+        sections.append((title, _options_of(type(step), step, taken)))
+    sections.append(("Data", _options_of(Data, recipe.data, taken, frozenset({"train"}))))
+    sections.append(("Model", _options_of(Model, recipe.model, taken, frozenset({"name"}))))
+    return sections
+
+
+# Running ------------------------------------------------------------------------------------------------------------------------------
+
+
+def recipe_main(recipe: type[Recipe], arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``python -m llmlite.recipes.NAME``."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = f"python -m llmlite.recipes.{recipe.name}"
+    sections = _sections(recipe)
+
+    def callback(**flags: Any) -> None:
+        context = click.get_current_context()
+        file = flags.pop("config", None)
+        given = {name: value for name, value in flags.items() if value is not None}
+        more, problems = _dotted(context.args, [option.name or "" for _, options in sections for option in options])
+        text = _takes_text(recipe)
+        layers: list[tuple[str, Mapping[str, Any]]] = []
+        try:
+            if file:
+                from llmlite.config import read_yaml
+
+                layers.append((file, read_yaml(file)))
+            layers.append(("flags", {name: parse_flag(value, text(name)) for name, value in {**given, **more}.items()}))
+            built = recipe.from_options(*layers)
+        except ConfigError as error:
+            raise ConfigError(error.where, [*problems, *error.problems]) from None
+        if problems:
+            raise ConfigError("the command line", problems)
+        _run(built, f"{command} {shlex.join(arguments)}".rstrip())
+
+    description = (recipe.__doc__ or "").strip()
+    shell = _RecipeCommand(
+        sections,
+        name=recipe.name,
+        callback=callback,
+        help=description,
+        epilog=f"Several devices: accelerate launch -m llmlite.recipes.{recipe.name} [OPTIONS]",
+        context_settings=_CONTEXT,
+    )
+    with _exits(f"{command} {shlex.join(arguments)}".rstrip()):
+        shell.main(arguments, prog_name=command, standalone_mode=False)
+
+
+_CONTEXT: dict[str, Any] = {
+    "help_option_names": ["-h", "--help"],
+    "token_normalize_func": lambda name: name.replace("-", "_"),
+    "ignore_unknown_options": True,
+    "allow_extra_args": True,
+    "max_content_width": 120,
+}
+
+
+def _dotted(arguments: Sequence[str], known: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Options that click did not know: paths like ``--steps.0.keep 0.5``, and mistakes as sentences."""
+    options: dict[str, str] = {}
+    problems: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            problems.append(f"'{word}' stands alone; options are written --name value.")
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        if "." in name or not known:
+            options[name] = value
+        else:
+            problems.append(_unknown_flag(name, known))
+    return options, problems
+
+
+def _unknown_flag(name: str, known: Sequence[str]) -> str:
+    from llmlite.config import near
+
+    guess = near(name, known)
+    return f"no option --{name}." + (f" Did you mean --{guess}?" if guess else " --help lists them.")
+
+
+def _run(recipe: Recipe, command: str) -> None:
+    from rich.console import Console
+
+    from llmlite.pipeline import Run, check, run, size_line
+    from llmlite.report import plan_table
+
+    quiet = not _is_main()
+    logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
+    _hush()
+    console = Console(quiet=quiet, highlight=False)
+    plan = check(recipe)
+    console.print(plan_table(plan.rows))
+    console.print(size_line(plan))
+    context = Run(recipe)
+    if recipe.dry_run:
+        console.print("Dry run: nothing was loaded or written.")
+        return
+    data = context.evaluation_data
+    console.print(f"\n{data.echo}\n", markup=False)
+    console.print(f"One example; what is trained stands in ⟦ ⟧:\n{data.preview}\n", markup=False)
+    report = run(recipe)
+    if quiet:
+        return
+    _show_samples(console, report)
+    console.print(report.table())
+    console.print(f"\nThe result is in {report.path}; a fresh process loaded it with the same logits (largest difference {report.reload_difference:.1e}):\n")
+    console.print(report.loading + "\n", markup=False, soft_wrap=True)
+
+
+def _show_samples(console: Any, report: Any) -> None:
+    samples = [(row.name, row.details.get("sample")) for row in report.rows if row.details.get("sample")]
+    if len(samples) < 2:
+        return
+    console.print("\nA held-out question, answered by the base and by the result:", markup=False)
+    console.print(f"  question  {samples[0][1]['prompt']}", markup=False)
+    for name, sample in (samples[0], samples[-1]):
+        console.print(f"  {name:9s} {sample['answer']}", markup=False)
+    console.print(f"  expected  {samples[0][1]['expected']}\n", markup=False)
+
+
+def _is_main() -> bool:
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _hush() -> None:
+    """Silence what other libraries say harmlessly at import: bitsandbytes, for one, reports a kernel it cannot fetch."""
+    for name in ("bitsandbytes", "httpx", "httpcore", "filelock", "urllib3", "fsspec"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def _exits(command: str) -> Iterator[None]:
+    """End the process as the errors say: one message and the exit code for ours, click's own for the command line, a traceback for bugs."""
+    try:
+        yield
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        click.echo(f"Error: {error.format_message()}", err=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo(f"\nInterrupted. What was complete is kept. To continue:\n  {command}", err=True)
+        sys.exit(130)
+    except LlmliteError as error:
+        click.echo(f"{type(error).__name__}: {error}", err=True)
+        if isinstance(error, Interrupted):
+            click.echo(f"To continue:\n  {command}", err=True)
+        sys.exit(error.exit_code)
+    except Exception:
+        traceback.print_exc()
+        click.echo(f"\nThis is a bug in llmlite {__version__}. What was complete is kept; the same command continues.", err=True)
+        sys.exit(1)
+
+
+# llmlite ... --------------------------------------------------------------------------------------------------------------------------
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="llmlite")
+def _group() -> None:
+    """Make Hugging Face language models smaller: prune, distil, quantize, finetune. Stock checkpoints in, stock checkpoints out.
+
+    \b
+    A preset:       python -m llmlite.recipes.lora_int4 --help
+    A whole recipe: llmlite run recipes/lora_int4.yaml
+    """
+
+
+def _file_recipe(file: str, arguments: Sequence[str]) -> Recipe:
+    from llmlite.config import read_yaml
+
+    options, problems = _dotted(arguments, [])
+    mapping = read_yaml(file)
+    text = _takes_text(Recipe)
+    try:
+        recipe = Recipe.from_options((file, mapping), ("flags", {name: parse_flag(value, text(name)) for name, value in options.items()}))
+    except ConfigError as error:
+        raise ConfigError(error.where, [*problems, *error.problems]) from None
+    if problems:
+        raise ConfigError("the command line", problems)
+    if recipe.output_dir is None:
+        recipe = dataclasses.replace(recipe, output_dir=str(Path("outputs") / Path(file).stem))
+    return recipe
+
+
+@_group.command("run", context_settings={**_CONTEXT, "token_normalize_func": None})
+@click.argument("file", metavar="FILE")
+@click.pass_context
+def _run_command(context: click.Context, file: str) -> None:
+    """Run the recipe in a YAML file. Any option can follow: --seed 1, --steps.0.r 8, --data.max_length 1024, --dry_run."""
+    _run(_file_recipe(file, context.args), f"llmlite run {file} {shlex.join(context.args)}".rstrip())
+
+
+@_group.command("check", context_settings={**_CONTEXT, "token_normalize_func": None})
+@click.argument("file", metavar="FILE")
+@click.pass_context
+def _check_command(context: click.Context, file: str) -> None:
+    """Check a recipe and print its plan, in seconds and without loading weights."""
+    _run(dataclasses.replace(_file_recipe(file, context.args), dry_run=True), "")
+
+
+@_group.command("steps")
+@click.argument("name", required=False)
+def _steps_command(name: str | None) -> None:
+    """List the steps, or the options of one as YAML with their meaning."""
+    if name is None:
+        width = max(map(len, STEPS))
+        for short in STEPS:
+            click.echo(f"{short:{width}}  {(step_class(short).__doc__ or '').strip().splitlines()[0]}")
+        return
+    try:
+        cls = step_class(name)
+    except ValueError as error:
+        raise ConfigError("llmlite steps", [str(error)]) from None
+    click.echo(_step_help(name, cls))
+
+
+def _step_help(name: str, cls: type[Step]) -> str:
+    lines = [f"# {(cls.__doc__ or '').strip().splitlines()[0]}", f"- step: {name}"]
+    for field in dataclasses.fields(cls):
+        info = cls.__pydantic_fields__[field.name]
+        value = to_yaml({field.name: list(getattr(cls, field.name)) if isinstance(getattr(cls, field.name), tuple) else getattr(cls, field.name)}).strip()
+        lines.append(f"  {value.replace(chr(10), ' ')}  # {' '.join((info.description or '').split())}")
+    return "\n".join(lines)
+
+
+@_group.command("families")
+@click.argument("model", required=False)
+def _families_command(model: str | None) -> None:
+    """List the known architectures, or what is known of one model (Hub id or folder)."""
+    from llmlite.models.families import FAMILIES, family_of
+
+    if model is None:
+        for family in sorted(FAMILIES.values(), key=lambda family: family.model_type):
+            click.echo(f"{family.model_type:14s} {'heads, FFN, layers' if not family.no_heads else 'FFN, layers (heads: ' + family.no_heads + ')'}")
+        return
+    from llmlite.models.load import find, load_config
+
+    settings = Model(name=model)
+    config = load_config(find(settings, weights=False), settings)
+    family = family_of(config)
+    for field in dataclasses.fields(family):
+        click.echo(f"{field.name}: {getattr(family, field.name)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the console script `llmlite`."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with _exits(f"llmlite {shlex.join(arguments)}"):
+        _group.main(arguments, prog_name="llmlite", standalone_mode=False)

@@ -1,0 +1,270 @@
+"""Settings: frozen dataclasses that pydantic validates, written as YAML, flags or Python, with every problem reported at once.
+
+A settings class is declared with `@settings`; the string under each field is its documentation and its command-line help. Three sources
+are merged before anything is validated, the right one winning: the class's defaults, a YAML file, flags. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, dataclass_transform
+
+import pydantic
+import pydantic.dataclasses
+import yaml
+
+from llmlite.errors import ConfigError
+
+__all__ = [
+    "describe_field",
+    "fingerprint",
+    "near",
+    "parse_flag",
+    "problems_of",
+    "read_yaml",
+    "settings",
+    "to_mapping",
+    "to_yaml",
+    "validate",
+]
+
+T = TypeVar("T")
+
+_CONFIG = pydantic.ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, validate_default=True, arbitrary_types_allowed=True)
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def settings(cls: type[T]) -> type[T]:
+    """Turn a class into a frozen, keyword-only, validated dataclass whose wrong values raise `ConfigError`, all of them together."""
+    made = pydantic.dataclasses.dataclass(cls, frozen=True, kw_only=True, config=_CONFIG)
+    validated_init = made.__init__
+
+    @functools.wraps(validated_init)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            validated_init(self, *args, **kwargs)
+        except pydantic.ValidationError as error:
+            raise ConfigError(f"{type(self).__name__}(...)", problems_of(error, type(self))) from None
+
+    made.__init__ = init  # type: ignore[method-assign]
+    return made  # type: ignore[return-value]
+
+
+def validate(cls: type[T], mapping: Mapping[str, Any], where: str) -> tuple[T | None, list[str]]:
+    """Build `cls` from plain values.
+
+    Args:
+        cls: a settings class.
+        mapping: field names to plain values, as a YAML file gives them.
+        where: what to write before each problem, for instance ``steps[0] prune.heads``; empty for none.
+
+    Returns:
+        The instance and no problems, or None and every problem as a sentence.
+    """
+    bad_keys = [key for key in mapping if not isinstance(key, str)]
+    if bad_keys:
+        return None, [_placed(where, f"the key {key!r} should be a name.") for key in bad_keys]
+    try:
+        return cls(**mapping), []
+    except ConfigError as error:
+        return None, [_placed(where, problem) for problem in error.problems]
+
+
+def problems_of(error: pydantic.ValidationError, cls: type[Any]) -> list[str]:
+    """One sentence for each thing pydantic found: name, value got, value wanted, what the field means, the near spelling of a name."""
+    sentences: dict[str, list[pydantic.types.Any]] = {}
+    for item in error.errors(include_url=False):
+        path = ".".join(str(part) for part in item["loc"] if not _is_union_branch(part))
+        sentences.setdefault(path, []).append(item)
+    return [_sentence(path, items, cls) for path, items in sentences.items()]
+
+
+def _is_union_branch(part: int | str) -> bool:
+    # pydantic names the branch of a union in the location ("literal['x']", "function-before[...]"); a user never wrote that.
+    return isinstance(part, str) and (not part.isidentifier() or part in {"int", "float", "str", "bool", "none"})
+
+
+def _sentence(path: str, items: Sequence[Any], cls: type[Any]) -> str:
+    item = items[0]
+    if item["type"] in {"unexpected_keyword_argument", "extra_forbidden"}:
+        return unknown_option(path, _field_names(cls))
+    if item["type"] in {"missing", "missing_argument", "missing_keyword_only_argument"}:
+        return f"'{path}' is missing. {describe_field(cls, path)}".rstrip()
+    wanted = " or ".join(dict.fromkeys(_wanted(i) for i in items))
+    if not path:
+        return wanted[:1].upper() + wanted[1:]
+    return f"{path}={_short(item['input'])} should {wanted}. {describe_field(cls, path)}".rstrip()
+
+
+def _wanted(item: Any) -> str:
+    context = item.get("ctx", {})
+    match item["type"]:
+        case "value_error" | "assertion_error":
+            return str(context.get("error", item["msg"]))
+        case "greater_than":
+            return f"be above {context['gt']}"
+        case "greater_than_equal":
+            return f"be at least {context['ge']}"
+        case "less_than":
+            return f"be below {context['lt']}"
+        case "less_than_equal":
+            return f"be at most {context['le']}"
+    return re.sub(r"^Input should (be )?", "be ", str(item["msg"])).replace("a valid integer", "a whole number").replace("a valid ", "a ")
+
+
+def describe_field(cls: type[Any], path: str) -> str:
+    """The first sentence of a field's documentation, or nothing."""
+    name = path.split(".")[0]
+    info = getattr(cls, "__pydantic_fields__", {}).get(name)
+    text = " ".join((info.description or "").split()) if info else ""
+    return re.split(r"(?<=[.!?])\s", text, maxsplit=1)[0]
+
+
+def _field_names(cls: type[Any]) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def unknown_option(name: str, known: Iterable[str]) -> str:
+    """The sentence for a name nobody knows, with the near spelling or the list."""
+    known = sorted(known)
+    guess = near(name, known)
+    if guess:
+        return f"no option '{name}'. Did you mean '{guess}'?"
+    return f"no option '{name}'. Known: {', '.join(known)}."
+
+
+def near(name: str, known: Iterable[str]) -> str | None:
+    """The known name that looks most like `name`, or None when none looks alike."""
+    found = difflib.get_close_matches(name.lower().replace("-", "_"), list(known), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def _placed(where: str, problem: str) -> str:
+    return f"{where}: {problem}" if where else problem
+
+
+def _short(value: object, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+# YAML ---------------------------------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-4 as a number (YAML 1.1 makes it text) and refuses a key written twice (PyYAML keeps the last, silently)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if not isinstance(key, str | int | float | bool | None):
+                raise yaml.constructor.ConstructorError(None, None, "a key should be a name", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' is written twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def read_yaml(path: Path | str) -> dict[str, Any]:
+    """Read one YAML mapping.
+
+    Raises:
+        ConfigError: the file is missing, is not UTF-8, is not YAML (with line and column), repeats a key, or is not a mapping.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        folder = path.parent if path.parent.is_dir() else Path(".")
+        guess = near(path.name, [p.name for p in folder.glob("*.y*ml")])
+        raise ConfigError(str(path), ["no such file." + (f" Did you mean '{folder / guess}'?" if guess else "")]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), [f"not UTF-8 text (byte {error.start}). Is it a YAML file?"]) from None
+    except OSError as error:
+        raise ConfigError(str(path), [f"cannot be read: {error.strerror}."]) from None
+    try:
+        loaded = yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(str(path), [f"{place}{error.problem}."]) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(str(path), [f"not YAML: {str(error).splitlines()[0] if str(error) else type(error).__name__}."]) from None
+    if loaded is None:
+        raise ConfigError(str(path), ["the file is empty. A recipe has at least 'steps'."])
+    if not isinstance(loaded, dict):
+        raise ConfigError(str(path), [f"should be a mapping of options, got a {type(loaded).__name__}."])
+    return loaded
+
+
+def parse_flag(text: str, takes_text: bool) -> Any:
+    """What a flag's text means: YAML's reading of it, except that an option that takes text keeps numbers and words as text."""
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        return text
+    if value is None:
+        return None if text.strip() in {"null", "None", "~"} else text
+    return text if takes_text and not isinstance(value, list | dict) else value
+
+
+# Out ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def to_mapping(value: Any, name_of: Callable[[type[Any]], str | None] = lambda _: None, defaults: bool = False) -> Any:
+    """Plain values of a settings object, ready for YAML or JSON.
+
+    Args:
+        value: settings object, or anything inside one.
+        name_of: the short name written as ``step:`` for classes that have one.
+        defaults: write fields that equal their default too.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        out: dict[str, Any] = {}
+        name = name_of(type(value))
+        if name:
+            out["step"] = name
+        for field in dataclasses.fields(value):
+            item = getattr(value, field.name)
+            if defaults or not _is_default(item, field):
+                out[field.name] = to_mapping(item, name_of, defaults)
+        return out
+    if isinstance(value, Mapping):
+        return {str(key): to_mapping(item, name_of, defaults) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_mapping(item, name_of, defaults) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _is_default(item: Any, field: dataclasses.Field[Any]) -> bool:
+    default = field.default
+    if isinstance(default, pydantic.fields.FieldInfo):
+        default = default.get_default(call_default_factory=True, validated_data={})
+    elif field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    return bool(default is not dataclasses.MISSING and type(item) is type(default) and item == default)
+
+
+def to_yaml(mapping: Mapping[str, Any]) -> str:
+    """YAML in the order given, that `read_yaml` reads back as the same values."""
+    return yaml.safe_dump(dict(mapping), sort_keys=False, allow_unicode=True, width=120)
+
+
+def fingerprint(*parts: Any) -> str:
+    """Sixteen hexadecimal digits that change when any of the plain values changes."""
+    text = json.dumps(parts, sort_keys=True, default=str, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

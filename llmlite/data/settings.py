@@ -1,0 +1,47 @@
+"""Which text a run reads, and how rows become tokens."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from llmlite.config import settings
+
+__all__ = ["BUILTIN", "Data"]
+
+BUILTIN = "builtin:python-docs"
+
+
+@settings
+class Data:
+    """Where text comes from: training, held-out evaluation and calibration."""
+
+    train: str = BUILTIN
+    """Hub id, JSON/JSONL/Parquet/CSV/TXT file, folder, or builtin:python-docs (the documentation inside every Python: no download)."""
+    evaluation: str | None = None
+    """Held-out text for perplexity, KL and agreement. None: a part of `train` that is never trained on, chosen by a stable hash."""
+    calibration: str | None = None
+    """Text whose activations guide pruning and quantization. None: a part of `train` kept apart from both others."""
+    split: str | None = None
+    """Split of a Hub data set to read as `train`. None: its train split."""
+    text_column: str | None = None
+    """Column with plain text. None: found by its usual names."""
+    prompt_column: str | None = None
+    """Column with the prompt (not trained). None: found by its usual names."""
+    completion_column: str | None = None
+    """Column with the answer (trained). None: found by its usual names."""
+    messages_column: str | None = None
+    """Column with chat messages. None: found by its usual names."""
+    max_length: Annotated[int, Field(ge=16)] = 512
+    """Tokens in one row; longer rows are cut, counted and reported."""
+    packing: bool = True
+    """Fill each row with several examples that cannot see each other, where the model allows it; False pads instead."""
+    max_train_rows: Annotated[int, Field(ge=1)] | None = None
+    """Read at most this many training rows."""
+    evaluation_rows: Annotated[int, Field(ge=1)] = 64
+    """Held-out rows that perplexity, KL and agreement are measured on."""
+    calibration_sequences: Annotated[int, Field(ge=1)] = 128
+    """Calibration rows of `max_length` tokens."""
+    kind: Literal["auto", "instructions", "text"] = "auto"
+    """What builtin:python-docs gives: question/answer pairs (instructions) or running prose (text). auto: what the recipe needs."""

@@ -1,0 +1,71 @@
+"""Peak memory of a block of work: of the process on a CPU, of the allocator on a GPU."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Peak", "measured_peak", "resident_bytes"]
+
+
+@dataclass
+class Peak:
+    """Peak bytes, filled in when the block ends."""
+
+    bytes: int = 0
+    scope: str = "process"
+
+
+@contextmanager
+def measured_peak(device_type: str = "cpu") -> Iterator[Peak]:
+    """Measure the peak within the block.
+
+    On Linux the kernel's high-water mark of this process is reset first, so the figure is the block's own; elsewhere it is the process's since
+    its start. On CUDA it is what the allocator held at most.
+    """
+    peak = Peak()
+    if device_type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        peak.scope = "cuda"
+    else:
+        _reset_high_water()
+    try:
+        yield peak
+    finally:
+        if device_type == "cuda":
+            import torch
+
+            peak.bytes = int(torch.cuda.max_memory_allocated())
+        else:
+            peak.bytes = _status_bytes("VmHWM") or _rusage_bytes()
+
+
+def resident_bytes() -> int:
+    """Bytes of this process in memory now; 0 where the system does not tell."""
+    return _status_bytes("VmRSS") or 0
+
+
+def _reset_high_water() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not Linux, or a container that forbids it: the mark then counts from the start of the process
+        return
+
+
+def _status_bytes(key: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
+
+
+def _rusage_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

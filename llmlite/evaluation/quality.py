@@ -1,0 +1,173 @@
+"""How good a model is on held-out tokens: perplexity, KL divergence from the base, and agreement on the most likely token.
+
+    perplexity = exp(-(1/N) sum_n log q(x_n)),   KL = (1/N) sum_n sum_v p_n(v) (log p_n(v) - log q_n(v)),   p the base, q the model
+
+The base's whole distribution is kept as its last hidden states and its LM head, which is exact and costs a few kilobytes a token; logits
+exist for one chunk of tokens at a time.
+
+Legend: N predicted tokens, D hidden size, V vocabulary, C tokens of a chunk.
+
+Source for agreement beside perplexity: Dutta et al. 2024, arXiv:2407.09141 (accuracy is not all you need).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmlite.training.backbone import captured_head, logit_transform
+from llmlite.training.chunked import head_logits
+from llmlite.training.token_loss import IGNORE_INDEX, LogitTransform, next_token_labels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Quality", "Reference", "measure_quality", "reference_of"]
+
+_CHUNK_TOKENS = 256
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Means over the predicted tokens.
+
+    Attributes:
+        perplexity: see the module's formula.
+        kl: nats a token, or None without a reference.
+        top1_agreement: share of tokens whose most likely next token is the base's, or None without a reference.
+        tokens: number of predicted tokens.
+    """
+
+    perplexity: float
+    kl: float | None
+    top1_agreement: float | None
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The base's distributions on the held-out tokens.
+
+    Attributes:
+        hidden_ND: what enters the LM head at each predicted token, in the base's dtype.
+        head_VD: the LM head's weight.
+        bias_V: its bias, or None.
+        transform: what the family does to the logits.
+    """
+
+    hidden_ND: Tensor
+    head_VD: Tensor
+    bias_V: Tensor | None
+    transform: LogitTransform
+
+    def save(self, path: Path) -> None:
+        """Write it as one safetensors file."""
+        tensors = {"hidden": self.hidden_ND.contiguous().cpu(), "head": self.head_VD.contiguous().cpu()}
+        if self.bias_V is not None:
+            tensors["bias"] = self.bias_V.contiguous().cpu()
+        save_file(tensors, path, metadata={"transform": json.dumps(asdict(self.transform))})
+
+    @classmethod
+    def read(cls, path: Path) -> Reference:
+        """Read what `save` wrote; the tensors stay on the CPU."""
+        with safe_open(path, framework="pt") as file:
+            bias = file.get_tensor("bias") if "bias" in file.keys() else None  # noqa: SIM118 - not a mapping
+            return cls(file.get_tensor("hidden"), file.get_tensor("head"), bias, LogitTransform(**json.loads(file.metadata()["transform"])))
+
+
+@torch.no_grad()
+def reference_of(model: PreTrainedModel, batches: Iterable[Batch]) -> tuple[Reference, Quality]:
+    """Run the base once: its perplexity, and what is needed to compare others with it."""
+    parts = []
+    counter = _Counter()
+    transform = logit_transform(model.config)
+    head = model.get_output_embeddings()
+    for hidden_ND, labels_N in _hidden(model, batches):
+        parts.append(hidden_ND.cpu())
+        for start in range(0, len(labels_N), _CHUNK_TOKENS):
+            rows = slice(start, start + _CHUNK_TOKENS)
+            counter.add(head_logits(hidden_ND[rows], head, transform=transform).float().log_softmax(-1), labels_N[rows])
+    reference = Reference(torch.cat(parts), head.weight.detach().cpu(), None if getattr(head, "bias", None) is None else head.bias.detach().cpu(), transform)
+    return reference, counter.quality(compared=False)
+
+
+@torch.no_grad()
+def measure_quality(model: PreTrainedModel, batches: Iterable[Batch], reference: Reference | None = None) -> Quality:
+    """Perplexity of the trained tokens of the batches, and with a reference KL and agreement on the same tokens.
+
+    Args:
+        model: any causal LM, on its device. It is put into eval mode and back.
+        batches: model inputs with ``labels`` (-100 where a token does not count), the same and in the same order as the reference's.
+        reference: the base's distributions, from `reference_of`.
+    """
+    counter = _Counter()
+    transform = logit_transform(model.config)
+    head = model.get_output_embeddings()
+    done = 0
+    teacher_head = teacher_bias = None
+    for hidden_ND, labels_N in _hidden(model, batches):
+        device = hidden_ND.device
+        if reference is not None and teacher_head is None:
+            teacher_head = reference.head_VD.to(device)
+            teacher_bias = None if reference.bias_V is None else reference.bias_V.to(device)
+        for start in range(0, len(labels_N), _CHUNK_TOKENS):
+            rows = slice(start, start + _CHUNK_TOKENS)
+            student_CV = head_logits(hidden_ND[rows], head, transform=transform).float().log_softmax(-1)
+            teacher_CV = None
+            if reference is not None and teacher_head is not None:
+                hidden_CD = reference.hidden_ND[done + start : done + start + len(labels_N[rows])].to(device)
+                teacher_CV = head_logits(hidden_CD, teacher_head, teacher_bias, reference.transform).float().log_softmax(-1)
+            counter.add(student_CV, labels_N[rows], teacher_CV)
+        done += len(labels_N)
+    return counter.quality(compared=reference is not None)
+
+
+def _hidden(model: PreTrainedModel, batches: Iterable[Batch]) -> Iterable[tuple[Tensor, Tensor]]:
+    """For each batch: what enters the head at the tokens that predict a counted label, (N, D), and these labels, (N,)."""
+    was_training = model.training
+    model.eval()
+    device = model.get_input_embeddings().weight.device
+    try:
+        for batch in batches:
+            inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+            labels_BT = next_token_labels(batch["labels"].to(device))
+            with captured_head(model) as captured:
+                model(**inputs, use_cache=False)
+            counted_BT = labels_BT != IGNORE_INDEX
+            yield captured.hidden_BTD[counted_BT], labels_BT[counted_BT]
+    finally:
+        model.train(was_training)
+
+
+class _Counter:
+    """Sums over tokens, in float64."""
+
+    def __init__(self) -> None:
+        self.nll = self.kl = 0.0
+        self.agree = self.tokens = 0
+
+    def add(self, student_CV: Tensor, labels_C: Tensor, teacher_CV: Tensor | None = None) -> None:
+        """Add a chunk of log-probabilities, (C, V) float32."""
+        self.nll -= student_CV.gather(1, labels_C[:, None]).double().sum().item()
+        self.tokens += len(labels_C)
+        if teacher_CV is not None:
+            shared = min(student_CV.shape[1], teacher_CV.shape[1])  # one family pads its vocabulary differently in different sizes
+            student_CV, teacher_CV = student_CV[:, :shared], teacher_CV[:, :shared]
+            self.agree += int((student_CV.argmax(-1) == teacher_CV.argmax(-1)).sum())
+            self.kl += (teacher_CV.exp() * (teacher_CV - student_CV)).sum().double().item()
+
+    def quality(self, compared: bool) -> Quality:
+        """The means so far."""
+        mean = self.nll / max(self.tokens, 1)
+        perplexity = math.exp(mean) if mean < 700 else math.inf
+        return Quality(perplexity, self.kl / max(self.tokens, 1) if compared else None, self.agree / max(self.tokens, 1) if compared else None, self.tokens)

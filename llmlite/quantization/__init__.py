@@ -1,0 +1,1 @@
+"""8- and 4-bit weights in bitsandbytes' stock formats."""

@@ -1,0 +1,65 @@
+"""Make a bitsandbytes model safe to evaluate, train and save in any order.
+
+On a CPU with AVX512-BF16 bitsandbytes repacks each 4-bit layer at its first evaluation forward, in place. From then on the layer has no
+gradient for its input (a LoRA on it learns from noise), and saving it writes scales that no loader understands; widths that its kernel
+cannot handle raise, or give wrong numbers without a word. None of this happens while every layer is told not to use that path. It costs
+decoding speed, so `packed_generation` turns it back on for a copy of the layers' weights, for generation only.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bitsandbytes.nn import Linear4bit
+    from torch import nn
+
+__all__ = ["linear_4bit_layers", "make_safe", "packed_generation"]
+
+_PACKED_ROWS = 32  # the packed kernel's block of output features
+
+
+def linear_4bit_layers(model: nn.Module) -> list[Linear4bit]:
+    """Every bitsandbytes 4-bit layer of a model; empty when there is none."""
+    import bitsandbytes as bnb
+
+    return [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+
+
+def make_safe(model: nn.Module) -> int:
+    """Keep every 4-bit layer in its portable format, whatever the CPU can do. Call it right after loading. Returns the number of layers.
+
+    Without it, on CPUs with AVX512-BF16: KL 7.4 instead of 0.04 after a save, LoRA gradients up to 2500 times too small.
+    """
+    layers = linear_4bit_layers(model)
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    return len(layers)
+
+
+@contextmanager
+def packed_generation(model: nn.Module) -> Iterator[None]:
+    """Within the block, generate with bitsandbytes' packed CPU kernel where the CPU and the layer's shape allow it.
+
+    The portable weights come back bit for bit afterwards. Do not train or save inside the block. Without such a CPU it does nothing.
+    """
+    from bitsandbytes.functional import has_avx512bf16
+
+    layers = [
+        layer
+        for layer in (linear_4bit_layers(model) if has_avx512bf16() else [])
+        if layer.weight.device.type == "cpu" and layer.out_features % _PACKED_ROWS == 0 and layer.in_features % layer.weight.blocksize == 0
+    ]
+    portable = [(layer.weight.data, copy.copy(layer.weight.quant_state)) for layer in layers]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True
+    try:
+        yield
+    finally:
+        for layer, (data, state) in zip(layers, portable, strict=True):
+            layer.support_avx512bf16_for_cpu = False
+            layer.weight.data = data
+            layer.weight.quant_state = layer.quant_state = state

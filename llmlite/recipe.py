@@ -1,0 +1,216 @@
+"""A Recipe: which model, which data, which steps in which order, and where the result goes. A dataclass that lists Steps.
+
+Presets are subclasses with other defaults. Options come from the class, then a YAML file, then flags, each winning over the one before;
+they are merged as plain values and validated once, so that every problem is reported together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
+
+import pydantic
+
+from llmlite.config import fingerprint, near, read_yaml, settings, to_mapping, unknown_option, validate
+from llmlite.data.settings import Data
+from llmlite.errors import ConfigError
+from llmlite.models.load import Model
+from llmlite.step import Step, name_of_step, parse_step
+
+if TYPE_CHECKING:
+    from llmlite.report import Report
+
+__all__ = ["NOT_IN_FINGERPRINT", "Recipe"]
+
+R = TypeVar("R", bound="Recipe")
+
+_PARTS: dict[str, tuple[type[Any], str]] = {"model": (Model, "name"), "data": (Data, "train")}
+
+# What may change between a run and its continuation without changing what comes out.
+NOT_IN_FINGERPRINT = frozenset({"dry_run", "overwrite_output_dir", "output_dir", "push_to_hub", "hub_model_id"})
+
+
+def _model_of(value: Any) -> Any:
+    return Model(name=str(value)) if isinstance(value, str | Path) else value
+
+
+def _data_of(value: Any) -> Any:
+    return Data(train=str(value)) if isinstance(value, str | Path) else value
+
+
+def _steps_of(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+@settings
+class Recipe:
+    """A whole compression: a model, data, steps in order, and a folder for the result."""
+
+    name: ClassVar[str] = "recipe"
+    """Names the default output folder."""
+
+    model: Annotated[Model, pydantic.BeforeValidator(_model_of)] = Model()
+    """Hub id, local folder or .gguf file. Left out: SmolLM2-135M-Instruct from the cache or the installed package, offline."""
+    data: Annotated[Data, pydantic.BeforeValidator(_data_of)] = Data()
+    """Hub id, JSON/JSONL/Parquet/CSV/TXT file or folder. Left out: the Python documentation inside every interpreter, offline."""
+    steps: Annotated[tuple[Step, ...], pydantic.BeforeValidator(_steps_of)] = ()
+    """What is done, in order."""
+    output_dir: str | None = None
+    """Folder for the result. Left out: outputs/ and the recipe's name."""
+    seed: Annotated[int, pydantic.Field(ge=0)] = 0
+    """Seed of everything random."""
+    max_steps: Annotated[int, pydantic.Field(ge=1)] | None = None
+    """Optimizer steps of every training step, instead of what the steps say."""
+    dry_run: bool = False
+    """Print the plan (parameters, bytes, memory, tokens, disk) and stop; no weights are loaded."""
+    overwrite_output_dir: bool = False
+    """Start afresh in an output folder that holds another run. Left out: such a folder is refused, the same run is continued."""
+    push_to_hub: bool = False
+    """Upload the result at the end. Nothing is uploaded unasked."""
+    hub_model_id: str | None = None
+    """Where to upload: owner/name."""
+
+    @classmethod
+    def from_options(cls: type[R], *layers: tuple[str, Mapping[str, Any]]) -> R:
+        """Build a recipe from layers of options, later ones winning.
+
+        Args:
+            layers: pairs of where the options stand (a file name, ``flags``) and the options. Keys are the recipe's own fields, the fields of
+                its model, data and steps without further path where that is unambiguous (``r``, ``max_length``), or dotted paths
+                (``steps.0.keep``, ``data.packing``).
+
+        Raises:
+            ConfigError: every unknown, ill-typed or contradictory option of every layer.
+        """
+        merged: dict[str, Any] = {name: _plain(getattr(cls, name, None), name) for name in _own_fields(cls)}
+        problems: list[str] = []
+        for where, options in layers:
+            for key, value in sorted(options.items(), key=lambda item: item[0] not in {"model", "data", "steps"}):
+                problem = _assign(merged, str(key), value)
+                if problem:
+                    problems.append(f"{where}: {problem}" if len(layers) > 1 else problem)
+        where = " + ".join(place for place, options in layers if options) or cls.__name__
+        recipe, more = cls._validated(merged)
+        if problems or more or recipe is None:
+            raise ConfigError(where, problems + more)
+        return recipe
+
+    @classmethod
+    def from_file(cls: type[R], path: Path | str, **options: Any) -> R:
+        """Read a recipe from YAML; keyword options win over the file.
+
+        Raises:
+            ConfigError: see `from_options` and `read_yaml`.
+        """
+        return cls.from_options((str(path), read_yaml(path)), ("options", options))
+
+    @classmethod
+    def _validated(cls: type[R], merged: dict[str, Any]) -> tuple[R | None, list[str]]:
+        problems: list[str] = []
+        values = dict(merged)
+        for name, (part, _) in _PARTS.items():
+            value = values[name]
+            if not isinstance(value, Mapping):
+                problems.append(f"{name}={value!r} should be a name, or a mapping of options.")
+                values[name] = part()
+                continue
+            built, more = validate(part, value, name)
+            problems += more
+            values[name] = built if built is not None else part()
+        steps = values["steps"]
+        if not isinstance(steps, Sequence) or isinstance(steps, str):
+            problems.append(f"steps={steps!r} should be a list of steps.")
+            steps = []
+        elif not steps:
+            problems.append("'steps' is empty. A recipe has at least one step; `llmlite steps` lists them.")
+        parsed = [parse_step(step, index) for index, step in enumerate(steps)]
+        for _, more in parsed:
+            problems += more
+        values["steps"] = tuple(step for step, _ in parsed if step is not None)
+        recipe, more = validate(cls, values, "")
+        return recipe, problems + more
+
+    def to_mapping(self, defaults: bool = True) -> dict[str, Any]:
+        """Plain values, every default written out: what `recipe.yaml` holds."""
+        mapping: dict[str, Any] = to_mapping(self, name_of_step, defaults)
+        return mapping
+
+    def fingerprint(self) -> str:
+        """Changes when anything changes that could change the result."""
+        mapping = self.to_mapping()
+        return fingerprint({key: value for key, value in mapping.items() if key not in NOT_IN_FINGERPRINT})
+
+    @property
+    def folder(self) -> Path:
+        """Where the result goes."""
+        return Path(self.output_dir) if self.output_dir else Path("outputs") / self.name
+
+    def check(self) -> Any:
+        """The plan, in seconds and without weights. See `llmlite.pipeline.check`."""
+        from llmlite.pipeline import check
+
+        return check(self)
+
+    def run(self, output_dir: Path | str | None = None) -> Report:
+        """Do it. See `llmlite.pipeline.run`."""
+        from llmlite.pipeline import run
+
+        return run(self if output_dir is None else dataclasses.replace(self, output_dir=str(output_dir)))
+
+
+def _own_fields(cls: type[Any]) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def _plain(value: Any, name: str) -> Any:
+    return list(to_mapping(value, name_of_step, defaults=True)) if name == "steps" else to_mapping(value, name_of_step, defaults=True)
+
+
+def _assign(merged: dict[str, Any], key: str, value: Any) -> str | None:
+    """Put one option where it belongs in the merged plain values. Returns the problem, if there is one."""
+    if key in _PARTS and isinstance(value, str | Mapping):
+        # another model or text starts from the defaults: what a preset sets for its own text (how many rows, say) is not meant for yours
+        part, shorthand = _PARTS[key]
+        merged[key] = _plain(part(), key) | (dict(value) if isinstance(value, Mapping) else {shorthand: value})
+    elif key in merged:
+        merged[key] = value
+    elif "." in key:
+        return _assign_path(merged, key.split("."), value)
+    else:
+        return _assign_short(merged, key, value)
+    return None
+
+
+def _assign_path(merged: dict[str, Any], path: list[str], value: Any) -> str | None:
+    place: Any = merged
+    for depth, part in enumerate(path[:-1]):
+        so_far = ".".join(path[: depth + 1])
+        if isinstance(place, list):
+            if not part.isdigit() or int(part) >= len(place):
+                return f"no step '{so_far}'. There are {len(place)} steps, numbered from 0."
+            place = place[int(part)]
+        elif isinstance(place, dict) and isinstance(place.get(part), dict | list):
+            place = place[part]
+        else:
+            guess = near(part, [key for key in place if isinstance(place[key], dict | list)]) if isinstance(place, dict) else None
+            return f"no option '{'.'.join(path)}'." + (f" Did you mean '{'.'.join([*path[:depth], guess, *path[depth + 1 :]])}'?" if guess else "")
+    if not isinstance(place, dict):
+        return f"no option '{'.'.join(path)}'."
+    place[path[-1]] = value
+    return None
+
+
+def _assign_short(merged: dict[str, Any], key: str, value: Any) -> str | None:
+    steps = [step for step in merged["steps"] if isinstance(step, dict)] if isinstance(merged["steps"], list) else []
+    homes = [step for step in steps if key in step and key != "step"]
+    if len(homes) > 1:
+        paths = [f"steps.{merged['steps'].index(home)}.{key}" for home in homes]
+        return f"'{key}' is an option of several steps. Say which: {', '.join(paths)}."
+    homes = homes or [part for part in (merged["data"], merged["model"]) if isinstance(part, dict) and key in part]
+    if not homes:
+        known = {*merged, *merged["data"], *merged["model"], *(name for step in steps for name in step)} - {"step", "name", "train"}
+        return unknown_option(key, known)
+    homes[0][key] = value
+    return None

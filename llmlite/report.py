@@ -1,0 +1,131 @@
+"""The report: one row for the base and for each step, the same figures in `report.json` and in the table at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmlite.storage import write_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Report", "Row", "human_bytes", "plan_table"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Figures of the base or of one step's result.
+
+    Attributes:
+        name: ``base`` or the step's name.
+        parameters: parameters of the model, adapters included.
+        bytes_on_disk: bytes of the safetensors files that are needed to load it.
+        perplexity: exp of the mean negative log-likelihood of the held-out trained tokens.
+        kl: mean KL divergence from the base's distribution on the same tokens, nats a token.
+        top1_agreement: share of these tokens on which the most likely token is the base's.
+        prefill_tokens_per_second, decode_tokens_per_second: batch 1; see `llmlite.evaluation.speed`.
+        peak_memory_bytes: peak of the step's work.
+        seconds: the step's work, without its evaluation.
+        details: what the step itself reports.
+    """
+
+    name: str
+    parameters: int
+    bytes_on_disk: int
+    perplexity: float
+    kl: float | None = None
+    top1_agreement: float | None = None
+    prefill_tokens_per_second: float | None = None
+    decode_tokens_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+    seconds: float = 0.0
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Report:
+    """All rows of a run and how it was made. `path` is the folder of the result."""
+
+    path: Path
+    recipe: dict[str, Any]
+    evaluation: dict[str, Any]
+    environment: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    loading: str = ""
+    reload_difference: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, without the folder's place."""
+        values = dataclasses.asdict(self)
+        del values["path"]
+        return values
+
+    def save(self) -> None:
+        """Write `report.json` into the result's folder."""
+        write_json(self.path / "report.json", self.to_json())
+
+    @classmethod
+    def read(cls, folder: Path | str) -> Report:
+        """Read the report of a finished run."""
+        values = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
+        values["rows"] = [Row(**row) for row in values["rows"]]
+        return cls(path=Path(folder), **values)
+
+    def table(self) -> Table:
+        """The rows as a rich table; changes are against the base."""
+        from rich.table import Table
+
+        table = Table(title=f"{self.path}", title_justify="left")
+        for name in ("step", "parameters", "on disk", "perplexity", "change", "KL to base", "top-1 as base", "prefill tok/s", "decode tok/s", "peak memory", "seconds"):
+            table.add_column(name, justify="left" if name == "step" else "right")
+        base = self.rows[0] if self.rows else None
+        for row in self.rows:
+            table.add_row(
+                row.name,
+                f"{row.parameters:,}",
+                human_bytes(row.bytes_on_disk),
+                f"{row.perplexity:.4g}",
+                f"{row.perplexity / base.perplexity - 1:+.1%}" if base and row is not base else "",
+                "" if row.kl is None else f"{row.kl:.4f}",
+                "" if row.top1_agreement is None else f"{row.top1_agreement:.1%}",
+                "" if row.prefill_tokens_per_second is None else f"{row.prefill_tokens_per_second:.0f}",
+                "" if row.decode_tokens_per_second is None else f"{row.decode_tokens_per_second:.1f}",
+                "" if row.peak_memory_bytes is None else human_bytes(row.peak_memory_bytes),
+                f"{row.seconds:.0f}",
+            )
+        return table
+
+
+def plan_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The plan that `--dry_run` prints: one row for the base and for each step."""
+    from rich.table import Table
+
+    table = Table(title="plan", title_justify="left")
+    for name in ("step", "gives", "parameters", "trained", "on disk", "peak memory", "tokens", "notes"):
+        table.add_column(name, justify="left" if name in {"step", "gives", "notes"} else "right")
+    for row in rows:
+        table.add_row(
+            row["step"],
+            row["form"],
+            f"{row['parameters']:,}",
+            f"{row['trained_parameters']:,}" if row["trained_parameters"] else "",
+            human_bytes(row["disk_bytes"]),
+            human_bytes(row["peak_bytes"]) if row["peak_bytes"] else "",
+            f"{row['tokens']:,}" if row["tokens"] else "",
+            "; ".join(row["notes"]),
+        )
+    return table
+
+
+def human_bytes(count: float) -> str:
+    """Bytes for a person: 1 MB is a million bytes."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit in {"B", "kB"} else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"

@@ -1,0 +1,152 @@
+"""What a step gets besides the model: the recipe, where the base is, tokens, a scratch folder, the device, and a place for its figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmlite.models.load import Source, compute_dtype, find, load_config, load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from llmlite.data.prepare import Prepared
+    from llmlite.recipe import Recipe
+    from llmlite.training.settings import TrainingStep
+
+__all__ = ["Run"]
+
+
+@dataclass
+class Run:
+    """One execution of a recipe on one process.
+
+    Nothing is loaded before it is asked for, so the same object serves `check`. `scratch` is a folder of the current step that survives
+    a kill and goes when the step is complete.
+    """
+
+    recipe: Recipe
+    scratch: Path = Path()
+    notes: dict[str, Any] = field(default_factory=dict)
+    base_folder: Path | None = None
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        from accelerate import PartialState
+
+        device: torch.device = PartialState().device
+        return device
+
+    @cached_property
+    def is_main(self) -> bool:
+        """Whether this process writes and speaks."""
+        from accelerate import PartialState
+
+        return bool(PartialState().is_main_process)
+
+    @cached_property
+    def compute_dtype(self) -> torch.dtype:
+        """The type of activations, by device and settings."""
+        return compute_dtype(self.device, self.recipe.model.dtype)
+
+    @cached_property
+    def source(self) -> Source:
+        """The base model's folder. During a check only configuration and tokenizer are fetched."""
+        return find(self.recipe.model, weights=False)
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The base model's config."""
+        return load_config(self.source, self.recipe.model)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's tokenizer."""
+        return load_tokenizer(self.source, self.recipe.model)
+
+    def load_base(self) -> PreTrainedModel:
+        """The dense base model, anew: the default teacher, and the start of most recipes."""
+        self.source = find(self.recipe.model, weights=True)
+        return load_model(self.source, self.recipe.model, self.device)
+
+    def base_name(self) -> str:
+        """How an adapter should name its base: the Hub id where there is one, never a path of this machine that nobody else has."""
+        return self.source.hub_id or Path(self.source.name).name
+
+    def note(self, **figures: Any) -> None:
+        """Keep figures of the current step for its row in the report."""
+        self.notes.update(figures)
+
+    # Data -----------------------------------------------------------------------------------------------------------------------------
+
+    def check_data(self) -> None:
+        """Raise a clear error when the data cannot be used; reads only the first rows."""
+        from llmlite.data.text import check_source
+
+        data = self.recipe.data
+        for source in filter(None, (data.train, data.evaluation, data.calibration)):
+            check_source(source, **self._columns())
+
+    @cached_property
+    def evaluation_data(self) -> Prepared:
+        """Held-out rows, never trained on."""
+        data = self.recipe.data
+        return self._prepare(data.evaluation or data.train, "test" if data.evaluation is None else "all", data.evaluation_rows)
+
+    @cached_property
+    def train_data(self) -> Prepared:
+        """Rows to train on, tokenised and packed when first asked for."""
+        return self._prepare(self.recipe.data.train, "train", self.recipe.data.max_train_rows)
+
+    def evaluation_batches(self, rows: int = 4) -> list[dict[str, Tensor]]:
+        """Held-out rows as model inputs on the CPU, in a fixed order."""
+        prepared = self.evaluation_data
+        return [
+            prepared.collate([prepared.dataset[index] for index in range(start, min(start + rows, len(prepared.dataset)))])
+            for start in range(0, len(prepared.dataset), rows)
+        ]
+
+    def max_steps(self, step: TrainingStep) -> int | None:
+        """Optimizer steps of a training step, or None when the rows and `num_train_epochs` decide."""
+        return self.recipe.max_steps or step.max_steps
+
+    def training_tokens(self, step: TrainingStep) -> int:
+        """Tokens a training step reads at most; 0 when only the data, not yet read, will tell."""
+        steps = self.max_steps(step)
+        return steps * step.per_device_train_batch_size * step.gradient_accumulation_steps * self.recipe.data.max_length if steps else 0
+
+    def _columns(self) -> dict[str, Any]:
+        data = self.recipe.data
+        return {
+            "text_column": data.text_column,
+            "prompt_column": data.prompt_column,
+            "completion_column": data.completion_column,
+            "messages_column": data.messages_column,
+        }
+
+    def _prepare(self, source: str, split: str, max_rows: int | None) -> Prepared:
+        from llmlite.data.prepare import prepare
+
+        data = self.recipe.data
+        return prepare(
+            source,
+            self.tokenizer,
+            sequence_tokens=data.max_length,
+            split=split,
+            packing=data.packing and self.packs,
+            seed=self.recipe.seed,
+            max_rows=max_rows,
+            **self._columns(),
+        )
+
+    @cached_property
+    def packs(self) -> bool:
+        """Whether the model keeps packed examples apart by their positions."""
+        from llmlite.models.families import family_of
+
+        return family_of(self.config).packs_by_position

@@ -1,0 +1,138 @@
+"""A Step: one thing done to a model. Settings are its fields; `check` says early what cannot work; `apply` takes a model and returns one.
+
+To write your own, subclass `Step` in a module of yours and name it in YAML as ``step: my_package.my_module:MyStep``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import pydantic
+
+from llmlite.config import near, settings, validate
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from llmlite.run import Run, RunPlan
+
+__all__ = ["STEPS", "ModelPlan", "Names", "Step", "name_of_step", "parse_step", "step_class"]
+
+# Short name -> where the class lives. Imported when used, so that a recipe pays only for what it names.
+STEPS: dict[str, str] = {
+    "lora": "llmlite.adapters.lora:Lora",
+    "quantize": "llmlite.quantization.bnb:Quantize",
+}
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Names = Annotated[tuple[str, ...], pydantic.BeforeValidator(_as_tuple)]
+"""A list of names in YAML or Python."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelPlan:
+    """What is known of a model while no weight is loaded. A step's `check` takes one and returns the one it will leave behind.
+
+    Attributes:
+        config: the transformers config after the step.
+        form: what the weights are: ``dense`` (16 or 32 bit), ``sparse`` (dense storage with zeros to keep), or a bitsandbytes scheme.
+        adapters: whether a peft adapter sits on the model.
+        parameters: number of parameters, adapters included.
+        trained_parameters: number of them that the step trains.
+        disk_bytes: bytes of the step's checkpoint.
+        peak_bytes: expected peak memory of the step, in bytes.
+        tokens: tokens that the step reads, training and calibration together.
+        notes: what the plan should say about the step, for a person.
+    """
+
+    config: PretrainedConfig
+    form: str = "dense"
+    adapters: bool = False
+    parameters: int = 0
+    trained_parameters: int = 0
+    disk_bytes: int = 0
+    peak_bytes: int = 0
+    tokens: int = 0
+    notes: tuple[str, ...] = ()
+
+
+@settings
+class Step:
+    """Base of all steps."""
+
+    takes: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
+    """Forms of model the step can work on. See `ModelPlan.form`."""
+
+    def check(self, model: ModelPlan, run: RunPlan) -> ModelPlan:
+        """Say what the step will leave behind.
+
+        Raises:
+            LlmliteError: the step cannot work on such a model or with such settings.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define check(model, run)")
+
+    def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
+        """Do it: take the model, return the model that the next step gets. The caller saves it."""
+        raise NotImplementedError(f"{type(self).__name__} does not define apply(model, run)")
+
+    def load(self, run: Run) -> PreTrainedModel:
+        """Load the run's base model and apply the step: what happens when it is the first one. Overridden where loading can be cheaper."""
+        return self.apply(run.load_base(), run)
+
+
+def step_class(name: str) -> type[Step]:
+    """The class behind a short name or a ``module:Class`` path.
+
+    Raises:
+        ValueError: no such step; the message is a sentence for the user.
+    """
+    path = STEPS.get(name, name)
+    if ":" not in path:
+        guess = near(name, STEPS)
+        raise ValueError(
+            f"no step '{name}'. " + (f"Did you mean '{guess}'?" if guess else f"Known: {', '.join(STEPS)}; your own: 'module:Class'.")
+        )
+    module_name, _, class_name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"step '{name}' cannot be imported: {error}.") from None
+    if not (isinstance(found, type) and issubclass(found, Step)):
+        raise ValueError(f"step '{name}' is not a subclass of llmlite.Step.")
+    return found
+
+
+def name_of_step(cls: type[Any]) -> str | None:
+    """The name a step has in YAML, or None for a class that is no step."""
+    if not issubclass(cls, Step):
+        return None
+    path = f"{cls.__module__}:{cls.__qualname__}"
+    return next((name for name, known in STEPS.items() if known == path), path)
+
+
+def parse_step(value: Any, index: int) -> tuple[Step | None, list[str]]:
+    """Build a step from its YAML, or say every problem it has.
+
+    Args:
+        value: a mapping with ``step:`` and the step's options, or a bare step name, or a Step.
+        index: its place in the list, for the messages.
+    """
+    if isinstance(value, Step):
+        return value, []
+    if isinstance(value, str):
+        value = {"step": value}
+    if not isinstance(value, Mapping) or not isinstance(value.get("step"), str):
+        return None, [f"steps[{index}]: should be a mapping with 'step: NAME' and the step's options, got {value!r}."]
+    name = value["step"]
+    try:
+        cls = step_class(name)
+    except ValueError as error:
+        return None, [f"steps[{index}]: {error}"]
+    return validate(cls, {key: item for key, item in value.items() if key != "step"}, f"steps[{index}] {name}")

@@ -1,0 +1,185 @@
+"""Folders that are complete or absent, and stay provably so.
+
+A folder is written under a temporary name, sealed by a manifest of sizes and SHA-256 sums, flushed to disk and renamed into place. Whoever
+reads it later can tell a whole one from one that a crash, a full disk or a flipped bit left behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from llmlite.errors import OutputError, ResourceError
+
+__all__ = ["MANIFEST", "damage", "folder_bytes", "link_or_copy", "locked", "require_space", "seal", "set_aside", "write_json", "writing_folder"]
+
+MANIFEST = "manifest.json"
+
+
+@contextmanager
+def writing_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder`; when the block ends well, seal it and rename it to `folder`, replacing what was there.
+
+    Raises:
+        OutputError: the disk is full, or the place cannot be written; nothing is left behind.
+    """
+    with telling(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        with telling(folder):
+            temporary.chmod(0o755)
+            yield temporary
+            seal(temporary)
+            if folder.exists():
+                old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-old-"))
+                folder.rename(old / folder.name)
+                temporary.rename(folder)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                temporary.rename(folder)
+            _fsync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def telling(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into one clear error about `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise ResourceError(f"{path}: the disk is full. Free some space and run the same command again; it continues where it stopped.") from error
+        if error.errno in {errno.EACCES, errno.EROFS, errno.EPERM}:
+            raise OutputError(f"{path}: cannot be written ({error.strerror}). Choose another --output_dir.") from error
+        raise
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of a folder, last, and flush everything to disk: from now on the folder counts as complete."""
+    entries: dict[str, Any] = {}
+    for file in _files(folder):
+        _fsync(file)
+        entries[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    write_json(folder / MANIFEST, entries)
+    _fsync(folder)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a sealed folder, as a phrase, or None when every file is there with the size and sum its manifest says."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
+    except FileNotFoundError:
+        return "it was never finished"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return "its manifest is unreadable"
+    for name, (size, digest) in expected.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if _sha256(file) != digest:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged folder so that nothing uses it and nothing is lost. Returns the new place."""
+    for number in range(1, 1000):
+        place = folder.with_name(f"{folder.name}.damaged-{number}")
+        if not place.exists():
+            folder.rename(place)
+            return place
+    raise OutputError(f"{folder}: there are already 999 damaged copies beside it. Remove them.")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False, encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Let `target` hold the same bytes: a hard link where the file system has them, else a copy."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def folder_bytes(folder: Path, pattern: str = "*.safetensors") -> int:
+    """Bytes of the files in a folder (not below it) that match."""
+    return sum(file.stat().st_size for file in folder.glob(pattern))
+
+
+def require_space(folder: Path, wanted_bytes: int) -> None:
+    """Stop early when the disk cannot hold the plan.
+
+    Raises:
+        ResourceError: fewer free bytes than `wanted_bytes`.
+    """
+    place = folder
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < wanted_bytes:
+        raise ResourceError(
+            f"output_dir: {folder} needs about {wanted_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free. "
+            "Choose an --output_dir on a larger disk, or free some space."
+        )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for one run; a second run on it is refused.
+
+    Raises:
+        OutputError: another run holds it, or it cannot be written.
+    """
+    with telling(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise OutputError(f"output_dir: another run is working in {folder}. Wait for it, or choose another --output_dir.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() != MANIFEST)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

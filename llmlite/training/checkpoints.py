@@ -1,0 +1,86 @@
+"""Training checkpoints that are complete or absent, and stopping without losing any.
+
+transformers writes a checkpoint file by file and, when it resumes, takes the highest number: a truncated one crashes every later run. Here
+each checkpoint is sealed by a manifest once it is written; resuming takes the newest sealed and undamaged one and sets the others aside.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from llmlite.storage import damage, seal, set_aside, telling
+
+__all__ = ["SealCheckpoints", "StopRequest", "newest_complete", "stopping_at_signals"]
+
+log = logging.getLogger(__name__)
+
+
+def newest_complete(folder: Path) -> Path | None:
+    """The newest whole ``checkpoint-N`` below a folder, or None. Damaged ones are set aside with a message."""
+    numbered = [(int(p.name.rpartition("-")[2]), p) for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+    for _, place in sorted(numbered, reverse=True):
+        reason = damage(place)
+        if reason is None:
+            return place
+        if reason == "it was never finished":
+            shutil.rmtree(place)
+            log.warning("%s is incomplete and was removed; using an older checkpoint", place.name)
+        else:
+            log.warning("%s is damaged (%s); set aside as %s", place.name, reason, set_aside(place).name)
+    return None
+
+
+class SealCheckpoints(TrainerCallback):  # type: ignore[misc]
+    """Seal each checkpoint after the Trainer wrote it."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Called by the Trainer on every process; the main one seals."""
+        if state.is_world_process_zero:
+            place = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            with telling(place):
+                seal(place)
+
+
+class StopRequest(TrainerCallback):  # type: ignore[misc]
+    """Ends training after the current optimizer step, with a checkpoint, once `asked` is set."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
+        """Called by the Trainer."""
+        if self.asked:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+
+@contextmanager
+def stopping_at_signals(request: StopRequest) -> Iterator[None]:
+    """Within the block Ctrl-C and SIGTERM ask for a stop; a second one interrupts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, _: FrameType | None) -> None:
+        if request.asked:
+            raise KeyboardInterrupt
+        request.asked = True
+        log.warning("%s: finishing this optimizer step and saving a checkpoint; once more stops at once", signal.Signals(number).name)
+
+    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

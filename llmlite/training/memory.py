@@ -1,0 +1,41 @@
+"""What a training step will need at its peak, estimated from the config before any weight is loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmlite.models.families import family_of
+from llmlite.models.size import expected_bytes
+
+if TYPE_CHECKING:
+    from llmlite.run import Run
+    from llmlite.step import ModelPlan
+    from llmlite.training.settings import TrainingStep
+
+__all__ = ["training_peak_bytes"]
+
+_CHUNK_TOKENS = 256
+_RUNTIME_BYTES = 500_000_000  # Python, torch, transformers, bitsandbytes and the allocator, before any weight
+
+
+def training_peak_bytes(model: ModelPlan, trained_parameters: int, step: TrainingStep, run: Run) -> int:
+    """Expected peak bytes: weights, gradients and Adam's moments of what is trained, activations, the loss's chunk, the runtime itself.
+
+    Args:
+        model: what the step gets.
+        trained_parameters: parameters with a gradient; 16 bytes each in float32 with Adam.
+        step: batch size and checkpointing.
+        run: length of a row, device.
+    """
+    family = family_of(model.config)
+    width, layers = family.width(model.config), family.layers(model.config)
+    ffn = family.ffn_size(model.config)
+    tokens = step.per_device_train_batch_size * run.recipe.data.max_length
+    element = run.compute_dtype.itemsize
+    checkpointing = step.gradient_checkpointing if step.gradient_checkpointing is not None else run.device.type != "cpu"
+    # kept for the backward pass of one block: inputs of its norms and linears, q, k, v, attention output, and the FFN's three wide tensors
+    block = tokens * element * (14 * width + 4 * ffn)
+    activations = tokens * element * width * layers + block if checkpointing else block * layers
+    head = 2 * _CHUNK_TOKENS * 4 * int(model.config.vocab_size)
+    weights = expected_bytes(model.config, model.form, dense_dtype="float32" if element == 4 else "bfloat16")
+    return weights + 16 * trained_parameters + activations + head + (_RUNTIME_BYTES if run.device.type == "cpu" else 0)

@@ -1,0 +1,47 @@
+"""The options of every training step, by transformers' own names. Steps that train inherit them; there is one training path."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from llmlite.config import settings
+from llmlite.step import Names, Step
+
+__all__ = ["TrainingStep"]
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+@settings
+class TrainingStep(Step):
+    """Base of the steps that train."""
+
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
+    """Peak learning rate of AdamW."""
+    max_steps: PositiveInt | None = None
+    """Stop after this many optimizer steps. None: `num_train_epochs` decides."""
+    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the training rows, when `max_steps` does not end it before."""
+    per_device_train_batch_size: PositiveInt = 4
+    """Rows of `max_length` tokens in one forward pass of one device."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Forward passes whose gradients make one optimizer step. Losses are normalised by tokens over all of them."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup_steps: NonNegative = 0.05
+    """Optimizer steps of linear warm-up; below 1 it is a share of all steps."""
+    weight_decay: NonNegative = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: NonNegative = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations in the backward pass: about a third more time for much less memory. None: on accelerators only."""
+    save_steps: PositiveInt = 50
+    """Optimizer steps between checkpoints that a stopped run continues from."""
+    logging_steps: PositiveInt = 5
+    """Optimizer steps between two lines of the loss."""
+    report_to: Names = ()
+    """Trackers that transformers knows: tensorboard, wandb, trackio, ..."""

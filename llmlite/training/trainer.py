@@ -1,0 +1,158 @@
+"""The one training path: transformers.Trainer with a loss that never holds all logits, sealed checkpoints and a clean stop.
+
+DDP, FSDP, DeepSpeed, gradient accumulation, mixed precision, loggers and resume are the Trainer's. What a method adds is a loss
+(`TokenLoss`); what it trains is whatever requires a gradient in the model it hands over.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from llmlite.errors import Interrupted, RunError
+from llmlite.training.backbone import captured_head, logit_transform
+from llmlite.training.checkpoints import SealCheckpoints, StopRequest, newest_complete, stopping_at_signals
+from llmlite.training.chunked import chunked_head_loss
+from llmlite.training.settings import TrainingStep
+from llmlite.training.token_loss import IGNORE_INDEX, CrossEntropy, TokenLoss, next_token_labels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from llmlite.run import Run
+
+__all__ = ["LiteTrainer", "train", "trainer_arguments"]
+
+log = logging.getLogger(__name__)
+
+LossMaker = Callable[[dict[str, Tensor], Tensor], TokenLoss]
+"""(inputs of the batch, labels of the next token (N,)) -> the loss of these tokens."""
+
+
+def _cross_entropy(inputs: dict[str, Tensor], labels_N: Tensor) -> TokenLoss:
+    return CrossEntropy(labels_N)
+
+
+class LiteTrainer(Trainer):  # type: ignore[misc]
+    """A Trainer whose loss goes through the LM head in chunks, normalised by the tokens of the whole optimizer step."""
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, make_loss: LossMaker = _cross_entropy, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # so that the Trainer counts the tokens of the optimizer step for us
+        self.make_loss = make_loss
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """Called by the Trainer for each forward pass; see `llmlite.training.chunked`."""
+        inputs = dict(inputs)
+        labels_N = next_token_labels(inputs.pop("labels")).reshape(-1)
+        unwrapped = self.accelerator.unwrap_model(model)
+        with captured_head(unwrapped) as captured:
+            model(**inputs, use_cache=False)  # through every wrapper, so that DDP and FSDP see a forward pass of theirs
+        hidden_BTD = captured.hidden_BTD
+        loss = chunked_head_loss(
+            hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
+            unwrapped.get_output_embeddings(),
+            self.make_loss(inputs, labels_N),
+            keep_N=labels_N != IGNORE_INDEX,
+            num_items_in_batch=num_items_in_batch,
+            transform=logit_transform(unwrapped.config),
+        ).loss
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # the count is over all processes; DDP averages their gradients
+        return (loss, None) if return_outputs else loss
+
+
+class _StopAtNan(TrainerCallback):  # type: ignore[misc]
+    """Ends a run whose loss is no number any more, before it burns hours."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        """Called by the Trainer."""
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(loss):
+            raise RunError(f"the loss became {loss} at step {state.global_step}. Lower learning_rate, or raise warmup_steps; the last checkpoint is kept.")
+
+
+def trainer_arguments(step: TrainingStep, run: Run, folder: Path) -> TrainingArguments:
+    """A step's settings as transformers' TrainingArguments."""
+    dtype = run.compute_dtype
+    checkpointing = step.gradient_checkpointing if step.gradient_checkpointing is not None else run.device.type != "cpu"
+    return TrainingArguments(
+        output_dir=str(folder),
+        learning_rate=step.learning_rate,
+        max_steps=run.max_steps(step) or -1,
+        num_train_epochs=step.num_train_epochs,
+        per_device_train_batch_size=step.per_device_train_batch_size,
+        gradient_accumulation_steps=step.gradient_accumulation_steps,
+        lr_scheduler_type=step.lr_scheduler_type,
+        warmup_steps=step.warmup_steps,
+        weight_decay=step.weight_decay,
+        max_grad_norm=step.max_grad_norm,
+        gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        save_steps=step.save_steps,
+        save_total_limit=2,
+        logging_steps=step.logging_steps,
+        logging_strategy="steps",
+        report_to=list(step.report_to) or "none",
+        seed=run.recipe.seed,
+        data_seed=run.recipe.seed,
+        use_cpu=run.device.type == "cpu",
+        dataloader_pin_memory=run.device.type != "cpu",
+        remove_unused_columns=False,
+        disable_tqdm=not run.is_main,
+    )
+
+
+def train(model: PreTrainedModel, step: TrainingStep, run: Run, make_loss: LossMaker = _cross_entropy) -> list[dict[str, float]]:
+    """Train what requires a gradient, resuming from the newest whole checkpoint of the same step.
+
+    Args:
+        model: in place; left in eval mode.
+        step: the settings.
+        run: gives rows, folder, device and seed.
+        make_loss: the loss; cross entropy by default.
+
+    Returns:
+        The log: one entry for each logged step with its loss and learning rate.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
+        RunError: the loss is no number any more.
+    """
+    folder = run.scratch / "trainer"
+    checkpoint = newest_complete(folder)
+    if checkpoint:
+        log.info("continuing the training from %s", checkpoint.name)
+    data = run.train_data
+    stop = StopRequest()
+    trainer = LiteTrainer(
+        model=model,
+        args=trainer_arguments(step, run, folder),
+        train_dataset=data.dataset,
+        data_collator=data.collate,
+        callbacks=[SealCheckpoints(), stop, _StopAtNan()],
+        make_loss=make_loss,
+    )
+    with stopping_at_signals(stop):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.asked:
+        raise Interrupted(f"stopped after optimizer step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint is saved.")
+    model.eval()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    run.note(
+        trained_tokens=data.trained_tokens,
+        optimizer_steps=trainer.state.global_step,
+        train_loss=[{"step": entry["step"], "loss": entry["loss"]} for entry in history],
+    )
+    return history
