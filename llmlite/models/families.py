@@ -55,6 +55,7 @@ class Family:
         head_alternative: what to do instead of taking heads away.
         packs_by_position: several documents in one row, told apart only by `position_ids` that start again at 0 (no attention mask, no cache), do not see
             each other. Where it is False they do.
+        saved_names: module paths that stock transformers writes under another name in the file.
         equivalents: model types that give exactly the same logits from the same tensors under the conditions `llmlite.models.rebuild` checks.
     """
 
@@ -112,6 +113,7 @@ class Family:
     no_layers_if: dict[str, str] = field(default_factory=dict)
     head_alternative: str = "Use prune.ffn or prune.layers."
     packs_by_position: bool = True
+    saved_names: dict[str, str] = field(default_factory=dict)
     equivalents: tuple[str, ...] = ()
 
     @property
@@ -313,6 +315,7 @@ _TABLE = (
         head_dim=None,
         attention_bias="attention_bias",
         ffn_bias=True,
+        saved_names={"lm_head": "embed_out"},
         no_heads=_TIED_TO_HIDDEN.format(heads="num_attention_heads"),
         no_hidden=_HIDDEN_TIED_TO_HEADS,
     ),
