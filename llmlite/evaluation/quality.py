@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmlite.training.backbone import captured_head, logit_transform
+from llmlite.training.head import captured_head, logit_transform
 from llmlite.training.chunked import head_logits
 from llmlite.training.token_loss import IGNORE_INDEX, LogitTransform, next_token_labels
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llmlite.errors import Interrupted, RunError
-from llmlite.training.backbone import captured_head, logit_transform
+from llmlite.training.head import captured_head, logit_transform
 from llmlite.training.checkpoints import SealCheckpoints, StopRequest, newest_complete, stopping_at_signals
 from llmlite.training.chunked import chunked_head_loss
 from llmlite.training.settings import TrainingStep

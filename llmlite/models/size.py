@@ -1,0 +1,260 @@
+"""How large a model is: parameters, bytes on disk, FLOPs for each token, zeros.
+
+What a plan needs comes from the config alone, on the meta device, in seconds and without weights. What a report needs is counted in the file or in the
+model, never taken from the plan.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from llmlite.errors import LoadError
+from llmlite.models.view import ModelView, unwrap
+
+__all__ = [
+    "Size",
+    "Zeros",
+    "bytes_on_disk",
+    "count_zeros",
+    "expected_bytes",
+    "forward_flops_per_token",
+    "meta_model",
+    "size_of_config",
+    "size_of_model",
+]
+
+Scheme = Literal["int8", "nf4", "fp4"]
+
+_BLOCKSIZE = 64  # weights that share one absmax; BitsAndBytesConfig offers no other
+_NESTED_BLOCKSIZE = 256  # absmax values that share one second-level absmax
+_OFFSET_DIGITS = 18  # typical length of the nested offset as JSON; the real one depends on the weights
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
+_SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8", torch.uint8: "U8"}  # in file order
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters of a model, tied tensors counted once.
+
+    Attributes:
+        parameters: all of them.
+        decoder: in the decoder blocks. "20 % of the decoder gone" speaks of these.
+        embedding: token table and learned positions.
+        head: output head; 0 when it is tied to the token table.
+    """
+
+    parameters: int
+    decoder: int
+    embedding: int
+    head: int
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Exact zeros in the projections of the decoder blocks.
+
+    Attributes:
+        zeros: weights that are exactly 0.
+        weights: all weights looked at.
+        by_name: dotted name -> share of zeros in that tensor.
+    """
+
+    zeros: int
+    weights: int
+    by_name: dict[str, float]
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros, 0 to 1."""
+        return self.zeros / self.weights if self.weights else 0.0
+
+
+def meta_model(config: Any) -> Any:
+    """The model of a config without weights: shapes on the meta device. The config is not changed.
+
+    Raises:
+        ValueError: stock transformers refuses the config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config))
+
+
+def size_of_config(config: Any) -> Size:
+    """Parameters that a config stands for; seconds, no weights."""
+    return size_of_model(meta_model(config))
+
+
+def size_of_model(model: nn.Module) -> Size:
+    """Parameters of a live model; those that bitsandbytes packed count as the numbers they stand for, those of adapters do not count.
+
+    Raises:
+        UnsupportedModel: the architecture is not in the families table.
+    """
+    view = ModelView(model)
+    counts = dict(_logical_parameters(view))
+
+    def under(*modules: nn.Module | None) -> int:
+        inside = {id(parameter) for module in modules if module is not None for parameter in module.parameters()}
+        return sum(count for key, count in counts.items() if key in inside)
+
+    embedding = under(view.embedding, view.position_embedding)
+    head = under(view.head) - (sum(counts.get(id(p), 0) for p in view.embedding.parameters()) if view.tied else 0)
+    return Size(parameters=sum(counts.values()), decoder=under(*(block.module for block in view.blocks)), embedding=embedding, head=head)
+
+
+def _logical_parameters(view: ModelView) -> Iterator[tuple[int, int]]:
+    """(id, number of weights) of each distinct parameter of the base model."""
+    packed = {id(linear.base.weight): linear.in_features * linear.out_features for linear in view.linears() if linear.quantized}
+    for name, parameter in view.model.named_parameters():
+        if not any(mark in name for mark in ("lora_", "modules_to_save", "ia3_")):
+            yield id(parameter), packed.get(id(parameter), parameter.numel())
+
+
+def bytes_on_disk(folder: str | Path) -> int:
+    """Bytes of the weight files (safetensors, bin, gguf) that lie directly in a folder; tokenizer and JSON files do not count.
+
+    Raises:
+        LoadError: no weight file there.
+    """
+    files = [path for path in Path(folder).iterdir() if path.suffix in _WEIGHT_SUFFIXES] if Path(folder).is_dir() else []
+    if not files:
+        raise LoadError(f"{folder} holds no weight files ({', '.join(_WEIGHT_SUFFIXES)}), so there is nothing to measure.")
+    return sum(path.stat().st_size for path in files)
+
+
+def expected_bytes(config: Any, *, dtype: torch.dtype = torch.float32, scheme: Scheme | None = None, double_quant: bool = False) -> int:
+    """Bytes of the safetensors file that `save_pretrained` will write, from the config alone.
+
+    Exact for one file, header included. Two things add to it: models beyond one shard carry one more header for each shard, and with double quantization each
+    projection holds a number whose text is a few bytes longer or shorter.
+
+    Args:
+        config: of a family in the table.
+        dtype: of everything that is not quantized (embeddings, norms, biases, lm_head): float32, bfloat16 or float16.
+        scheme: bitsandbytes format of the projections in the decoder blocks; None leaves them in `dtype`.
+        double_quant: 4 bits only: the scales are quantized to 8 bits too (Dettmers et al. 2023, arXiv:2305.14314, section 3).
+    """
+    model = meta_model(config)
+    view = ModelView(model)
+    shapes = {f"{linear.name}.weight": (linear.out_features, linear.in_features) for linear in view.linears()} if scheme else {}
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for name, parameter in model.named_parameters():
+        if name in shapes and scheme:
+            tensors |= _packed_tensors(name, shapes[name], dtype, scheme, double_quant)
+        else:
+            path, _, leaf = name.rpartition(".")
+            tensors[f"{view.family.saved_names.get(path, path)}.{leaf}"] = (dtype, tuple(parameter.shape))
+    return _safetensors_bytes(tensors)
+
+
+def _packed_tensors(
+    name: str, shape_OI: tuple[int, int], dtype: torch.dtype, scheme: Scheme, double_quant: bool
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """What bitsandbytes 0.50 saves for one weight: the codes and what decodes them."""
+    count = shape_OI[0] * shape_OI[1]
+    if scheme == "int8":
+        prefix = name.removesuffix("weight")
+        return {name: (torch.int8, shape_OI), f"{prefix}SCB": (torch.float32, shape_OI[:1]), f"{prefix}weight_format": (torch.uint8, ())}
+    blocks = math.ceil(count / _BLOCKSIZE)
+    state: dict[str, Any] = {"quant_type": scheme, "blocksize": _BLOCKSIZE, "dtype": str(dtype).removeprefix("torch."), "shape": list(shape_OI)}
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        name: (torch.uint8, (math.ceil(count / 2), 1)),
+        f"{name}.absmax": (torch.uint8 if double_quant else torch.float32, (blocks,)),
+        f"{name}.quant_map": (torch.float32, (16,)),
+    }
+    text = len(json.dumps(state))
+    if double_quant:
+        tensors[f"{name}.nested_absmax"] = (torch.float32, (math.ceil(blocks / _NESTED_BLOCKSIZE),))
+        tensors[f"{name}.nested_quant_map"] = (torch.float32, (256,))
+        text = len(json.dumps({**state, "nested_blocksize": _NESTED_BLOCKSIZE, "nested_dtype": "float32", "nested_offset": 0})) - 1 + _OFFSET_DIGITS
+    tensors[f"{name}.quant_state.bitsandbytes__{scheme}"] = (torch.uint8, (text,))
+    return tensors
+
+
+def _safetensors_bytes(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
+    """Size of a safetensors file: 8 bytes of length, a JSON header padded to 8 bytes, the tensors sorted by type and name."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset, order = 0, list(_SAFETENSORS_DTYPES)
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (order.index(item[1][0]), item[0])):
+        end = offset + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": _SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    return 8 + math.ceil(len(json.dumps(header, separators=(",", ":"))) / 8) * 8 + offset
+
+
+def forward_flops_per_token(config: Any, *, context_tokens: int = 0) -> int:
+    """Floating point operations of one forward pass for one token; a multiply-add counts 2.
+
+        2 * (weights of all projections and of the head) + 4 * layers * heads * head_dim * context
+
+    The first term is what pruning changes most; norms, activations, rotary embedding and softmax are left out.
+
+    Args:
+        config: of a family in the table.
+        context_tokens: keys that the token attends to. For a causal pass over T tokens the mean is (T + 1) / 2; code that computes the full square does T.
+            Sliding windows are not subtracted.
+
+    Source: Kaplan et al. 2020, arXiv:2001.08361, section 2.1.
+    """
+    view = ModelView(meta_model(config))
+    outer = (parameter for module in (view.head, *view.stem) for parameter in module.parameters() if parameter.ndim == 2)
+    weights = sum(linear.in_features * linear.out_features for linear in view.linears()) + sum(parameter.numel() for parameter in outer)
+    return int(2 * weights + 4 * len(view.blocks) * view.heads * view.head_dim * context_tokens)
+
+
+@torch.no_grad()
+def count_zeros(source: nn.Module | str | Path) -> Zeros:
+    """Exact zeros among the weights of the decoder's projections: in a live model, or really read from the safetensors files of a folder.
+
+    Weights that bitsandbytes packed count by their code (its 4-bit formats have a code for 0).
+
+    Raises:
+        LoadError: a folder without safetensors files.
+        UnsupportedModel: the architecture is not in the families table.
+    """
+    counts = dict(_zeros_in_folder(Path(source)) if isinstance(source, str | Path) else _zeros_in_model(source))
+    by_name = {name: zeros / weights for name, (zeros, weights) in counts.items()}
+    return Zeros(sum(zeros for zeros, _ in counts.values()), sum(weights for _, weights in counts.values()), by_name)
+
+
+def _zeros_in_model(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
+    for linear in ModelView(unwrap(model)).linears():
+        weight = linear.base.weight
+        code = weight.quant_state.code if getattr(weight, "quant_state", None) is not None else None
+        yield linear.name, _zeros(weight.data, code)
+
+
+def _zeros_in_folder(folder: Path) -> Iterator[tuple[str, tuple[int, int]]]:
+    from transformers import AutoConfig
+
+    if not list(folder.glob("*.safetensors")):
+        raise LoadError(f"{folder} holds no .safetensors files, so its zeros cannot be counted.")
+    names = {f"{linear.name}.weight": linear.name for linear in ModelView(meta_model(AutoConfig.from_pretrained(folder))).linears()}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            stored = set(file.keys())
+            for key in sorted(stored & set(names)):
+                code = file.get_tensor(f"{key}.quant_map") if f"{key}.quant_map" in stored else None
+                yield names[key], _zeros(file.get_tensor(key), code)
+
+
+def _zeros(weight: Tensor, code_C: Tensor | None) -> tuple[int, int]:
+    """(zeros, weights) of one tensor. With a 4-bit codebook, (16,), each byte holds two codes."""
+    if code_C is None:
+        return int((weight == 0).sum()), weight.numel()
+    packed = weight.view(torch.uint8).flatten()
+    zero_codes = (code_C == 0).nonzero().flatten().tolist()
+    zeros = sum(int((nibble == code).sum()) for code in zero_codes for nibble in (packed >> 4, packed & 15))
+    return zeros, 2 * packed.numel()

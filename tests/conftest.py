@@ -1,0 +1,95 @@
+"""Tiny real models of every architecture in the table, for every test that wants one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from llmlite.models.families import FAMILIES
+
+ALL_FAMILIES = tuple(FAMILIES)
+HEAD_FAMILIES = tuple(name for name, family in FAMILIES.items() if not family.no_heads)
+FIXED_HEAD_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.no_heads)
+
+_COMMON: dict[str, Any] = {"vocab_size": 96, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_LLAMA_LIKE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+_OWN: dict[str, dict[str, Any]] = {
+    "mistral": {**_LLAMA_LIKE, "sliding_window": 8},
+    "qwen3": {**_LLAMA_LIKE, "head_dim": 16, "attention_bias": True},
+    "gemma": {**_LLAMA_LIKE, "head_dim": 16},
+    "gemma2": {**_LLAMA_LIKE, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24},
+    "gemma3_text": {
+        **_LLAMA_LIKE,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 24,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "granite": {
+        **_LLAMA_LIKE,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "embedding_multiplier": 1.5,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 2.0,
+        "attention_multiplier": 0.3,
+    },
+    "smollm3": {**_LLAMA_LIKE, "no_rope_layers": [1, 0, 1], "attention_bias": True, "mlp_bias": True},
+    "olmo2": {**_LLAMA_LIKE, "attention_bias": True},
+    "stablelm": {**_LLAMA_LIKE, "use_qkv_bias": True, "qk_layernorm": True},
+    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_inner": 128},
+    "opt": {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "num_hidden_layers": 3, "num_attention_heads": 4},
+    "gpt_neox": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4},
+}
+
+
+def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
+    """Config of a model small enough for milliseconds: 3 layers, hidden 64, 4 heads on 2 key/value heads, FFN 128, 96 tokens."""
+    return AutoConfig.for_model(model_type, **{**_COMMON, **_OWN.get(model_type, _LLAMA_LIKE), **overrides})
+
+
+def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """Fill every parameter so that a mistake shows: no zero bias, no unit norm, and attention that is far from uniform."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                start = 1.0 if name.endswith("weight") and "gemma" not in model.config.model_type else 0.0
+                parameter.copy_(start + 0.3 * noise)
+            else:
+                parameter.copy_(0.2 * noise)
+    return model
+
+
+def build_tiny(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+    """A tiny model with random, far from degenerate weights, in eval mode."""
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides))
+    return randomise(model, seed).to(dtype).eval()
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    """`tiny_model("qwen3", seed=0, dtype=torch.float32, **config_overrides)`."""
+    return build_tiny
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def token_ids(rows: int = 2, length: int = 20, seed: int = 0, vocab_size: int = 96) -> torch.Tensor:
+    """Random ordinary tokens (never pad, bos or eos), (rows, length), int64."""
+    return torch.randint(3, vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits_of(model: torch.nn.Module, ids_BT: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits of the model on the standard tokens, (rows, length, vocabulary), float32."""
+    ids_BT = token_ids() if ids_BT is None else ids_BT
+    return model(input_ids=ids_BT, use_cache=False).logits.float()
