@@ -1,0 +1,1 @@
+"""One training path: `transformers.Trainer`, and the losses it minimises."""
