@@ -1,0 +1,1 @@
+"""Train a small student to say what a larger teacher says."""

@@ -1,0 +1,71 @@
+"""The same losses as `llmlite.distillation.losses`, with their gradient written out: for those that every training step pays for.
+
+All take log-probabilities, log p = log_softmax(student / T) and log q = log_softmax(teacher / T), over one vocabulary, and return the loss per
+token, (N,), and its gradient by student / T, (N, V). The caller multiplies by T^2 and by T (T^2 of the convention times 1 / T of the chain rule).
+Arguments are only read.
+
+For a loss L(log p) with g = dL / d log p the gradient by the logits is g - p * sum(g):
+
+    forward KL            g = -q                          p - q
+    reverse KL            g = p (log p - log q + 1)       p (log p - log q - KL)
+    top-k, known tokens   g = -q                          p - q
+    top-k, the tail       g = -q_tail * p / p_tail        p - q_tail * p / p_tail
+
+Shapes: N tokens, V vocabulary, K teacher tokens kept per position.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from llmlite.distillation.losses import finite_logprobs, in_top_k, pointwise_kl, top_k_outcomes
+
+__all__ = ["forward_kl_gradient", "reverse_kl_gradient", "top_k_forward_kl_gradient"]
+
+
+def forward_kl_gradient(logp_NV: Tensor, logq_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(q || p), and p - q."""
+    q_NV = logq_NV.exp()
+    difference_NV = logq_NV - logp_NV
+    kl_N = torch.linalg.vecdot(q_NV, difference_NV)
+    if not _all_finite(kl_N):  # some logit is -inf: 0 * inf
+        kl_N = pointwise_kl(logq_NV, logp_NV).sum(-1)
+    return kl_N, torch.exp(logp_NV, out=difference_NV).sub_(q_NV)
+
+
+def reverse_kl_gradient(logp_NV: Tensor, logq_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p || q), and p * (log p - log q - KL(p || q))."""
+    p_NV = logp_NV.exp()
+    difference_NV = logp_NV - logq_NV
+    kl_N = torch.linalg.vecdot(p_NV, difference_NV)
+    if not _all_finite(kl_N):
+        difference_NV = finite_logprobs(logp_NV) - finite_logprobs(logq_NV)
+        kl_N = torch.linalg.vecdot(p_NV, difference_NV)
+    return kl_N, difference_NV.sub_(kl_N[:, None]).mul_(p_NV)
+
+
+def top_k_forward_kl_gradient(logp_NV: Tensor, ids_NK: Tensor, logprobs_NK: Tensor, tail: str) -> tuple[Tensor, Tensor]:
+    """`top_k_forward_kl` at temperature 1, and its gradient; arguments as there, with log p instead of logits."""
+    vocabulary = logp_NV.shape[-1]
+    known_NK, safe_NK, logq_NK, logq_tail_N = top_k_outcomes(ids_NK, logprobs_NK, vocabulary, tail, logp_NV.dtype)
+    q_NK = logq_NK.exp()  # zero where unknown
+    kl_N = pointwise_kl(logq_NK, logp_NV.gather(1, safe_NK)).masked_fill(~known_NK, 0.0).sum(-1)
+    mass_N = q_NK.sum(-1)
+    grad_NV = logp_NV.exp()
+    if logq_tail_N is None:
+        return kl_N, grad_NV.mul_(mass_N[:, None]).scatter_add_(1, safe_NK, -q_NK)
+
+    q_tail_N = logq_tail_N.exp()
+    tail_NV = logp_NV.masked_fill(in_top_k(known_NK, safe_NK, vocabulary), -math.inf)
+    logp_tail_N = torch.logsumexp(tail_NV, -1)
+    kl_N = kl_N + pointwise_kl(logq_tail_N, logp_tail_N)
+    within_NV = tail_NV.sub_(finite_logprobs(logp_tail_N)[:, None]).exp_()  # p / p_tail, also where both underflow
+    grad_NV.mul_((mass_N + q_tail_N)[:, None]).sub_(within_NV.mul_(q_tail_N[:, None]))
+    return kl_N, grad_NV.scatter_add_(1, safe_NK, -q_NK)
+
+
+def _all_finite(values_N: Tensor) -> bool:
+    return bool(torch.isfinite(values_N).all())

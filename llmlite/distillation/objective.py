@@ -1,0 +1,211 @@
+"""What a student minimises: cross entropy and a distance to the teacher from the same logits, in one pass over a chunk of tokens.
+
+    loss = ce_weight * CE(labels) + kd_weight * divergence(student, teacher)
+
+`Distillation` is a `TokenLoss` for `llmlite.training.chunked.chunked_head_loss`. The teacher is a signal that is asked for a chunk of tokens at
+a time: `HiddenTeacher` applies the teacher's head to its hidden states, so that its full logits never exist either; `LogitsTeacher` and
+`TopKTeacher` read what is there already (a cache, an API).
+
+The gradients of cross entropy, forward KL, reverse KL and top-k forward KL are written out; the others are left to autograd within a block of rows.
+
+Shapes: N tokens, C tokens of one chunk, R rows of one block of it, V vocabulary, D hidden size, K teacher tokens kept per position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from llmlite.distillation import losses
+from llmlite.distillation.gradients import forward_kl_gradient, reverse_kl_gradient, top_k_forward_kl_gradient
+from llmlite.errors import ConfigError
+from llmlite.training.chunked import head_logits
+from llmlite.training.token_loss import LogitTransform, TokenLoss
+
+__all__ = ["DIVERGENCES", "Distillation", "HiddenTeacher", "LogitsTeacher", "TeacherSignal", "TopKTeacher"]
+
+DIVERGENCES: Mapping[str, Callable[..., Tensor]] = {
+    "forward_kl": losses.forward_kl,
+    "reverse_kl": losses.reverse_kl,
+    "generalised_jsd": losses.generalised_jsd,
+    "skewed_forward_kl": losses.skewed_forward_kl,
+    "skewed_reverse_kl": losses.skewed_reverse_kl,
+    "total_variation": losses.total_variation,
+    "logit_mse": losses.logit_mse,
+}
+"""The distances a `Distillation` knows by name, for teachers whose whole distribution is at hand."""
+
+
+class TeacherSignal(Protocol):
+    """Whatever can tell what the teacher says of some tokens of the batch."""
+
+    def signal(self, rows_C: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+        """`(logits_CV,)`, or `(ids_CK, logprobs_CK)` of its likeliest tokens, on `device`."""
+        ...
+
+
+class HiddenTeacher:
+    """The teacher's last hidden states, live or from a cache, and its head: the exact distribution at D numbers per token.
+
+    Args:
+        hidden_ND: what enters the teacher's head, (N, D of the teacher), on any device.
+        head: the teacher's LM head, or its weight (V, D). The product runs where the head lives, in its dtype, autocast or not.
+        head_bias_V: with a head given as a weight, its bias.
+        transform: the teacher's own logit transform.
+    """
+
+    def __init__(self, hidden_ND: Tensor, head: nn.Module | Tensor, *, head_bias_V: Tensor | None = None, transform: LogitTransform | None = None) -> None:
+        self.hidden_ND, self.head, self.head_bias_V, self.transform = hidden_ND.detach(), head, head_bias_V, transform
+        self._buffer_CV: Tensor | None = None
+
+    def signal(self, rows_C: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+        """The chunk's logits, valid until the next call, which overwrites them."""
+        hidden_CD = self.hidden_ND[rows_C.to(self.hidden_ND.device)]
+        out_CV = self._buffer_CV[: len(rows_C)] if self._buffer_CV is not None and len(self._buffer_CV) >= len(rows_C) else None
+        logits_CV = head_logits(hidden_CD, self.head, self.head_bias_V, self.transform, out=out_CV)
+        if out_CV is None:
+            self._buffer_CV = logits_CV
+        return (logits_CV.to(device),)
+
+
+class LogitsTeacher:
+    """Logits, or log-probabilities over the whole vocabulary, that exist already, (N, V)."""
+
+    def __init__(self, logits_NV: Tensor) -> None:
+        self.logits_NV = logits_NV.detach()
+
+    def signal(self, rows_C: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+        """The chunk's logits."""
+        return (self.logits_NV[rows_C.to(self.logits_NV.device)].to(device),)
+
+
+class TopKTeacher:
+    """The likeliest tokens of each position: ids (N, K) of any integer type, and log-probabilities (N, K) at the loss's temperature.
+
+    See `llmlite.distillation.losses.top_k_forward_kl` for what the two tails mean.
+    """
+
+    def __init__(self, ids_NK: Tensor, logprobs_NK: Tensor, tail: str = "bucket") -> None:
+        self.ids_NK, self.logprobs_NK, self.tail = ids_NK, logprobs_NK.detach(), tail
+
+    def signal(self, rows_C: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+        """The chunk's ids, widened to int64, and its log-probabilities."""
+        rows_C = rows_C.to(self.ids_NK.device)
+        return self.ids_NK[rows_C].to(device, torch.int64), self.logprobs_NK[rows_C].to(device)
+
+
+class Distillation(TokenLoss):
+    """Cross entropy and a distance to the teacher, weighted, per token.
+
+    Args:
+        teacher: where the teacher's words come from.
+        labels_N: next-token labels, int64, or `None` for no cross entropy. -100 must have been dropped by the engine's `keep_N`.
+        divergence: a name of `DIVERGENCES`; for a `TopKTeacher` only "forward_kl".
+        temperature: T of the divergence, T^2 convention; cross entropy always is at T = 1.
+        ce_weight: weight of cross entropy; 0 still reports it.
+        kd_weight: weight of the divergence.
+        options: further arguments of the divergence, for instance `beta` or `alpha`.
+
+    Raises:
+        ConfigError: every argument that cannot work, together.
+    """
+
+    def __init__(
+        self,
+        teacher: TeacherSignal,
+        labels_N: Tensor | None = None,
+        *,
+        divergence: str = "forward_kl",
+        temperature: float = 1.0,
+        ce_weight: float = 0.5,
+        kd_weight: float = 0.5,
+        **options: Any,
+    ) -> None:
+        problems = []
+        if divergence not in DIVERGENCES:
+            problems.append(f"divergence={divergence!r} should be one of {', '.join(DIVERGENCES)}.")
+        if isinstance(teacher, TopKTeacher) and divergence != "forward_kl":
+            problems.append(f"divergence={divergence!r} needs the teacher's whole distribution; of its top-k only forward_kl can be computed.")
+        if min(ce_weight, kd_weight) < 0:
+            problems.append(f"ce_weight={ce_weight} and kd_weight={kd_weight} should not be negative.")
+        if problems:
+            raise ConfigError("distillation", problems)
+        self.teacher, self.labels_N, self.divergence, self.temperature = teacher, labels_N, divergence, temperature
+        self.ce_weight, self.kd_weight = ce_weight, kd_weight
+        self.names = (divergence,) if labels_N is None else ("ce", divergence)
+        self.weights = (kd_weight,) if labels_N is None else (ce_weight, kd_weight)
+        self.distance: Callable[..., Tensor]
+        if isinstance(teacher, TopKTeacher):
+            self.distance = partial(losses.top_k_forward_kl, temperature=temperature, tail=teacher.tail, **options)
+        else:
+            self.distance = partial(DIVERGENCES[divergence], temperature=temperature, **options)
+        self._probe()
+
+    def _probe(self) -> None:
+        """Let the divergence check its own options now rather than in the first step."""
+        two_12 = torch.zeros(1, 2)
+        args = (torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1)) if isinstance(self.teacher, TopKTeacher) else (two_12,)
+        try:
+            self.distance(two_12, *args)
+        except TypeError as error:
+            raise ConfigError("distillation", [f"{self.divergence} does not take these options: {error}."]) from None
+
+    def prepare(self, rows_C: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+        """The teacher's signal, and the labels if there are any."""
+        signal = self.teacher.signal(rows_C, device)
+        return signal if self.labels_N is None else (self.labels_N[rows_C.to(self.labels_N.device)].to(device), *signal)
+
+    def values(self, logits_RV: Tensor, *prepared: Tensor) -> tuple[Tensor, ...]:
+        """Cross entropy (with labels) and the divergence."""
+        if self.labels_N is None:
+            return (self.distance(logits_RV, *prepared),)
+        labels_R, *signal = prepared
+        return F.cross_entropy(logits_RV, labels_R, reduction="none"), self.distance(logits_RV, *signal)
+
+    def values_and_grad_(self, logits_RV: Tensor, *prepared: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Values and the gradient of their weighted sum, sharing log softmax(logits) where temperature and vocabulary allow."""
+        signal = prepared if self.labels_N is None else prepared[1:]
+        logp_RV = torch.log_softmax(logits_RV, -1) if self.labels_N is not None else None
+        kd_R, grad_kd_RW = self._distance_and_grad(logits_RV, logp_RV, signal)  # W: the vocabulary that is shared with the teacher
+        if logp_RV is None:
+            return (kd_R,), F.pad(grad_kd_RW.mul_(self.kd_weight), (0, logits_RV.shape[-1] - grad_kd_RW.shape[-1]))
+        labels_R1 = prepared[0][:, None]
+        ce_R = -logp_RV.gather(1, labels_R1).squeeze(1)
+        grad_RV = logp_RV.exp_().mul_(self.ce_weight)
+        grad_RV.scatter_add_(1, labels_R1, grad_RV.new_full(labels_R1.shape, -self.ce_weight))
+        grad_RV[:, : grad_kd_RW.shape[-1]].add_(grad_kd_RW, alpha=self.kd_weight)
+        return (ce_R, kd_R), grad_RV
+
+    def _distance_and_grad(self, logits_RV: Tensor, logp_RV: Tensor | None, signal: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """The divergence and its gradient by the logits, unweighted. `logp_RV`, log softmax(logits) if at hand, is only read."""
+        top_k = isinstance(self.teacher, TopKTeacher)
+        if not top_k and self.divergence not in ("forward_kl", "reverse_kl"):
+            return self._by_autograd(logits_RV, signal)
+        shared = logits_RV.shape[-1] if top_k else min(logits_RV.shape[-1], signal[0].shape[-1])
+        if logp_RV is None or self.temperature != 1.0 or shared < logits_RV.shape[-1]:
+            logp_RV = self._log_softmax(logits_RV, shared)
+        if isinstance(self.teacher, TopKTeacher):
+            values_R, grad_RW = top_k_forward_kl_gradient(logp_RV, signal[0], signal[1], self.teacher.tail)
+        else:
+            gradient = forward_kl_gradient if self.divergence == "forward_kl" else reverse_kl_gradient
+            values_R, grad_RW = gradient(logp_RV, self._log_softmax(signal[0].to(logits_RV.dtype), shared))
+        if self.temperature != 1.0:
+            values_R.mul_(self.temperature**2)
+            grad_RW.mul_(self.temperature)  # T^2 of the convention, 1 / T of the chain rule
+        return values_R, grad_RW
+
+    def _log_softmax(self, logits_RV: Tensor, vocabulary: int) -> Tensor:
+        logits_RW = logits_RV[:, :vocabulary]
+        return torch.log_softmax(logits_RW if self.temperature == 1.0 else logits_RW / self.temperature, -1)
+
+    def _by_autograd(self, logits_RV: Tensor, signal: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = logits_RV.detach().requires_grad_()
+            values_R = self.distance(leaf, *signal)
+            (grad_RV,) = torch.autograd.grad(values_R.sum(), leaf)
+        return values_R.detach(), grad_RV
