@@ -99,7 +99,7 @@ class Lora(TrainingStep):
         return adapted
 
     def _target_shapes(self, model: ModelPlan) -> dict[str, tuple[int, int]]:
-        from llmlite.models.view import linear_shapes
+        from llmlite.models.size import linear_shapes
 
         shapes = linear_shapes(model.config)
         if self.target_modules == ("all-linear",):

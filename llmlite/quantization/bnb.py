@@ -65,8 +65,8 @@ class Quantize(Step):
                     f"them, silently. Prune to multiples of {BLOCK_SIZE}, or set unaligned: skip to leave these layers in 16 bit."
                 ],
             )
-        size = expected_bytes(model.config, self.scheme, double_quant=self.double_quant, skip=self._skipped(model))
-        dense = expected_bytes(model.config, "float32" if run.device.type == "cpu" else "bfloat16")
+        size = expected_bytes(model.config, dtype=run.compute_dtype, scheme=self.scheme, double_quant=self.double_quant)
+        dense = expected_bytes(model.config, dtype=run.compute_dtype)
         notes = [f"{self.scheme}{' with double quantization' if self.scheme != 'int8' and self.double_quant else ''}"]
         if self.scheme == "int8":
             notes.append("in evaluation the inputs are rounded to 8 bit too (LLM.int8); in training only the weights are")
@@ -90,8 +90,10 @@ class Quantize(Step):
 
     def _load(self, run: Run, folder: Path, config: BitsAndBytesConfig) -> PreTrainedModel:
         from llmlite.models.load import load_model
+        from llmlite.quantization.safety import make_safe
 
         model = load_model(folder, run.recipe.model, run.device, quantization_config=config)
+        make_safe(model)
         return model
 
     def _quantization_config(self, model: ModelPlan, run: Run) -> BitsAndBytesConfig:
@@ -117,7 +119,7 @@ class Quantize(Step):
     def _unaligned(self, model: ModelPlan) -> list[tuple[str, int]]:
         if self.scheme == "int8":
             return []
-        from llmlite.models.view import linear_shapes
+        from llmlite.models.size import linear_shapes
 
         return [
             (name, in_features)

@@ -29,7 +29,7 @@ def training_peak_bytes(model: ModelPlan, trained_parameters: int, step: Trainin
     """
     family = family_of(model.config)
     width, layers = family.width(model.config), family.layers(model.config)
-    ffn = family.ffn_size(model.config)
+    ffn = family.ffn_channels(model.config)
     tokens = step.per_device_train_batch_size * run.recipe.data.max_length
     element = run.compute_dtype.itemsize
     checkpointing = step.gradient_checkpointing if step.gradient_checkpointing is not None else run.device.type != "cpu"
@@ -37,5 +37,6 @@ def training_peak_bytes(model: ModelPlan, trained_parameters: int, step: Trainin
     block = tokens * element * (14 * width + 4 * ffn)
     activations = tokens * element * width * layers + block if checkpointing else block * layers
     head = 2 * _CHUNK_TOKENS * 4 * int(model.config.vocab_size)
-    weights = expected_bytes(model.config, model.form, dense_dtype="float32" if element == 4 else "bfloat16")
+    scheme = model.form if model.form in {"int8", "nf4", "fp4"} else None
+    weights = expected_bytes(model.config, dtype=run.compute_dtype, scheme=scheme, double_quant=True)
     return weights + 16 * trained_parameters + activations + head + (_RUNTIME_BYTES if run.device.type == "cpu" else 0)
