@@ -1,3 +1,59 @@
-"""llmlite makes Hugging Face language models smaller: pruning, distillation, quantization and adapters, stock checkpoints in and out."""
+"""llmlite makes Hugging Face language models smaller: pruning, distillation, quantization and adapters, stock checkpoints in and out.
+
+Names are imported when first used, so that `import llmlite` stays quick and free of torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from llmlite.adapters.lora import Lora as Lora
+    from llmlite.data.settings import Data as Data
+    from llmlite.errors import LlmliteError as LlmliteError
+    from llmlite.models.load import Model as Model
+    from llmlite.pipeline import check as check
+    from llmlite.quantization.bnb import Quantize as Quantize
+    from llmlite.recipe import Recipe as Recipe
+    from llmlite.report import Report as Report
+    from llmlite.step import Step as Step
+
+_HOMES = {
+    "Data": "llmlite.data.settings",
+    "LlmliteError": "llmlite.errors",
+    "Lora": "llmlite.adapters.lora",
+    "LoraInt4": "llmlite.recipes.lora_int4",
+    "LoraInt8": "llmlite.recipes.lora_int8",
+    "Model": "llmlite.models.load",
+    "Quantize": "llmlite.quantization.bnb",
+    "Recipe": "llmlite.recipe",
+    "Report": "llmlite.report",
+    "Step": "llmlite.step",
+    "check": "llmlite.pipeline",
+}
+
+__all__ = ["__version__", "run", *_HOMES]
+
+
+def run(recipe: Any, **options: Any) -> Report:
+    """Run a recipe, or the one in a YAML file; keyword options win over the file.
+
+    Raises:
+        LlmliteError: whatever cannot work; see `llmlite.errors`.
+    """
+    from pathlib import Path
+
+    from llmlite.recipe import Recipe
+
+    if isinstance(recipe, str | Path):
+        recipe = Recipe.from_file(recipe, **options)
+    return recipe.run()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'llmlite' has no attribute {name!r}")

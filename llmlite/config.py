@@ -48,8 +48,9 @@ def settings(cls: type[T]) -> type[T]:
 
     @functools.wraps(validated_init)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        expand = getattr(type(self), "expand_options", None)
         try:
-            validated_init(self, *args, **kwargs)
+            validated_init(self, *args, **(expand(kwargs) if expand else kwargs))
         except pydantic.ValidationError as error:
             raise ConfigError(f"{type(self).__name__}(...)", problems_of(error, type(self))) from None
 

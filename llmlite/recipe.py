@@ -17,12 +17,12 @@ from llmlite.config import fingerprint, near, read_yaml, settings, to_mapping, u
 from llmlite.data.settings import Data
 from llmlite.errors import ConfigError
 from llmlite.models.load import Model
-from llmlite.step import Step, name_of_step, parse_step
+from llmlite.step import Step, name_of_step, parse_step, step_class
 
 if TYPE_CHECKING:
     from llmlite.report import Report
 
-__all__ = ["NOT_IN_FINGERPRINT", "Recipe"]
+__all__ = ["NOT_IN_FINGERPRINT", "DataSettings", "ModelSettings", "Recipe", "Steps"]
 
 R = TypeVar("R", bound="Recipe")
 
@@ -44,6 +44,14 @@ def _steps_of(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+ModelSettings = Annotated[Model, pydantic.BeforeValidator(_model_of)]
+"""A `Model`, or a name for one."""
+DataSettings = Annotated[Data, pydantic.BeforeValidator(_data_of)]
+"""A `Data`, or a name for its training text."""
+Steps = Annotated[tuple[Step, ...], pydantic.BeforeValidator(_steps_of)]
+"""A list of steps."""
+
+
 @settings
 class Recipe:
     """A whole compression: a model, data, steps in order, and a folder for the result."""
@@ -51,11 +59,11 @@ class Recipe:
     name: ClassVar[str] = "recipe"
     """Names the default output folder."""
 
-    model: Annotated[Model, pydantic.BeforeValidator(_model_of)] = Model()
+    model: ModelSettings = Model()
     """Hub id, local folder or .gguf file. Left out: SmolLM2-135M-Instruct from the cache or the installed package, offline."""
-    data: Annotated[Data, pydantic.BeforeValidator(_data_of)] = Data()
+    data: DataSettings = Data()
     """Hub id, JSON/JSONL/Parquet/CSV/TXT file or folder. Left out: the Python documentation inside every interpreter, offline."""
-    steps: Annotated[tuple[Step, ...], pydantic.BeforeValidator(_steps_of)] = ()
+    steps: Steps = ()
     """What is done, in order."""
     output_dir: str | None = None
     """Folder for the result. Left out: outputs/ and the recipe's name."""
@@ -71,6 +79,15 @@ class Recipe:
     """Upload the result at the end. Nothing is uploaded unasked."""
     hub_model_id: str | None = None
     """Where to upload: owner/name."""
+
+    @classmethod
+    def expand_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Let ``LoraInt4(r=8, max_length=256)`` reach the options of the recipe's steps, data and model."""
+        own = _own_fields(cls)
+        if all(name in own for name in options):
+            return options
+        recipe = cls.from_options((f"{cls.__name__}(...)", {name: _plain(value, name) for name, value in options.items()}))
+        return {name: getattr(recipe, name) for name in own}
 
     @classmethod
     def from_options(cls: type[R], *layers: tuple[str, Mapping[str, Any]]) -> R:
@@ -165,7 +182,8 @@ def _own_fields(cls: type[Any]) -> list[str]:
 
 
 def _plain(value: Any, name: str) -> Any:
-    return list(to_mapping(value, name_of_step, defaults=True)) if name == "steps" else to_mapping(value, name_of_step, defaults=True)
+    plain = to_mapping(value, name_of_step, defaults=True)
+    return list(plain) if name == "steps" and isinstance(plain, list | tuple) else plain
 
 
 def _assign(merged: dict[str, Any], key: str, value: Any) -> str | None:
@@ -203,14 +221,27 @@ def _assign_path(merged: dict[str, Any], path: list[str], value: Any) -> str | N
 
 
 def _assign_short(merged: dict[str, Any], key: str, value: Any) -> str | None:
-    steps = [step for step in merged["steps"] if isinstance(step, dict)] if isinstance(merged["steps"], list) else []
-    homes = [step for step in steps if key in step and key != "step"]
+    steps = merged["steps"] if isinstance(merged["steps"], list) else []
+    homes = [index for index, step in enumerate(steps) if key in _options_of_step(step)]
     if len(homes) > 1:
-        paths = [f"steps.{merged['steps'].index(home)}.{key}" for home in homes]
+        paths = [f"steps.{index}.{key}" for index in homes]
         return f"'{key}' is an option of several steps. Say which: {', '.join(paths)}."
-    homes = homes or [part for part in (merged["data"], merged["model"]) if isinstance(part, dict) and key in part]
-    if not homes:
-        known = {*merged, *merged["data"], *merged["model"], *(name for step in steps for name in step)} - {"step", "name", "train"}
-        return unknown_option(key, known)
-    homes[0][key] = value
-    return None
+    if homes:
+        step = steps[homes[0]]
+        steps[homes[0]] = (step if isinstance(step, dict) else {"step": step}) | {key: value}
+        return None
+    for part in (merged["data"], merged["model"]):
+        if isinstance(part, dict) and key in part:
+            part[key] = value
+            return None
+    known = {*merged, *merged["data"], *merged["model"], *(name for step in steps for name in _options_of_step(step))} - {"name", "train"}
+    return unknown_option(key, known)
+
+
+def _options_of_step(step: Any) -> list[str]:
+    """Names of the options of a step as YAML gives it; none for one that is not known."""
+    name = step.get("step") if isinstance(step, Mapping) else step
+    try:
+        return _own_fields(step_class(name)) if isinstance(name, str) else []
+    except ValueError:
+        return []

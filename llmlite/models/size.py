@@ -7,7 +7,6 @@ model, never taken from the plan.
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import math
 from collections.abc import Iterator
@@ -98,27 +97,15 @@ def size_of_config(config: Any) -> Size:
     return size_of_model(meta_model(config))
 
 
+_SHAPES: dict[str, dict[str, tuple[int, int]]] = {}
+
+
 def linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
     """Dotted name -> (out_features, in_features) of every projection in the decoder blocks, from the config alone."""
-    return dict(_linear_shapes(config.to_json_string(use_diff=False), _ByIdentity(config)))
-
-
-class _ByIdentity:
-    """Carries a config through a cache whose key is the config's text."""
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-
-    def __hash__(self) -> int:
-        return 0
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ByIdentity)
-
-
-@functools.lru_cache(maxsize=16)
-def _linear_shapes(text: str, holder: _ByIdentity) -> tuple[tuple[str, tuple[int, int]], ...]:
-    return tuple((linear.name, (linear.out_features, linear.in_features)) for linear in ModelView(meta_model(holder.config)).linears())
+    key = config.to_json_string(use_diff=False)
+    if key not in _SHAPES:
+        _SHAPES[key] = {linear.name: (linear.out_features, linear.in_features) for linear in ModelView(meta_model(config)).linears()}
+    return dict(_SHAPES[key])
 
 
 def size_of_model(model: nn.Module) -> Size:

