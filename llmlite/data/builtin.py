@@ -34,10 +34,8 @@ PYTHON_DOCS = "builtin:python-docs"
 PYTHON_DOCS_PROSE = "builtin:python-docs-prose"
 
 # Not worth reading (tests, demos, tables of encodings) or jokes.
-_SKIPPED = frozenset(
-    "antigravity distutils encodings ensurepip idlelib lib2to3 msilib nturl2path pydoc_data sre_compile sre_constants sre_parse test this "
-    "tkinter turtle turtledemo".split()
-)
+_SKIPPED = {"antigravity", "distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "msilib", "nturl2path", "pydoc_data", "sre_compile"}
+_SKIPPED |= {"sre_constants", "sre_parse", "test", "this", "tkinter", "turtle", "turtledemo"}
 _C_MODULES = ("builtins", "itertools", "math", "sys", "time")
 
 _SHORTEST_ANSWER, _LONGEST_ANSWER = 40, 4000  # characters

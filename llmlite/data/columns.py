@@ -30,8 +30,7 @@ _ROLES = {
 }  # fmt: skip
 
 UNDERSTOOD = (
-    f"plain text ({', '.join(_TEXT)}); a prompt ({', '.join(_PROMPT)}) with a completion ({', '.join(_COMPLETION)}); "
-    f"or chat messages ({', '.join(_MESSAGES)})"
+    f"plain text ({', '.join(_TEXT)}); a prompt ({', '.join(_PROMPT)}) with a completion ({', '.join(_COMPLETION)}); or chat messages ({', '.join(_MESSAGES)})"
 )
 
 

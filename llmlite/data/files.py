@@ -94,7 +94,7 @@ def _json_lines(lines: Iterator[bytes] | io.BufferedIOBase, path: Path) -> Itera
 
 def _object(value: object, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f"{where} is a {type(value).__name__}; wanted a JSON object such as {{\"prompt\": ..., \"completion\": ...}}.")
+        raise DataError(f'{where} is a {type(value).__name__}; wanted a JSON object such as {{"prompt": ..., "completion": ...}}.')
     return value
 
 

@@ -51,8 +51,8 @@ def split_by_content(keys: Sequence[int], calibration_fraction: float, test_frac
     # Thresholds on the hash leave a small split empty now and then, so the smallest hashes are taken by rank there.
     test_end = _boundary(distinct, test_fraction, 0, len(distinct) - len(wanted)) if test_fraction > 0 else 0
     calibration_end = _boundary(distinct, test_fraction + calibration_fraction, test_end, len(distinct) - 1) if calibration_fraction > 0 else test_end
-    side: dict[int, Split] = {key: "test" for key in distinct[:test_end]}
-    side |= {key: "calibration" for key in distinct[test_end:calibration_end]}
+    side: dict[int, Split] = dict.fromkeys(distinct[:test_end], "test")
+    side |= dict.fromkeys(distinct[test_end:calibration_end], "calibration")
     shares: dict[Split, list[int]] = {name: [] for name in SPLITS}
     for index, key in enumerate(keys):
         shares[side.get(key, "train")].append(index)

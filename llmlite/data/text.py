@@ -120,6 +120,8 @@ def check_source(
     if place == "hub":
         check_hub(str(source), revision)
         return SourceCheck(str(source), None, None)
+    if place == "builtin":
+        return SourceCheck(str(source), "pair" if str(source) == PYTHON_DOCS else "text", "prompt, completion" if str(source) == PYTHON_DOCS else "text")
     seen: list[Rows] = []
     for records in _piles(source, place, config_name, revision, first=_FIRST_ROWS).values():
         rows = _understood(records, names, str(source), None)
@@ -170,11 +172,9 @@ def read_splits(
     builtin = str(source) in _BUILTIN
     calibration_share = calibration_fraction if calibration_fraction is not None else (0.2 if builtin else 0.05)
     test_share = test_fraction if test_fraction is not None else (0.1 if builtin else 0.05)
-    if not (0 <= calibration_share and 0 <= test_share and calibration_share + test_share < 1):
+    if not (calibration_share >= 0 and test_share >= 0 and calibration_share + test_share < 1):
         raise DataError(f"{source}: calibration_fraction={calibration_share} and test_fraction={test_share} want to be at least 0 and together below 1.")
-    piles = {
-        split: _understood(records, names, str(source), split) for split, records in _piles(source, _locate(source), config_name, revision).items()
-    }
+    piles = {split: _understood(records, names, str(source), split) for split, records in _piles(source, _locate(source), config_name, revision).items()}
     if len(kinds := {rows.kind for rows in piles.values() if len(rows)}) > 1:
         raise DataError(f"{source}: its splits are of different kinds ({', '.join(sorted(kinds))}). Name one of its files.")
     if not (pile := piles["train"]).rows:
@@ -281,9 +281,9 @@ def _assign(names: Sequence[str]) -> dict[Split, list[str]]:
     rest = [name for name in names if name not in spoken_for]
     if "train" not in assigned:
         # Only test files, or files that speak of no split at all: everything is one pile.
-        return {"train": rest or list(names)} | ({split: assigned[split] for split in assigned} if rest else {})
+        return {**assigned, "train": rest} if rest else {"train": list(names)}
     if rest:
-        logger.info("not read, since other files are named as training data: %s", ", ".join(rest))
+        logger.warning("%s: not read, since others are named as training data.", ", ".join(rest))
     return assigned
 
 
