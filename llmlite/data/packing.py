@@ -1,0 +1,179 @@
+"""Several short examples in one row, none of which sees the others.
+
+Padding wastes most of a batch of uneven examples. Packing puts examples end to end into rows of `sequence_tokens` and restarts
+`position_ids` at 0 with each. transformers builds a block-diagonal mask from such restarts (`masking_utils.find_packed_sequence_indices`;
+FlashAttention uses its variable-length kernels), so every example gets the loss it gets alone. That needs three things, all silent when
+they fail: no attention mask, no key/value cache (`use_cache=False`), and a family that hands its position ids to the mask. OPT does not.
+`packing_holds` measures it on the model at hand.
+
+Shapes: T tokens, N examples. Which examples share a row is bin packing by best-fit decreasing (Johnson 1973); the use for training
+language models is e.g. Krell et al. 2021, arXiv:2107.02027, and Ding et al. 2024, arXiv:2404.10830.
+"""
+
+from __future__ import annotations
+
+import bisect
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmlite.data.tokens import IGNORED, Encoded
+from llmlite.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
+    import torch
+    from numpy.typing import NDArray
+    from transformers import PreTrainedModel
+
+    Ids = NDArray[np.int32]
+
+__all__ = ["calibration_windows", "chunks", "pack", "packed_dataset", "packing_holds", "padded_dataset"]
+
+
+def pack(lengths_N: Sequence[int], capacity: int, seed: int = 0) -> list[list[int]]:
+    """Share examples out over as few rows as best-fit decreasing finds (at most 11/9 of the optimum, plus one).
+
+    Args:
+        lengths_N: tokens of each example, each at most `capacity`.
+        capacity: tokens of a row.
+        seed: order of the rows; without shuffling the longest examples would come first.
+
+    Returns:
+        For each row the indices of its examples, ascending. Every index occurs once.
+    """
+    rows: list[list[int]] = []
+    rows_with_space: defaultdict[int, list[int]] = defaultdict(list)
+    spaces: list[int] = []  # the keys of rows_with_space, sorted
+    for index in sorted(range(len(lengths_N)), key=lambda index: -lengths_N[index]):
+        length = lengths_N[index]
+        if length > capacity:
+            raise ValueError(f"example {index} has {length} tokens; a row holds {capacity}")
+        tightest = bisect.bisect_left(spaces, length)
+        if tightest == len(spaces):
+            row, space = len(rows), capacity
+            rows.append([])
+        else:
+            space = spaces[tightest]
+            row = rows_with_space[space].pop()
+            if not rows_with_space[space]:
+                del rows_with_space[space], spaces[tightest]
+        rows[row].append(index)
+        if space > length:
+            if space - length not in rows_with_space:
+                bisect.insort(spaces, space - length)
+            rows_with_space[space - length].append(row)
+    random.Random(seed).shuffle(rows)
+    return [sorted(row) for row in rows]
+
+
+def packed_dataset(encoded: Encoded, sequence_tokens: int, seed: int = 0) -> datasets.Dataset:
+    """Rows of at most `sequence_tokens`: `input_ids`, `labels` and `position_ids` that restart at 0 with each example."""
+    rows = pack([len(ids) for ids in encoded.input_ids], sequence_tokens, seed)
+    return _dataset(
+        {
+            "input_ids": [np.concatenate([encoded.input_ids[index] for index in row]) for row in rows],
+            "labels": [np.concatenate([encoded.labels[index] for index in row]) for row in rows],
+            "position_ids": [np.concatenate([np.arange(len(encoded.input_ids[index]), dtype=np.int32) for index in row]) for row in rows],
+        }
+    )
+
+
+def padded_dataset(encoded: Encoded) -> datasets.Dataset:
+    """One example a row, `input_ids` and `labels`, unpadded; the collator pads each batch."""
+    return _dataset({"input_ids": encoded.input_ids, "labels": encoded.labels})
+
+
+def chunks(stream_T: Ids, sequence_tokens: int, *, leading: Sequence[int] = (), keep_rest: bool = True) -> datasets.Dataset:
+    """Plain text in fixed windows, for perplexity and for training on text without rows.
+
+    Args:
+        stream_T: ids, int32.
+        sequence_tokens: tokens of each window, `leading` included.
+        leading: put before every window (`leading_ids`: BOS where the tokenizer writes one; Gemma is lost without it), never predicted.
+        keep_rest: keep the shorter last window, if it has a token to predict.
+
+    Returns:
+        `input_ids` and `labels`. The first token of a window has no context and is not predicted, unless `leading` is that context.
+
+    Raises:
+        DataError: the stream has not one window with a token to predict.
+    """
+    step = sequence_tokens - len(leading)
+    if step < 1 or sequence_tokens < 2:
+        raise DataError(f"sequence_tokens={sequence_tokens} leaves no token to predict; it wants at least {max(2, len(leading) + 1)}.")
+    head = np.array(leading, dtype=np.int32)
+    windows = [np.concatenate([head, stream_T[start : start + step]]).astype(np.int32) for start in range(0, len(stream_T), step)]
+    if windows and len(windows[-1]) < (2 if keep_rest else sequence_tokens):
+        windows.pop()
+    if not windows:
+        raise DataError(f"the text has {len(stream_T)} tokens, less than one window of {sequence_tokens}. Give more text or shorter windows.")
+    ignored = max(1, len(head))
+    labels = [np.concatenate([np.full(ignored, IGNORED, dtype=np.int32), window[ignored:]]) for window in windows]
+    return _dataset({"input_ids": windows, "labels": labels})
+
+
+def calibration_windows(stream_T: Ids, sequences: int, sequence_tokens: int, seed: int = 0, *, leading: Sequence[int] = ()) -> torch.Tensor:
+    """Windows drawn from anywhere in the text, no two overlapping.
+
+    Returns:
+        int64, (N, sequence_tokens) with N = `sequences`, or fewer when the text does not hold as many; the caller says so.
+
+    Raises:
+        DataError: the text is shorter than one window.
+    """
+    import torch
+
+    step = sequence_tokens - len(leading)
+    available = len(stream_T) // step if step > 0 else 0
+    if available < 1:
+        raise DataError(f"the calibration text has {len(stream_T)} tokens, less than one window of {sequence_tokens}. Give more text or shorter windows.")
+    generator = random.Random(seed)
+    phase = generator.randint(0, len(stream_T) - available * step)
+    chosen = sorted(generator.sample(range(available), min(sequences, available)))
+    head = np.array(leading, dtype=np.int64)
+    return torch.from_numpy(np.stack([np.concatenate([head, stream_T[phase + at * step : phase + (at + 1) * step]]) for at in chosen]).astype(np.int64))
+
+
+def packing_holds(model: PreTrainedModel, tolerance: float = 1e-2) -> bool:
+    """Whether this model gives packed examples the logits they get alone: two examples, three short forwards, no gradients.
+
+    The second of two packed examples is compared with itself alone. Without separation its logits change by the order of their own size;
+    with it, by rounding.
+
+    Args:
+        model: on any device, in any type; its mode (training or evaluation) is kept as it is found. Dropout is off during the test.
+        tolerance: largest difference allowed, relative to the spread of the logits; wide enough for bfloat16 and int8.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    ids_1T = torch.randint(3, max(4, min(1000, model.config.get_text_config().vocab_size)), (1, 16), generator=generator).to(model.device)
+    positions_1T = torch.cat([torch.arange(8), torch.arange(8)])[None].to(model.device)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            packed = model(input_ids=ids_1T, position_ids=positions_1T, use_cache=False).logits[0, 8:].float()
+            alone = model(input_ids=ids_1T[:, 8:], position_ids=positions_1T[:, 8:], use_cache=False).logits[0].float()
+            mixed = model(input_ids=ids_1T, use_cache=False).logits[0, 8:].float()
+    finally:
+        model.train(training)
+    wrong, noise = (mixed - alone).abs().max().item(), (packed - alone).abs().max().item()
+    return noise <= max(tolerance * alone.std().item(), 0.1 * wrong) if wrong > 0 else True
+
+
+def _dataset(columns: dict[str, list[Ids]]) -> datasets.Dataset:
+    """In memory, so that nothing is written into a cache folder; values as int32."""
+    import datasets
+    import pyarrow as pa
+
+    arrays: dict[str, Any] = {}
+    for name, values in columns.items():
+        offsets = np.concatenate([[0], np.cumsum([len(value) for value in values])]).astype(np.int64)
+        flat = np.concatenate(values) if values else np.zeros(0, dtype=np.int32)
+        arrays[name] = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat, type=pa.int32()))
+    return datasets.Dataset(pa.table(arrays))
