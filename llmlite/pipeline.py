@@ -80,13 +80,11 @@ def _check(recipe: Recipe, context: Run) -> Plan:
     longest = getattr(config, "max_position_embeddings", None)
     if longest and recipe.data.max_length > longest:
         raise ConfigError(recipe.name, [f"max_length={recipe.data.max_length} should be at most {longest}, the longest sequence that {recipe.model.name} allows."])
-    import torch
-
     dense = expected_bytes(config, dtype=context.compute_dtype)
     model = ModelPlan(
         config,
         parameters=size_of_config(config).parameters,
-        disk_bytes=expected_bytes(config, dtype=torch.bfloat16),
+        disk_bytes=expected_bytes(config, dtype=context.storage_dtype),
         peak_bytes=dense + (500_000_000 if context.device.type == "cpu" else 0),
     )
     rows = [_plan_row("base", model)]
@@ -252,7 +250,7 @@ class _Pipeline:
                 decode_tokens_per_second=speed.decode_tokens_per_second,
                 peak_memory_bytes=peak.bytes,
                 seconds=time.perf_counter() - started,
-                details={"tokens": quality.tokens, "sample": sample(model, self.context)},
+                details={"tokens": quality.tokens, "sample": sample(model, self.context.tokenizer, self.context.evaluation_data.rows)},
             )
             with writing_folder(folder) as temporary:
                 reference.save(temporary / "reference.safetensors")
@@ -262,7 +260,7 @@ class _Pipeline:
         row = self._row(folder)
         data = self.context.evaluation_data
         self.report.rows = [row]
-        self.report.evaluation = {"text": self.recipe.data.evaluation or f"{self.recipe.data.train}, held-out part", "rows": data.examples, "tokens": row.details["tokens"]}
+        self.report.evaluation = {"text": self.recipe.data.evaluation or f"{self.recipe.data.train}, held-out part", "examples": data.counts.examples, "tokens": row.details["tokens"]}
         return Reference.read(folder / "reference.safetensors")
 
     def _usable(self, folder: Path) -> bool:
@@ -289,6 +287,7 @@ class _Pipeline:
         from llmlite.evaluation.quality import measure_quality
         from llmlite.evaluation.sample import sample
         from llmlite.evaluation.speed import measure_speed
+        from llmlite.models.save import settle
 
         step, folder = self.recipe.steps[index], self._folder(index)
         name = name_of_step(type(step)) or type(step).__name__
@@ -300,11 +299,13 @@ class _Pipeline:
         started = time.perf_counter()
         with measured_peak(self.context.device.type) as peak, _memory_advice(name):
             model = self._apply(index, step)
+            if not _is_adapter(model):
+                settle(model, self.context.storage_dtype)
         seconds = time.perf_counter() - started
         log.info("step %d of %d: %s took %.0f s; measuring", index + 1, len(self.recipe.steps), name, seconds)
         quality = measure_quality(model, self.context.evaluation_batches(), reference)
         speed = measure_speed(model)
-        self.context.note(sample=sample(model, self.context))
+        self.context.note(sample=sample(model, self.context.tokenizer, self.context.evaluation_data.rows))
         with writing_folder(folder) as temporary:
             self._save(model, temporary)
             size = folder_bytes(temporary) + (folder_bytes(self._base_of(index)) if _is_adapter(model) else 0)
@@ -337,9 +338,9 @@ class _Pipeline:
         return step.apply(model, self.context)
 
     def _save(self, model: PreTrainedModel, folder: Path) -> None:
-        model.save_pretrained(folder)
-        if _is_adapter(model):
-            (folder / "README.md").unlink(missing_ok=True)  # peft's empty card
+        from llmlite.models.save import save_model
+
+        save_model(model, folder, self.context.storage_dtype)
         self.context.tokenizer.save_pretrained(folder)
 
     def _base_of(self, index: int) -> Path:

@@ -77,37 +77,42 @@ class Report:
         return cls(path=Path(folder), **values)
 
     def table(self) -> Table:
-        """The rows as a rich table; changes are against the base."""
+        """A column for the base and for each step, a row for each figure; changes are against the base."""
         from rich.table import Table
 
         table = Table(title=f"{self.path}", title_justify="left")
-        for name in ("step", "parameters", "on disk", "perplexity", "change", "KL to base", "top-1 as base", "prefill tok/s", "decode tok/s", "peak memory", "seconds"):
-            table.add_column(name, justify="left" if name == "step" else "right")
-        base = self.rows[0] if self.rows else None
+        table.add_column("")
+        base = self.rows[0].perplexity if self.rows else 1.0
         for row in self.rows:
-            table.add_row(
-                row.name,
-                f"{row.parameters:,}",
-                human_bytes(row.bytes_on_disk),
-                f"{row.perplexity:.4g}",
-                f"{row.perplexity / base.perplexity - 1:+.1%}" if base and row is not base else "",
-                "" if row.kl is None else f"{row.kl:.4f}",
-                "" if row.top1_agreement is None else f"{row.top1_agreement:.1%}",
-                "" if row.prefill_tokens_per_second is None else f"{row.prefill_tokens_per_second:.0f}",
-                "" if row.decode_tokens_per_second is None else f"{row.decode_tokens_per_second:.1f}",
-                "" if row.peak_memory_bytes is None else human_bytes(row.peak_memory_bytes),
-                f"{row.seconds:.0f}",
-            )
+            table.add_column(row.name, justify="right", no_wrap=True)
+        lines: dict[str, list[str]] = {
+            "parameters": [f"{row.parameters:,}" for row in self.rows],
+            "on disk": [human_bytes(row.bytes_on_disk) for row in self.rows],
+            "perplexity": [f"{row.perplexity:.4g}" for row in self.rows],
+            "  change": [f"{row.perplexity / base - 1:+.1%}" if index else "" for index, row in enumerate(self.rows)],
+            "KL to the base": [_shown(row.kl, ".4f") for row in self.rows],
+            "top-1 as the base": [_shown(row.top1_agreement, ".1%") for row in self.rows],
+            "prefill tokens/s": [_shown(row.prefill_tokens_per_second, ".0f") for row in self.rows],
+            "decode tokens/s": [_shown(row.decode_tokens_per_second, ".1f") for row in self.rows],
+            "peak memory": ["" if row.peak_memory_bytes is None else human_bytes(row.peak_memory_bytes) for row in self.rows],
+            "seconds": [f"{row.seconds:.0f}" for row in self.rows],
+        }
+        for name, cells in lines.items():
+            table.add_row(name, *cells)
         return table
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def plan_table(rows: Sequence[dict[str, Any]]) -> Table:
     """The plan that `--dry_run` prints: one row for the base and for each step."""
     from rich.table import Table
 
-    table = Table(title="plan", title_justify="left")
-    for name in ("step", "gives", "parameters", "trained", "on disk", "peak memory", "tokens", "notes"):
-        table.add_column(name, justify="left" if name in {"step", "gives", "notes"} else "right")
+    table = Table(title="The plan", title_justify="left", caption="\n".join(_note(row) for row in rows if row["notes"]), caption_justify="left")
+    for name in ("step", "gives", "parameters", "trained", "on disk", "peak memory", "tokens"):
+        table.add_column(name, justify="left" if name in {"step", "gives"} else "right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["step"],
@@ -117,9 +122,12 @@ def plan_table(rows: Sequence[dict[str, Any]]) -> Table:
             human_bytes(row["disk_bytes"]),
             human_bytes(row["peak_bytes"]) if row["peak_bytes"] else "",
             f"{row['tokens']:,}" if row["tokens"] else "",
-            "; ".join(row["notes"]),
         )
     return table
+
+
+def _note(row: dict[str, Any]) -> str:
+    return f"{row['step']}: {'; '.join(row['notes'])}"
 
 
 def human_bytes(count: float) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from llmlite.data.prepare import Prepared
+    from llmlite.data.split import Split
     from llmlite.recipe import Recipe
     from llmlite.training.settings import TrainingStep
 
@@ -53,6 +54,13 @@ class Run:
     def compute_dtype(self) -> torch.dtype:
         """The type of activations, by device and settings."""
         return compute_dtype(self.device, self.recipe.model.dtype)
+
+    @cached_property
+    def storage_dtype(self) -> torch.dtype:
+        """The type of weights in files: the base's own."""
+        from llmlite.models.save import storage_dtype
+
+        return storage_dtype(self.config)
 
     @cached_property
     def source(self) -> Source:
@@ -96,7 +104,9 @@ class Run:
     def evaluation_data(self) -> Prepared:
         """Held-out rows, never trained on."""
         data = self.recipe.data
-        return self._prepare(data.evaluation or data.train, "test" if data.evaluation is None else "all", data.evaluation_rows)
+        if data.evaluation is not None:
+            return self._prepare(data.evaluation, None, data.evaluation_rows)
+        return self._prepare(data.train, "test", data.evaluation_rows)
 
     @cached_property
     def train_data(self) -> Prepared:
@@ -105,11 +115,9 @@ class Run:
 
     def evaluation_batches(self, rows: int = 4) -> list[dict[str, Tensor]]:
         """Held-out rows as model inputs on the CPU, in a fixed order."""
-        prepared = self.evaluation_data
-        return [
-            prepared.collate([prepared.dataset[index] for index in range(start, min(start + rows, len(prepared.dataset)))])
-            for start in range(0, len(prepared.dataset), rows)
-        ]
+        data = self.evaluation_data
+        collate = data.collator()
+        return [collate([data.dataset[i] for i in range(start, min(start + rows, len(data.dataset)))]) for start in range(0, len(data.dataset), rows)]
 
     def max_steps(self, step: TrainingStep) -> int | None:
         """Optimizer steps of a training step, or None when the rows and `num_train_epochs` decide."""
@@ -129,18 +137,19 @@ class Run:
             "messages_column": data.messages_column,
         }
 
-    def _prepare(self, source: str, split: str, max_rows: int | None) -> Prepared:
+    def _prepare(self, source: str, split: Split | None, max_rows: int | None) -> Prepared:
         from llmlite.data.prepare import prepare
 
         data = self.recipe.data
         return prepare(
             source,
             self.tokenizer,
-            sequence_tokens=data.max_length,
+            data.max_length,
             split=split,
             packing=data.packing and self.packs,
             seed=self.recipe.seed,
-            max_rows=max_rows,
+            most_rows=max_rows,
+            progress=self.is_main,
             **self._columns(),
         )
 

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from llmlite.config import settings
 
-__all__ = ["BUILTIN", "Data"]
-
-BUILTIN = "builtin:python-docs"
+__all__ = ["Data"]
 
 
 @settings
 class Data:
     """Where text comes from: training, held-out evaluation and calibration."""
 
-    train: str = BUILTIN
-    """Hub id, JSON/JSONL/Parquet/CSV/TXT file, folder, or builtin:python-docs (the documentation inside every Python: no download)."""
+    train: str = "builtin:python-docs"
+    """Hub id, JSON/JSONL/Parquet/CSV/TXT file or folder, or builtin:python-docs (questions about the documentation inside every Python, no download; builtin:python-docs-prose is its running text)."""
     evaluation: str | None = None
     """Held-out text for perplexity, KL and agreement. None: a part of `train` that is never trained on, chosen by a stable hash."""
     calibration: str | None = None
     """Text whose activations guide pruning and quantization. None: a part of `train` kept apart from both others."""
-    split: str | None = None
-    """Split of a Hub data set to read as `train`. None: its train split."""
     text_column: str | None = None
     """Column with plain text. None: found by its usual names."""
     prompt_column: str | None = None
@@ -43,5 +39,3 @@ class Data:
     """Held-out rows that perplexity, KL and agreement are measured on."""
     calibration_sequences: Annotated[int, Field(ge=1)] = 128
     """Calibration rows of `max_length` tokens."""
-    kind: Literal["auto", "instructions", "text"] = "auto"
-    """What builtin:python-docs gives: question/answer pairs (instructions) or running prose (text). auto: what the recipe needs."""

@@ -2,15 +2,61 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from llmlite.quantization.safety import packed_generation
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from llmlite.run import Run
+    from llmlite.data.text import Rows
 
 __all__ = ["sample"]
+
+
+@torch.no_grad()
+def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, new_tokens: int = 48) -> dict[str, str]:
+    """Greedy answer to the first held-out prompt.
+
+    Args:
+        model: any causal LM; left in the mode it was in.
+        tokenizer: its chat template is used where there is one.
+        rows: held-out rows; of plain text the first words are the prompt.
+        new_tokens: longest answer.
+
+    Returns:
+        ``prompt``, ``expected`` and ``answer``, as text.
+    """
+    prompt, expected, messages = _question(rows)
+    if messages and tokenizer.chat_template:
+        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    was_training = model.training
+    model.eval()
+    inputs = {name: tensor.to(model.get_input_embeddings().weight.device) for name, tensor in inputs.items() if name != "token_type_ids"}
+    with packed_generation(model):
+        output_BT = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    model.train(was_training)
+    answer = tokenizer.decode(output_BT[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return {"prompt": _short(prompt), "expected": _short(expected), "answer": _short(answer)}
+
+
+def _question(rows: Rows) -> tuple[str, str, list[dict[str, str]]]:
+    row = rows.rows[0]
+    if rows.kind == "pair":
+        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+        return row["prompt"], row["completion"], [*system, {"role": "user", "content": row["prompt"]}]
+    if rows.kind == "chat":
+        last = max(index for index, message in enumerate(row["messages"]) if message["role"] == "assistant")
+        messages = row["messages"][:last]
+        return str(messages[-1]["content"]) if messages else "", str(row["messages"][last]["content"]), messages
+    words = row["text"].split()
+    return " ".join(words[:24]), " ".join(words[24:72]), []
+
+
+def _short(text: str, limit: int = 400) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."

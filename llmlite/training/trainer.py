@@ -140,7 +140,7 @@ def train(model: PreTrainedModel, step: TrainingStep, run: Run, make_loss: LossM
         model=model,
         args=trainer_arguments(step, run, folder),
         train_dataset=data.dataset,
-        data_collator=data.collate,
+        data_collator=data.collator(),
         callbacks=[SealCheckpoints(), stop, _StopAtNan()],
         make_loss=make_loss,
     )
@@ -151,7 +151,7 @@ def train(model: PreTrainedModel, step: TrainingStep, run: Run, make_loss: LossM
     model.eval()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     run.note(
-        trained_tokens=data.trained_tokens,
+        trained_tokens=data.counts.trained_tokens,
         optimizer_steps=trainer.state.global_step,
         train_loss=[{"step": entry["step"], "loss": entry["loss"]} for entry in history],
     )

@@ -1,0 +1,69 @@
+"""Write a model so that memory and file hold the same numbers, in the type the base was published in.
+
+Computing happens in 32 bit on CPUs, publishing in 16. A model that is only rounded while it is written would come back as another one, so
+it is rounded in memory first; then it is measured, then saved.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+__all__ = ["save_model", "settle", "storage_dtype"]
+
+
+def storage_dtype(config: PretrainedConfig) -> torch.dtype:
+    """The type a model's files are kept in: what its config says, float32 when it says nothing."""
+    dtype = getattr(config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
+
+
+@torch.no_grad()
+def settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Round the dense weights in memory to what `dtype` can hold, keeping their own type. Adapters and quantized weights stay as they are."""
+    for parameter in _dense_parameters(model).values():
+        if parameter.dtype.itemsize > dtype.itemsize:
+            parameter.copy_(parameter.to(dtype))
+
+
+def save_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    """Write a stock folder whose dense weights are kept in `dtype`.
+
+    Args:
+        model: settled before, so that nothing is lost. An adapter is written by peft, in the type it was trained in.
+        folder: written into.
+        dtype: see `storage_dtype`.
+    """
+    if hasattr(model, "peft_config"):
+        model.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # peft's empty card
+        return
+    dense = {id(parameter) for parameter in _dense_parameters(model).values()}
+    cast: dict[int, Tensor] = {}  # one tensor for each that is shared, so that tied weights are still seen as tied
+    state: dict[str, Any] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in dense and tensor.dtype.itemsize > dtype.itemsize:
+            state[name] = cast.setdefault(id(tensor), tensor.detach().to(dtype))
+        else:
+            state[name] = tensor.detach() if isinstance(tensor, Tensor) else tensor
+    computed_in = model.config.dtype
+    try:
+        model.config.dtype = dtype
+        model.save_pretrained(folder, state_dict=state)
+    finally:
+        model.config.dtype = computed_in
+
+
+def _dense_parameters(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    """Floating-point parameters that are neither an adapter's nor packed by bitsandbytes."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and not hasattr(parameter, "quant_state") and "lora_" not in name
+    }
