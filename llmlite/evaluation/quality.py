@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Quality", "Reference", "measure_quality", "reference_of"]
 
 _CHUNK_TOKENS = 256
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -139,10 +139,10 @@ def _hidden(model: PreTrainedModel, batches: Iterable[Batch]) -> Iterable[tuple[
     device = model.get_input_embeddings().weight.device
     try:
         for batch in batches:
-            inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+            inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items() if key != "labels"}
             labels_BT = next_token_labels(batch["labels"].to(device))
             with captured_head(model) as captured:
-                model(**inputs, use_cache=False)
+                model(**{**inputs, "use_cache": False})
             counted_BT = labels_BT != IGNORE_INDEX
             yield captured.hidden_BTD[counted_BT], labels_BT[counted_BT]
     finally:

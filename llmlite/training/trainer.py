@@ -56,7 +56,7 @@ class LiteTrainer(Trainer):  # type: ignore[misc]
         labels_N = next_token_labels(inputs.pop("labels")).reshape(-1)
         unwrapped = self.accelerator.unwrap_model(model)
         with captured_head(unwrapped) as captured:
-            model(**inputs, use_cache=False)  # through every wrapper, so that DDP and FSDP see a forward pass of theirs
+            model(**{**inputs, "use_cache": False})  # through every wrapper, so that DDP and FSDP see a forward pass of theirs
         hidden_BTD = captured.hidden_BTD
         loss = chunked_head_loss(
             hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
