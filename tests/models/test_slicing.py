@@ -107,7 +107,7 @@ def test_pruned_ffn_channels_equal_masked_ones(name: str) -> None:
     assert ModelView(small).ffn_channels == 64
 
 
-@pytest.mark.parametrize("keep", [[0, 2], [1], [1, 2]], ids=str)
+@pytest.mark.parametrize("keep", [[0, 2], [1]], ids=str)
 @pytest.mark.parametrize("name", ALL_FAMILIES)
 def test_removed_layers_equal_skipped_ones(name: str, keep: list[int]) -> None:
     model = build_tiny(name)
@@ -159,16 +159,16 @@ TAKE_ALL = {
 }
 
 
-@pytest.mark.parametrize("take", TAKE_ALL)
 @pytest.mark.parametrize("name", ALL_FAMILIES)
-def test_keeping_everything_is_the_identity_bit_for_bit(name: str, take: str) -> None:
+def test_keeping_everything_is_the_identity_bit_for_bit(name: str) -> None:
     model = build_tiny(name)
-    config, state = TAKE_ALL[take](ModelView(model))
-    old = {**model.config.to_dict(), "head_dim": 16}
-    assert {**config.to_dict(), "head_dim": 16} == old
+    kept, old = model.state_dict(), {**model.config.to_dict(), "head_dim": 16}
+    for take in TAKE_ALL.values():
+        config, state = take(ModelView(model))
+        assert {**config.to_dict(), "head_dim": 16} == old
+        assert kept.keys() - state.keys() == ({"lm_head.weight"} if ModelView(model).tied else set())
+        assert all(torch.equal(tensor, kept[key]) for key, tensor in state.items())
     fresh = rebuild(model, config, state)
-    kept = model.state_dict()
-    assert fresh.state_dict().keys() == kept.keys()
     assert all(torch.equal(tensor, kept[key]) for key, tensor in fresh.state_dict().items())
     assert torch.equal(logits_of(fresh), logits_of(model))
 
