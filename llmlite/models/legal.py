@@ -79,7 +79,6 @@ def as_equivalent(config: Any, model_type: str) -> Any | None:
     from transformers import CONFIG_MAPPING
 
     values = {name: copy.deepcopy(getattr(config, name)) for name in _SHARED if hasattr(config, name)}
-    values["head_dim"] = family_of(config).dim_of_head(config)
     try:
         equivalent = CONFIG_MAPPING[model_type](**values, **per_type[model_type])
     except Exception as error:

@@ -128,7 +128,7 @@ def family_lists(model: PreTrainedModel) -> list[str]:
 
 @pytest.mark.parametrize("name", RMS_FAMILIES)
 def test_pruned_hidden_width_equals_masked_width(name: str) -> None:
-    model = build_tiny(name, head_dim=16)
+    model = build_tiny(name)
     view = ModelView(model)
     small = pruned(model, take_hidden(view, HIDDEN_KEEP))
     gone = [channel for channel in range(64) if channel not in HIDDEN_KEEP]
@@ -144,7 +144,7 @@ def test_pruned_hidden_width_equals_masked_width(name: str) -> None:
 
 
 def test_hidden_width_of_a_layernorm_family_runs_but_is_no_identity() -> None:
-    model = build_tiny("phi", head_dim=16)
+    model = build_tiny("phi")
     small = pruned(model, take_hidden(ModelView(model), HIDDEN_KEEP))
     assert ModelView(small).hidden_size == 48
     assert logits_of(small).isfinite().all()
