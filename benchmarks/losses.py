@@ -11,6 +11,7 @@ over steps that alternate between the two in one process; memory is the peak of 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -131,6 +132,7 @@ def measure_memory(args: argparse.Namespace, name: str, variant: str) -> None:
     """In the child process: print the peak of one step above its inputs, in bytes."""
     step(Problem(args, 8), name, variant, args.chunk_tokens)  # load kernels and thread pools
     problem = Problem(args, args.tokens)
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory still resident would hide what the step takes
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = resident_bytes("VmRSS")
     step(problem, name, variant, args.chunk_tokens)

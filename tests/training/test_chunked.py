@@ -22,6 +22,11 @@ B, T, V, D = 3, 11, 53, 8
 TRANSFORMS = {"plain": LogitTransform(), "scaled": LogitTransform(scale=0.3), "capped": LogitTransform(softcap=2.0), "both": LogitTransform(3.0, 5.0)}
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time():
+    torch.manual_seed(0)
+
+
 class Problem:
     """Hidden states, a head with a bias, and labels of which a third do not count."""
 
