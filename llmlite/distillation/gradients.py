@@ -31,9 +31,12 @@ def forward_kl_gradient(logp_NV: Tensor, logq_NV: Tensor) -> tuple[Tensor, Tenso
     q_NV = logq_NV.exp()
     difference_NV = logq_NV - logp_NV
     kl_N = torch.linalg.vecdot(q_NV, difference_NV)
-    if not _all_finite(kl_N):  # some logit is -inf: 0 * inf
-        kl_N = pointwise_kl(logq_NV, logp_NV).sum(-1)
-    return kl_N, torch.exp(logp_NV, out=difference_NV).sub_(q_NV)
+    if _all_finite(kl_N):
+        return kl_N, torch.exp(logp_NV, out=difference_NV).sub_(q_NV)
+    # some logit is -inf; where it is the student's, the term is a constant and pulls at nothing
+    kl_N = pointwise_kl(logq_NV, logp_NV).sum(-1)
+    q_NV.masked_fill_(logp_NV == -math.inf, 0.0)
+    return kl_N, logp_NV.exp().mul_(q_NV.sum(-1, keepdim=True)).sub_(q_NV)
 
 
 def reverse_kl_gradient(logp_NV: Tensor, logq_NV: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,17 +54,18 @@ def top_k_forward_kl_gradient(logp_NV: Tensor, ids_NK: Tensor, logprobs_NK: Tens
     """`top_k_forward_kl` at temperature 1, and its gradient; arguments as there, with log p instead of logits."""
     vocabulary = logp_NV.shape[-1]
     known_NK, safe_NK, logq_NK, logq_tail_N = top_k_outcomes(ids_NK, logprobs_NK, vocabulary, tail, logp_NV.dtype)
-    q_NK = logq_NK.exp()  # zero where unknown
-    kl_N = pointwise_kl(logq_NK, logp_NV.gather(1, safe_NK)).masked_fill(~known_NK, 0.0).sum(-1)
+    logp_NK = logp_NV.gather(1, safe_NK)
+    kl_N = pointwise_kl(logq_NK, logp_NK).masked_fill(~known_NK, 0.0).sum(-1)
+    q_NK = logq_NK.exp().masked_fill(logp_NK == -math.inf, 0.0)  # zero where unknown; where masked in the student, the term is a constant
     mass_N = q_NK.sum(-1)
     grad_NV = logp_NV.exp()
     if logq_tail_N is None:
         return kl_N, grad_NV.mul_(mass_N[:, None]).scatter_add_(1, safe_NK, -q_NK)
 
-    q_tail_N = logq_tail_N.exp()
     tail_NV = logp_NV.masked_fill(in_top_k(known_NK, safe_NK, vocabulary), -math.inf)
     logp_tail_N = torch.logsumexp(tail_NV, -1)
     kl_N = kl_N + pointwise_kl(logq_tail_N, logp_tail_N)
+    q_tail_N = logq_tail_N.exp().masked_fill(logp_tail_N == -math.inf, 0.0)
     within_NV = tail_NV.sub_(finite_logprobs(logp_tail_N)[:, None]).exp_()  # p / p_tail, also where both underflow
     grad_NV.mul_((mass_N + q_tail_N)[:, None]).sub_(within_NV.mul_(q_tail_N[:, None]))
     return kl_N, grad_NV.scatter_add_(1, safe_NK, -q_NK)

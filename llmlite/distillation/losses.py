@@ -164,14 +164,12 @@ def top_k_forward_kl(student_logits_NV: Tensor, ids_NK: Tensor, logprobs_NK: Ten
     """
     _check_temperature(temperature)
     _check_tail(tail)
-    logits_NV = _float(student_logits_NV) / temperature
-    known_NK, safe_NK, logq_NK, logq_tail_N = top_k_outcomes(ids_NK, logprobs_NK, logits_NV.shape[-1], tail, logits_NV.dtype)
-    logz_N1 = logits_NV.logsumexp(-1, keepdim=True)
-    logp_NK = logits_NV.gather(1, safe_NK) - logz_N1
-    kl_N = pointwise_kl(logq_NK, logp_NK).masked_fill(~known_NK, 0.0).sum(-1)
+    logp_NV = torch.log_softmax(_float(student_logits_NV) / temperature, -1)
+    known_NK, safe_NK, logq_NK, logq_tail_N = top_k_outcomes(ids_NK, logprobs_NK, logp_NV.shape[-1], tail, logp_NV.dtype)
+    kl_N = pointwise_kl(logq_NK, logp_NV.gather(1, safe_NK)).masked_fill(~known_NK, 0.0).sum(-1)
     if logq_tail_N is not None:
-        logits_tail_NV = logits_NV.masked_fill(in_top_k(known_NK, safe_NK, logits_NV.shape[-1]), -math.inf)
-        kl_N = kl_N + pointwise_kl(logq_tail_N, _safe_logsumexp(logits_tail_NV) - logz_N1.squeeze(1))
+        tail_NV = logp_NV.masked_fill(in_top_k(known_NK, safe_NK, logp_NV.shape[-1]), -math.inf)
+        kl_N = kl_N + pointwise_kl(logq_tail_N, _safe_logsumexp(tail_NV))
     return temperature**2 * kl_N
 
 

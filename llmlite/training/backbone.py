@@ -1,0 +1,164 @@
+"""A causal LM in two halves: the hidden states that enter its LM head, and how the head makes logits of them.
+
+The chunked losses need the halves apart. Rather than calling the decoder behind the model's back, the model runs as always and the head is
+shown a single position: what it was about to be given is kept. So everything around the decoder (PEFT, DDP, `device_map`, generation of masks) works
+as it does elsewhere, and no table of families is needed.
+
+What a family does to the logits afterwards is read from its config, and `supports_chunked_head` checks on one tiny forward that nothing was
+missed. Where it says no, use full logits: `chunked_head_loss(logits, nn.Identity(), ...)`.
+
+Shapes: B sequences, T positions, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llmlite.errors import UnsupportedModel
+from llmlite.training.token_loss import LogitTransform
+
+__all__ = ["HiddenAndHead", "hidden_and_head", "logit_transform", "supports_chunked_head"]
+
+logger = logging.getLogger(__name__)
+
+_NOT_FOR_HIDDEN = ("labels", "shift_labels", "logits_to_keep", "num_items_in_batch", "use_cache")
+
+
+class HiddenAndHead(NamedTuple):
+    """Everything `chunked_head_loss` wants of a model; `transform(head(hidden))` are its logits."""
+
+    hidden: Tensor  # (B, T, D)
+    head: nn.Module
+    transform: LogitTransform
+
+
+def hidden_and_head(model: nn.Module, inputs: Mapping[str, Any]) -> HiddenAndHead:
+    """Run a causal LM up to its head, differentiably.
+
+    Args:
+        model: a transformers causal LM, bare or wrapped by PEFT, DistributedDataParallel or `torch.compile`.
+        inputs: its keyword arguments; labels are left out, and no key/value cache is kept.
+
+    Raises:
+        UnsupportedModel: there is no head, or the model does not call it exactly once.
+    """
+    bare = _unwrap(model)
+    head = _head(bare)
+    with _intercepted(head, lambda hidden: hidden[..., :1, :]) as seen:
+        model(**{name: value for name, value in inputs.items() if name not in _NOT_FOR_HIDDEN}, use_cache=False)
+    return HiddenAndHead(_only(seen, bare), head, logit_transform(bare.config))
+
+
+def logit_transform(config: Any) -> LogitTransform:
+    """What the family does to its raw logits, from its config: gemma's softcap; granite's, cohere's and falcon_h1's scales."""
+    text = config.get_text_config()
+    scale = 1.0
+    if _number(text, "logits_scaling"):
+        scale /= text.logits_scaling
+    for name in ("logit_scale", "lm_head_multiplier"):
+        if _number(text, name):
+            scale *= getattr(text, name)
+    return LogitTransform(scale, text.final_logit_softcapping if _number(text, "final_logit_softcapping") else None)
+
+
+def supports_chunked_head(model: nn.Module) -> bool:
+    """Whether `transform(head(hidden))` gives the model's own logits, found out on a forward of eight tokens.
+
+    Train and eval modes stay as they are (an eval forward can damage bitsandbytes weights), and so does the random state. Ask before wrapping in
+    FSDP or DeepSpeed. The reason of a no is logged as a warning.
+    """
+    model = _unwrap(model)
+    try:
+        difference, allowed = _probe(model)
+    except UnsupportedModel as error:
+        logger.warning("%s Its loss is computed from full logits.", error)
+        return False
+    if not difference <= allowed:
+        logger.warning("%s changes its logits in a way not known here (difference %.3g): its loss is computed from full logits.", _name(model), difference)
+    return difference <= allowed
+
+
+def _probe(model: Any) -> tuple[float, float]:
+    """Largest difference between the model's logits and the ones put together here, and what rounding allows."""
+    head = _head(model)
+    device = model.get_input_embeddings().weight.device
+    devices = [device] if device.type not in ("cpu", "meta") else []
+    ids_1T = torch.arange(8, device=device)[None] % model.config.get_text_config().vocab_size
+    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"), torch.no_grad(), _without_dropout(head):
+        with _intercepted(head, lambda hidden: hidden) as seen:
+            logits_1TV = model(input_ids=ids_1T, use_cache=False).logits.float()
+        ours_1TV = logit_transform(model.config)(head(_only(seen, model))).float().to(logits_1TV.device)
+    if ours_1TV.shape != logits_1TV.shape:
+        return float("inf"), 0.0
+    eps = torch.finfo(head_dtype if (head_dtype := seen[0].dtype).is_floating_point else torch.float32).eps
+    return float((ours_1TV - logits_1TV).abs().max()), 64 * eps * max(1.0, float(logits_1TV.abs().max()))
+
+
+@contextmanager
+def _intercepted(head: nn.Module, show: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    """Collect what the head is called with, and let it see `show` of that instead."""
+    seen: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        seen.append(args[0])
+        return (show(args[0]), *args[1:])
+
+    handle = head.register_forward_pre_hook(keep)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _without_dropout(head: nn.Module) -> Iterator[None]:
+    """A LoRA head in training drops inputs at random, and two calls would differ."""
+    active = [module for module in head.modules() if isinstance(module, nn.Dropout) and module.training]
+    for module in active:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in active:
+            module.train()
+
+
+def _unwrap(model: Any) -> Any:
+    """The transformers model inside of `torch.compile`, DDP and PEFT."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module
+        else:
+            return model
+
+
+def _head(model: Any) -> nn.Module:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if not isinstance(head, nn.Module):
+        raise UnsupportedModel(f"{_name(model)} has no LM head. Load it with AutoModelForCausalLM.")
+    return head
+
+
+def _only(seen: list[Tensor], model: Any) -> Tensor:
+    if len(seen) != 1:
+        raise UnsupportedModel(f"{_name(model)} called its LM head {len(seen)} times in one forward, wanted once.")
+    return seen[0]
+
+
+def _number(config: Any, name: str) -> bool:
+    value = getattr(config, name, None)
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _name(model: Any) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
