@@ -60,6 +60,16 @@ def test_of_a_chat_every_turn_of_the_assistant_is_trained(make_tokenizer: Callab
     assert trained_runs(tokenizer, encoded.input_ids[0], encoded.labels[0]) == [f"The capital is Paris.{END}", f"The capital of Korea is 서울.{END}"]
 
 
+@pytest.mark.parametrize("name", ["chatml", "opens_thought", "thinking"])
+def test_an_answer_that_repeats_the_question_is_not_mistaken_for_it(make_tokenizer: Callable, templates: dict[str, str], name: str):
+    tokenizer = make_tokenizer(templates[name])
+    turns = [("user", "Paris."), ("assistant", "Paris."), ("user", "Paris. Paris."), ("assistant", "Paris.")]
+    encoded = encode(rows_of({"messages": [{"role": role, "content": content} for role, content in turns]}), tokenizer, 400)
+    shown = preview(encoded.input_ids[0], encoded.labels[0], tokenizer).replace("<think>\n\n</think>\n\n", "")
+    marked = {"user": f"{{}}{END}\n", "assistant": f"⟦{{}}{END}⟧\n"}
+    assert shown == "".join(f"<|im_start|>{role}\n{marked[role].format(content)}" for role, content in turns)
+
+
 def test_turns_that_the_template_rewrites_are_found_all_the_same(make_tokenizer: Callable, templates: dict[str, str]):
     tokenizer = make_tokenizer(templates["thinking"])
     first = tokenizer.apply_chat_template(CHAT["messages"][:2], tokenize=False)
