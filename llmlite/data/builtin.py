@@ -182,7 +182,8 @@ def _inspected(module_name: str) -> Iterator[_Entry]:
     module = importlib.import_module(module_name)
     prefix = "" if module_name == "builtins" else f"{module_name}."
     for name, value in sorted(vars(module).items()):
-        if name.startswith("_") or not callable(value) or getattr(value, "__module__", None) != module_name:
+        # debuggers and test runners replace sys.excepthook and its like, and the text is to be the same under all of them
+        if name.startswith("_") or name.endswith("hook") or not callable(value) or getattr(value, "__module__", None) != module_name:
             continue
         is_class = inspect.isclass(value)
         yield from _live_entry(f"{prefix}{name}", "class" if is_class else "function", value)

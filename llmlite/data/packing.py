@@ -145,7 +145,7 @@ def packing_holds(model: PreTrainedModel, tolerance: float = 1e-2) -> bool:
     with it, by rounding.
 
     Args:
-        model: on any device, in any type; its mode (training or evaluation) is kept as it is found. Dropout is off during the test.
+        model: on any device, in any type; every module is left in the mode it was found in. Dropout is off during the test.
         tolerance: largest difference allowed, relative to the spread of the logits; wide enough for bfloat16 and int8.
     """
     import torch
@@ -153,15 +153,18 @@ def packing_holds(model: PreTrainedModel, tolerance: float = 1e-2) -> bool:
     generator = torch.Generator().manual_seed(0)
     ids_1T = torch.randint(3, max(4, min(1000, model.config.get_text_config().vocab_size)), (1, 16), generator=generator).to(model.device)
     positions_1T = torch.cat([torch.arange(8), torch.arange(8)])[None].to(model.device)
-    training = model.training
-    model.eval()
+    # bitsandbytes repacks a layer's weights at its first forward in evaluation mode, so its layers keep their mode.
+    modes = [(module, module.training) for module in model.modules()]
+    for module, training in modes:
+        module.training = training and type(module).__module__.startswith("bitsandbytes")
     try:
         with torch.no_grad():
             packed = model(input_ids=ids_1T, position_ids=positions_1T, use_cache=False).logits[0, 8:].float()
             alone = model(input_ids=ids_1T[:, 8:], position_ids=positions_1T[:, 8:], use_cache=False).logits[0].float()
             mixed = model(input_ids=ids_1T, use_cache=False).logits[0, 8:].float()
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     wrong, noise = (mixed - alone).abs().max().item(), (packed - alone).abs().max().item()
     return noise <= max(tolerance * alone.std().item(), 0.1 * wrong) if wrong > 0 else True
 

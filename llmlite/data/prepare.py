@@ -165,9 +165,9 @@ def _echo(rows: Rows, counts: Counts, tokenizer: PreTrainedTokenizerBase, sequen
         "pair": f"prompts and completions, written {'by the chat template' if templated else 'one after the other'}, only completions trained",
         "chat": "chats, written by the chat template, all turns of the assistant trained",
     }[rows.kind]
-    share = f"the {rows.split} share of {rows.source}" if rows.split else rows.source
+    share = f"The {rows.split} share of {rows.source}" if rows.split else rows.source
     parts = [
-        f"{share[0].upper()}{share[1:]} was read as {meaning} (columns: {rows.columns}).",
+        f"{share} was read as {meaning} (columns: {rows.columns}).",
         f"{len(rows):,} rows are {counts.examples:,} examples with {counts.tokens:,} tokens, {counts.trained_tokens:,} of them trained"
         + (f", packed into {counts.sequences:,} rows of {sequence_tokens:,} that are {counts.fill:.0%} full." if packing else ", padded per batch."),
     ]

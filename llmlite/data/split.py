@@ -20,10 +20,17 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 def row_key(row: Mapping[str, Any]) -> int:
-    """64 bits of the row's content; runs of blanks and the case of letters make no difference."""
-    written = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
-    words = " ".join(written.replace("\\n", " ").replace("\\t", " ").replace("\\r", " ").split())
-    return int.from_bytes(hashlib.blake2b(words.casefold().encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    """64 bits of the row's content; white space and the case of letters make no difference."""
+    written = json.dumps(_plain(row), sort_keys=True, ensure_ascii=False, default=str)
+    return int.from_bytes(hashlib.blake2b(written.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return " ".join(value.split()).casefold()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def split_by_content(keys: Sequence[int], calibration_fraction: float, test_fraction: float, where: str) -> dict[Split, list[int]]:
