@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmlite.training.head import captured_head, logit_transform
+from llmlite.training.backbone import hidden_and_head, logit_transform
 from llmlite.training.chunked import head_logits
 from llmlite.training.token_loss import IGNORE_INDEX, LogitTransform, next_token_labels
 
@@ -141,10 +141,8 @@ def _hidden(model: PreTrainedModel, batches: Iterable[Batch]) -> Iterable[tuple[
         for batch in batches:
             inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items() if key != "labels"}
             labels_BT = next_token_labels(batch["labels"].to(device))
-            with captured_head(model) as captured:
-                model(**{**inputs, "use_cache": False})
             counted_BT = labels_BT != IGNORE_INDEX
-            yield captured.hidden_BTD[counted_BT], labels_BT[counted_BT]
+            yield hidden_and_head(model, inputs).hidden[counted_BT], labels_BT[counted_BT]
     finally:
         model.train(was_training)
 

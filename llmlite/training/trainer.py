@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llmlite.errors import Interrupted, RunError
-from llmlite.training.head import captured_head, logit_transform
+from llmlite.training.backbone import hidden_and_head
 from llmlite.training.checkpoints import SealCheckpoints, StopRequest, newest_complete, stopping_at_signals
 from llmlite.training.chunked import chunked_head_loss
 from llmlite.training.settings import TrainingStep
@@ -54,17 +54,14 @@ class LiteTrainer(Trainer):  # type: ignore[misc]
         """Called by the Trainer for each forward pass; see `llmlite.training.chunked`."""
         inputs = dict(inputs)
         labels_N = next_token_labels(inputs.pop("labels")).reshape(-1)
-        unwrapped = self.accelerator.unwrap_model(model)
-        with captured_head(unwrapped) as captured:
-            model(**{**inputs, "use_cache": False})  # through every wrapper, so that DDP and FSDP see a forward pass of theirs
-        hidden_BTD = captured.hidden_BTD
+        hidden_BTD, head, transform = hidden_and_head(model, inputs)  # through every wrapper, so that DDP and FSDP see a forward pass of theirs
         loss = chunked_head_loss(
             hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
-            unwrapped.get_output_embeddings(),
+            head,
             self.make_loss(inputs, labels_N),
             keep_N=labels_N != IGNORE_INDEX,
             num_items_in_batch=num_items_in_batch,
-            transform=logit_transform(unwrapped.config),
+            transform=transform,
         ).loss
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the count is over all processes; DDP averages their gradients
