@@ -17,7 +17,7 @@ from llmlite.config import near, settings, validate
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from llmlite.run import Run, RunPlan
+    from llmlite.run import Run
 
 __all__ = ["STEPS", "ModelPlan", "Names", "Step", "name_of_step", "parse_step", "step_class"]
 
@@ -70,7 +70,7 @@ class Step:
     takes: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
     """Forms of model the step can work on. See `ModelPlan.form`."""
 
-    def check(self, model: ModelPlan, run: RunPlan) -> ModelPlan:
+    def check(self, model: ModelPlan, run: Run) -> ModelPlan:
         """Say what the step will leave behind.
 
         Raises:
@@ -96,9 +96,7 @@ def step_class(name: str) -> type[Step]:
     path = STEPS.get(name, name)
     if ":" not in path:
         guess = near(name, STEPS)
-        raise ValueError(
-            f"no step '{name}'. " + (f"Did you mean '{guess}'?" if guess else f"Known: {', '.join(STEPS)}; your own: 'module:Class'.")
-        )
+        raise ValueError(f"no step '{name}'. " + (f"Did you mean '{guess}'?" if guess else f"Known: {', '.join(STEPS)}; your own: 'module:Class'."))
     module_name, _, class_name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
