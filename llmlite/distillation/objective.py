@@ -173,7 +173,9 @@ class Distillation(TokenLoss):
         logp_RV = torch.log_softmax(logits_RV, -1) if self.labels_N is not None else None
         kd_R, grad_kd_RW = self._distance_and_grad(logits_RV, logp_RV, signal)  # W: the vocabulary that is shared with the teacher
         if logp_RV is None:
-            return (kd_R,), F.pad(grad_kd_RW.mul_(self.kd_weight), (0, logits_RV.shape[-1] - grad_kd_RW.shape[-1]))
+            grad_RW = grad_kd_RW if self.kd_weight == 1.0 else grad_kd_RW.mul_(self.kd_weight)
+            excess = logits_RV.shape[-1] - grad_kd_RW.shape[-1]
+            return (kd_R,), F.pad(grad_RW, (0, excess)) if excess else grad_RW
         labels_R1 = prepared[0][:, None]
         ce_R = -logp_RV.gather(1, labels_R1).squeeze(1)
         grad_RV = logp_RV.exp_().mul_(self.ce_weight)
