@@ -231,6 +231,10 @@ class _Pipeline:
         """All steps, then the result."""
         reference = self._base()
         done = self._complete_steps()
+        if done == len(self.recipe.steps) and (self.out / "report.json").is_file():
+            log.info("%s is complete; nothing is done again", self.out)
+            self._link_result()
+            return Report.read(self.out)
         for index in range(done, len(self.recipe.steps)):
             self._step(index, reference)
         for index in range(done):
@@ -401,18 +405,22 @@ class _Pipeline:
         from llmlite.evaluation.reload import loading_lines, require_reload
 
         last = len(self.recipe.steps) - 1
-        folder = self._folder(last)
         if self.model is None:
             self.model = self._reload(last)
-        for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in {"manifest.json", "row.json"}):
-            target = self.out / file.relative_to(folder)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            link_or_copy(file, target)
+        self._link_result()
         dtype = str(self.context.compute_dtype).removeprefix("torch.")
         self.report.loading = loading_lines(self.out, self._base_of(last) if _is_adapter(self.model) else None, dtype)
         log.info("reloading the result in a fresh process")
         self.report.reload_difference = require_reload(self.model, self.report.loading)
         self.report.save()
+
+    def _link_result(self) -> None:
+        """Let the folder itself hold the last step's files, without storing their bytes twice."""
+        folder = self._folder(len(self.recipe.steps) - 1)
+        for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in {"manifest.json", "row.json"}):
+            target = self.out / file.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(file, target)
 
 
 def _write_row(folder: Path, row: Row) -> None:

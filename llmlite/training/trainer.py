@@ -120,14 +120,14 @@ def _require_same_rows(folder: Path, fingerprint: str, checkpoint: Path | None) 
     note.write_text(fingerprint, encoding="utf-8")
 
 
-def train(model: PreTrainedModel, step: TrainingStep, run: Run, make_loss: LossMaker = _cross_entropy) -> list[dict[str, float]]:
+def train(model: PreTrainedModel, step: TrainingStep, run: Run, make_loss: LossMaker | None = None) -> list[dict[str, float]]:
     """Train what requires a gradient, resuming from the newest whole checkpoint of the same step.
 
     Args:
         model: in place; left in eval mode.
         step: the settings.
         run: gives rows, folder, device and seed.
-        make_loss: the loss; cross entropy by default.
+        make_loss: the loss; None for cross entropy.
 
     Returns:
         The log: one entry for each logged step with its loss and learning rate.
@@ -149,7 +149,7 @@ def train(model: PreTrainedModel, step: TrainingStep, run: Run, make_loss: LossM
         train_dataset=data.dataset,
         data_collator=data.collator(flatten="flash" in str(model.config._attn_implementation)),
         callbacks=[SealCheckpoints(), stop, _StopAtNan()],
-        make_loss=make_loss,
+        make_loss=make_loss or _cross_entropy,
     )
     with stopping_at_signals(stop):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
