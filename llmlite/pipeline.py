@@ -21,6 +21,7 @@ import os
 import platform
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,8 +157,10 @@ def run(recipe: Recipe, context: Run | None = None) -> Report:
         context = Run(recipe)
         check(recipe, context)
     out = recipe.folder
-    with locked(out):
-        _claim(out, recipe)
+    with locked(out) if context.is_main else nullcontext():
+        if context.is_main:
+            _claim(out, recipe)
+        context.wait()
         return _Pipeline(recipe, context, out).run()
 
 
@@ -233,7 +236,9 @@ class _Pipeline:
         done = self._complete_steps()
         if done == len(self.recipe.steps) and (self.out / "report.json").is_file():
             log.info("%s is complete; nothing is done again", self.out)
-            self._link_result()
+            if self.context.is_main:
+                self._link_result()
+            self.context.wait()
             return Report.read(self.out)
         for index in range(done, len(self.recipe.steps)):
             self._step(index, reference)
@@ -281,9 +286,11 @@ class _Pipeline:
                     "sample": sample(model, self.context.tokenizer, self.context.evaluation_data.rows),
                 },
             )
-            with writing_folder(folder) as temporary:
-                reference.save(temporary / "reference.safetensors")
-                _write_row(temporary, row)
+            if self.context.is_main:
+                with writing_folder(folder) as temporary:
+                    reference.save(temporary / "reference.safetensors")
+                    _write_row(temporary, row)
+            self.context.wait()
             del model
             gc.collect()
         row = self._row(folder)
@@ -302,12 +309,14 @@ class _Pipeline:
         return Reference.read(folder / "reference.safetensors")
 
     def _usable(self, folder: Path) -> bool:
-        if not folder.exists():
-            return False
-        reason = damage(folder)
-        if reason:
-            log.warning("%s is damaged (%s); set aside as %s and done again", folder.name, reason, set_aside(folder).name)
-        return reason is None
+        """Whether a step's folder is whole. The main process looks, and sets a damaged one aside."""
+        usable = False
+        if self.context.is_main and folder.exists():
+            reason = damage(folder)
+            usable = reason is None
+            if reason:
+                log.warning("%s is damaged (%s); set aside as %s and done again", folder.name, reason, set_aside(folder).name)
+        return self.context.agreed(usable)
 
     def _complete_steps(self) -> int:
         """How many leading steps are whole on disk."""
@@ -344,27 +353,29 @@ class _Pipeline:
         quality = measure_quality(model, self.context.evaluation_batches(), reference)
         speed = measure_speed(model)
         self.context.note(sample=sample(model, self.context.tokenizer, self.context.evaluation_data.rows))
-        with writing_folder(folder) as temporary:
-            self._save(model, temporary)
-            size = folder_bytes(temporary) + (folder_bytes(self._base_of(index)) if _is_adapter(model) else 0)
-            row = Row(
-                name,
-                _logical_parameters(model),
-                size,
-                quality.perplexity,
-                quality.kl,
-                quality.top1_agreement,
-                speed.prefill_tokens_per_second,
-                speed.decode_tokens_per_second,
-                peak.bytes,
-                seconds,
-                dict(self.context.notes),
-            )
-            _write_row(temporary, row)
-            for extra in sorted(scratch.glob("keep/*")):  # what the step wants beside its weights, for instance a merged model
-                shutil.move(extra, temporary / extra.name)
-        shutil.rmtree(scratch, ignore_errors=True)
-        self.report.rows.append(row)
+        row = Row(
+            name,
+            _logical_parameters(model),
+            0,
+            quality.perplexity,
+            quality.kl,
+            quality.top1_agreement,
+            speed.prefill_tokens_per_second,
+            speed.decode_tokens_per_second,
+            peak.bytes,
+            seconds,
+            dict(self.context.notes),
+        )
+        if self.context.is_main:
+            with writing_folder(folder) as temporary:
+                self._save(model, temporary)
+                size = folder_bytes(temporary) + (folder_bytes(self._base_of(index)) if _is_adapter(model) else 0)
+                _write_row(temporary, dataclasses.replace(row, bytes_on_disk=size))
+                for extra in sorted(scratch.glob("keep/*")):  # what the step wants beside its weights, for instance a merged model
+                    shutil.move(extra, temporary / extra.name)
+            shutil.rmtree(scratch, ignore_errors=True)
+        self.context.wait()
+        self.report.rows.append(self._row(folder))
         self.model = model
 
     def _apply(self, index: int, step: Step) -> PreTrainedModel:
@@ -407,6 +418,8 @@ class _Pipeline:
         last = len(self.recipe.steps) - 1
         if self.model is None:
             self.model = self._reload(last)
+        if not self.context.is_main:
+            return
         self._link_result()
         dtype = str(self.context.compute_dtype).removeprefix("torch.")
         self.report.loading = loading_lines(self.out, self._base_of(last) if _is_adapter(self.model) else None, dtype)

@@ -206,6 +206,18 @@ def test_import_and_help_do_not_import_torch(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_torchrun_swallows_no_option_that_has_no_other_name() -> None:
+    from torch.distributed.run import get_args_parser
+
+    from llmlite import recipes
+    from llmlite.cli import _sections
+
+    taken = [name for name in get_args_parser()._option_string_actions if name.startswith("--")]
+    for preset in recipes.PRESETS:
+        for option in (option for _, options in _sections(getattr(recipes, preset)) for option in options):
+            assert any(not any(own.startswith(name) for own in taken) for name in option.opts), option.opts
+
+
 def test_running_a_preset_as_a_module_warns_of_nothing() -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-m", "llmlite.recipes.lora_int4", "--help"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

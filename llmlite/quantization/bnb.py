@@ -77,7 +77,9 @@ class Quantize(Step):
     def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
         """Save the dense model to a scratch folder and reload it quantized."""
         folder = run.scratch / "dense"
-        model.save_pretrained(folder)
+        if run.is_main:
+            model.save_pretrained(folder)
+        run.wait()
         config = model.config
         del model
         return self._load(run, folder, self._quantization_config(ModelPlan(config), run))

@@ -137,11 +137,12 @@ def train(model: PreTrainedModel, step: TrainingStep, run: Run, make_loss: LossM
         RunError: the loss is no number any more.
     """
     folder = run.scratch / "trainer"
-    checkpoint = newest_complete(folder)
+    checkpoint = run.agreed(newest_complete(folder) if run.is_main else None)
     if checkpoint:
         log.info("continuing the training from %s", checkpoint.name)
     data = run.train_data
-    _require_same_rows(folder, data.fingerprint(), checkpoint)
+    if run.is_main:
+        _require_same_rows(folder, data.fingerprint(), checkpoint)
     stop = StopRequest()
     trainer = LiteTrainer(
         model=model,
