@@ -133,9 +133,9 @@ class Blocks:
         self.hidden = [self.run(block, index, hidden) for index, hidden in enumerate(self.hidden)]
 
     def tokens(self, index: int, values_BTX: Tensor) -> Tensor:
-        """The values of the real tokens of batch `index`, (N, X)."""
-        mask = self.real[index]
-        return values_BTX.reshape(-1, values_BTX.shape[-1]) if mask is None else values_BTX[mask]
+        """The values of the real tokens of batch `index`, (N, X). Some families (opt) have flattened them to (B * T, X) already."""
+        mask, values = self.real[index], values_BTX.reshape(-1, values_BTX.shape[-1])
+        return values if mask is None else values[mask.reshape(-1)]
 
     def collect(
         self, block: BlockView, roles: Sequence[str], *, dense: list[Tensor] | None = None, dtype: torch.dtype = torch.float32
