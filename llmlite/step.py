@@ -17,12 +17,14 @@ from llmlite.config import near, settings, validate
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from llmlite.run import Run, RunPlan
+    from llmlite.run import Run
 
 __all__ = ["STEPS", "ModelPlan", "Names", "Step", "name_of_step", "parse_step", "step_class"]
 
 # Short name -> where the class lives. Imported when used, so that a recipe pays only for what it names.
 STEPS: dict[str, str] = {
+    "distill.whitebox": "llmlite.distillation.whitebox:DistillWhiteBox",
+    "finetune": "llmlite.training.finetune:Finetune",
     "lora": "llmlite.adapters.lora:Lora",
     "prune.ffn": "llmlite.pruning.ffn:PruneFfn",
     "prune.heads": "llmlite.pruning.heads:PruneHeads",
@@ -76,7 +78,7 @@ class Step:
     takes: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
     """Forms of model the step can work on. See `ModelPlan.form`."""
 
-    def check(self, model: ModelPlan, run: RunPlan) -> ModelPlan:
+    def check(self, model: ModelPlan, run: Run) -> ModelPlan:
         """Say what the step will leave behind.
 
         Raises:

@@ -39,7 +39,7 @@ class Lora(TrainingStep):
     """Share of the adapter's inputs set to zero in training."""
     target_modules: Names = ("all-linear",)
     """Layers that get an adapter: all-linear (every linear layer of the decoder blocks), or names such as q_proj."""
-    init_lora_weights: Literal["default", "gaussian", "eva"] = "default"
+    init_lora_weights: Literal["default", "gaussian"] = "default"
     """How A starts; B starts at zero, so the adapted model starts as the base."""
     merge: bool = False
     """Also write merged/: the adapter added into the (dequantized) base it was trained against, in 16 bit."""
@@ -74,7 +74,7 @@ class Lora(TrainingStep):
 
         adapted = self.attach(model, run)
         train(adapted, self, run)
-        if self.merge:
+        if self.merge and run.is_main:
             write_merged(adapted, run)
         return adapted
 
@@ -92,10 +92,8 @@ class Lora(TrainingStep):
             target_modules=sorted(self._target_shapes(ModelPlan(model.config))),
             init_lora_weights=init,
             task_type="CAUSAL_LM",
-            base_model_name_or_path=run.base_name(),
         )
         adapted: PreTrainedModel = peft.get_peft_model(model, config)
-        adapted.peft_config["default"].base_model_name_or_path = run.base_name()
         return adapted
 
     def _target_shapes(self, model: ModelPlan) -> dict[str, tuple[int, int]]:

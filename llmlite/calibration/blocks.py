@@ -74,7 +74,7 @@ def skipping(blocks: Collection[BlockView], seen: Callable[[BlockView, tuple[Any
         return forward
 
     for block in blocks:
-        block.module.forward = identity(block)  # type: ignore[method-assign]
+        block.module.forward = identity(block)
     try:
         yield
     finally:
@@ -126,7 +126,8 @@ class Blocks:
         """One batch through one block."""
         args, kwargs = self._calls[index][block.index]
         output = block.module(hidden_BTD, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        leaving: Tensor = output[0] if isinstance(output, tuple) else output
+        return leaving
 
     def advance(self, block: BlockView) -> None:
         """All batches through one block."""

@@ -98,12 +98,8 @@ def allocate(config: Any, keep_parameters: float, multiple_of: int, spread: str)
         if keep >= _LEAST_FFN * channels or (spread == "ffn" and keep >= multiple_of) or (family.no_heads and keep >= multiple_of):
             break
         if spread == "ffn" or family.no_heads or gone_heads + step >= heads:
-            raise ConfigError(
-                "prune.structured",
-                [
-                    f"keep_parameters={keep_parameters} cannot be reached by FFN channels{'' if spread == 'ffn' or family.no_heads else ' and heads'} alone. Add prune.layers."
-                ],
-            )
+            what = "FFN channels alone" if spread == "ffn" or family.no_heads else "FFN channels and heads"
+            raise ConfigError("prune.structured", [f"keep_parameters={keep_parameters} cannot be reached by {what}. Add a prune.layers step."])
         gone_heads += step
     from llmlite.models.legal import round_to_multiple
 

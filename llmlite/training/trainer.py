@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from llmlite.errors import Interrupted, RunError
+from llmlite.errors import Interrupted, OutputError, RunError
 from llmlite.training.backbone import hidden_and_head
 from llmlite.training.checkpoints import SealCheckpoints, StopRequest, newest_complete, stopping_at_signals
 from llmlite.training.chunked import chunked_head_loss
@@ -94,8 +94,8 @@ def trainer_arguments(step: TrainingStep, run: Run, folder: Path) -> TrainingArg
         warmup_steps=step.warmup_steps,
         weight_decay=step.weight_decay,
         max_grad_norm=step.max_grad_norm,
-        gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        activation_checkpointing=checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         save_steps=step.save_steps,
@@ -112,14 +112,23 @@ def trainer_arguments(step: TrainingStep, run: Run, folder: Path) -> TrainingArg
     )
 
 
-def train(model: PreTrainedModel, step: TrainingStep, run: Run, make_loss: LossMaker = _cross_entropy) -> list[dict[str, float]]:
+def _require_same_rows(folder: Path, fingerprint: str, checkpoint: Path | None) -> None:
+    """Refuse to continue on other rows: the checkpoint's place in the data would mean something else."""
+    note = folder / "rows.txt"
+    if checkpoint and note.is_file() and note.read_text(encoding="utf-8") != fingerprint:
+        raise OutputError(f"the training rows have changed since {checkpoint} was written. Restore them, or start afresh with --overwrite_output_dir.")
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(fingerprint, encoding="utf-8")
+
+
+def train(model: PreTrainedModel, step: TrainingStep, run: Run, make_loss: LossMaker | None = None) -> list[dict[str, float]]:
     """Train what requires a gradient, resuming from the newest whole checkpoint of the same step.
 
     Args:
         model: in place; left in eval mode.
         step: the settings.
         run: gives rows, folder, device and seed.
-        make_loss: the loss; cross entropy by default.
+        make_loss: the loss; None for cross entropy.
 
     Returns:
         The log: one entry for each logged step with its loss and learning rate.
@@ -129,18 +138,20 @@ def train(model: PreTrainedModel, step: TrainingStep, run: Run, make_loss: LossM
         RunError: the loss is no number any more.
     """
     folder = run.scratch / "trainer"
-    checkpoint = newest_complete(folder)
+    checkpoint = run.agreed(newest_complete(folder) if run.is_main else None)
     if checkpoint:
         log.info("continuing the training from %s", checkpoint.name)
     data = run.train_data
+    if run.is_main:
+        _require_same_rows(folder, data.fingerprint(), checkpoint)
     stop = StopRequest()
     trainer = LiteTrainer(
         model=model,
         args=trainer_arguments(step, run, folder),
         train_dataset=data.dataset,
-        data_collator=data.collator(),
+        data_collator=data.collator(flatten="flash" in str(model.config._attn_implementation)),
         callbacks=[SealCheckpoints(), stop, _StopAtNan(), KeepZeros()],
-        make_loss=make_loss,
+        make_loss=make_loss or _cross_entropy,
     )
     with stopping_at_signals(stop):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
