@@ -26,6 +26,12 @@ STEPS: dict[str, str] = {
     "distill.whitebox": "llmlite.distillation.whitebox:DistillWhiteBox",
     "finetune": "llmlite.training.finetune:Finetune",
     "lora": "llmlite.adapters.lora:Lora",
+    "prune.ffn": "llmlite.pruning.ffn:PruneFfn",
+    "prune.heads": "llmlite.pruning.heads:PruneHeads",
+    "prune.hidden": "llmlite.pruning.hidden:PruneHidden",
+    "prune.layers": "llmlite.pruning.layers:PruneLayers",
+    "prune.structured": "llmlite.pruning.structured:PruneStructured",
+    "prune.weights": "llmlite.pruning.weights:PruneWeights",
     "quantize": "llmlite.quantization.bnb:Quantize",
 }
 

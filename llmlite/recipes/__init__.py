@@ -5,7 +5,14 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-PRESETS = {"LoraInt4": "lora_int4", "LoraInt8": "lora_int8", "Lora": "lora"}
+PRESETS = {
+    "LoraInt4": "lora_int4",
+    "LoraInt8": "lora_int8",
+    "Lora": "lora",
+    "PruneHeads": "prune_heads",
+    "PruneStructured": "prune_structured",
+    "PruneUnstructured": "prune_unstructured",
+}
 
 __all__ = ["PRESETS", *PRESETS]
 

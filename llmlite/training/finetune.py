@@ -52,7 +52,7 @@ def full_training_plan(step: TrainingStep, model: ModelPlan, run: Run, *notes: s
 
 
 def train_all_weights(model: PreTrainedModel, step: TrainingStep, run: Run, make_loss: LossMaker | None = None) -> PreTrainedModel:
-    """Train every weight in float32 and give the model back in the type it came in; zeros of a sparse model are kept by the caller.
+    """Train every weight in float32 and give the model back in the type it came in; zeros of a sparse model stay (`llmlite.training.keep_zeros`).
 
     AdamW's small steps vanish in bfloat16 weights, so the weights that are updated are float32 everywhere; autocast computes in the device's type.
     """
