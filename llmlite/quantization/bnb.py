@@ -72,9 +72,7 @@ class Quantize(Step):
             notes.append("in evaluation the inputs are rounded to 8 bit too (LLM.int8); in training only the weights are")
         if unaligned:
             notes.append(f"{len(unaligned)} layers stay in 16 bit (width no multiple of {BLOCK_SIZE})")
-        return dataclasses.replace(
-            model, form=self.scheme, disk_bytes=size, peak_bytes=dense + size, tokens=0, trained_parameters=0, notes=tuple(notes)
-        )
+        return dataclasses.replace(model, form=self.scheme, disk_bytes=size, peak_bytes=dense + size, tokens=0, trained_parameters=0, notes=tuple(notes))
 
     def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
         """Save the dense model to a scratch folder and reload it quantized."""
