@@ -29,6 +29,8 @@ _HOMES = {
     "LoraInt8": "llmlite.recipes.lora_int8",
     "Model": "llmlite.models.load",
     "Quantize": "llmlite.quantization.bnb",
+    "QuantizeInt8": "llmlite.recipes.quantize_int8",
+    "QuantizeNf4": "llmlite.recipes.quantize_nf4",
     "Recipe": "llmlite.recipe",
     "Report": "llmlite.report",
     "Step": "llmlite.step",
