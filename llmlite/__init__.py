@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from llmlite.errors import LlmliteError as LlmliteError
     from llmlite.models.load import Model as Model
     from llmlite.pipeline import check as check
+    from llmlite.pruning.ffn import PruneFfn as PruneFfn
+    from llmlite.pruning.heads import PruneHeads as PruneHeads
+    from llmlite.pruning.hidden import PruneHidden as PruneHidden
+    from llmlite.pruning.layers import PruneLayers as PruneLayers
+    from llmlite.pruning.structured import PruneStructured as PruneStructured
+    from llmlite.pruning.weights import PruneWeights as PruneWeights
     from llmlite.quantization.bnb import Quantize as Quantize
     from llmlite.recipe import Recipe as Recipe
     from llmlite.report import Report as Report
@@ -28,6 +34,12 @@ _HOMES = {
     "LoraInt4": "llmlite.recipes.lora_int4",
     "LoraInt8": "llmlite.recipes.lora_int8",
     "Model": "llmlite.models.load",
+    "PruneFfn": "llmlite.pruning.ffn",
+    "PruneHeads": "llmlite.pruning.heads",
+    "PruneHidden": "llmlite.pruning.hidden",
+    "PruneLayers": "llmlite.pruning.layers",
+    "PruneStructured": "llmlite.pruning.structured",
+    "PruneWeights": "llmlite.pruning.weights",
     "Quantize": "llmlite.quantization.bnb",
     "QuantizeInt8": "llmlite.recipes.quantize_int8",
     "QuantizeNf4": "llmlite.recipes.quantize_nf4",

@@ -94,11 +94,13 @@ class Run:
 
     def check_data(self) -> None:
         """Raise a clear error when the data cannot be used; reads only the first rows."""
+        from llmlite.calibration.mixture import SELF, parse_mixture
         from llmlite.data.text import check_source
 
         data = self.recipe.data
-        for source in filter(None, (data.train, data.evaluation, data.calibration)):
-            check_source(source, **self._columns())
+        calibration = [source for _, source in parse_mixture(self.calibration) if source != SELF]
+        for source in dict.fromkeys(filter(None, (data.train, data.evaluation, *calibration))):
+            check_source(source, **self.columns())
 
     @cached_property
     def evaluation_data(self) -> Prepared:
@@ -128,7 +130,20 @@ class Run:
         steps = self.max_steps(step)
         return steps * step.per_device_train_batch_size * step.gradient_accumulation_steps * self.recipe.data.max_length if steps else 0
 
-    def _columns(self) -> dict[str, Any]:
+    @property
+    def calibration(self) -> str:
+        """The calibration text as a mixture; by default half of it is written by the model itself, which generalises better than any one text."""
+        return self.recipe.data.calibration or f"0.5*self + 0.5*{self.recipe.data.train}"
+
+    @cached_property
+    def calibration_windows(self) -> Tensor:
+        """Calibration token ids, int64, (windows, tokens), made when first asked for."""
+        from llmlite.calibration.sources import calibration_windows
+
+        return calibration_windows(self)
+
+    def columns(self) -> dict[str, Any]:
+        """Which columns of the data are read, as `read_rows` takes them."""
         data = self.recipe.data
         return {
             "text_column": data.text_column,
@@ -150,7 +165,7 @@ class Run:
             seed=self.recipe.seed,
             most_rows=max_rows,
             progress=self.is_main,
-            **self._columns(),
+            **self.columns(),
         )
 
     @cached_property

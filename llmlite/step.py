@@ -24,6 +24,12 @@ __all__ = ["STEPS", "ModelPlan", "Names", "Step", "name_of_step", "parse_step", 
 # Short name -> where the class lives. Imported when used, so that a recipe pays only for what it names.
 STEPS: dict[str, str] = {
     "lora": "llmlite.adapters.lora:Lora",
+    "prune.ffn": "llmlite.pruning.ffn:PruneFfn",
+    "prune.heads": "llmlite.pruning.heads:PruneHeads",
+    "prune.hidden": "llmlite.pruning.hidden:PruneHidden",
+    "prune.layers": "llmlite.pruning.layers:PruneLayers",
+    "prune.structured": "llmlite.pruning.structured:PruneStructured",
+    "prune.weights": "llmlite.pruning.weights:PruneWeights",
     "quantize": "llmlite.quantization.bnb:Quantize",
 }
 
@@ -96,9 +102,7 @@ def step_class(name: str) -> type[Step]:
     path = STEPS.get(name, name)
     if ":" not in path:
         guess = near(name, STEPS)
-        raise ValueError(
-            f"no step '{name}'. " + (f"Did you mean '{guess}'?" if guess else f"Known: {', '.join(STEPS)}; your own: 'module:Class'.")
-        )
+        raise ValueError(f"no step '{name}'. " + (f"Did you mean '{guess}'?" if guess else f"Known: {', '.join(STEPS)}; your own: 'module:Class'."))
     module_name, _, class_name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), class_name)

@@ -20,7 +20,8 @@ class Data:
     evaluation: str | None = None
     """Held-out text for perplexity, KL and agreement. None: a part of `train` that is never trained on, chosen by a stable hash."""
     calibration: str | None = None
-    """Text whose activations guide pruning and quantization. None: a part of `train` kept apart from both others."""
+    """Text whose activations guide pruning and quantization: a source like `train`, `self` (sampled from the model, cached), or a mixture such as
+    `0.5*self + 0.5*wiki.txt`. None: half `self`, half a part of `train` kept apart from both others."""
     text_column: str | None = None
     """Column with plain text. None: found by its usual names."""
     prompt_column: str | None = None

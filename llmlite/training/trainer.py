@@ -20,6 +20,7 @@ from llmlite.errors import Interrupted, RunError
 from llmlite.training.backbone import hidden_and_head
 from llmlite.training.checkpoints import SealCheckpoints, StopRequest, newest_complete, stopping_at_signals
 from llmlite.training.chunked import chunked_head_loss
+from llmlite.training.keep_zeros import KeepZeros
 from llmlite.training.settings import TrainingStep
 from llmlite.training.token_loss import IGNORE_INDEX, CrossEntropy, TokenLoss, next_token_labels
 
@@ -138,7 +139,7 @@ def train(model: PreTrainedModel, step: TrainingStep, run: Run, make_loss: LossM
         args=trainer_arguments(step, run, folder),
         train_dataset=data.dataset,
         data_collator=data.collator(),
-        callbacks=[SealCheckpoints(), stop, _StopAtNan()],
+        callbacks=[SealCheckpoints(), stop, _StopAtNan(), KeepZeros()],
         make_loss=make_loss,
     )
     with stopping_at_signals(stop):

@@ -1,0 +1,154 @@
+"""Perplexity after one-shot pruning, on text of the calibration's kind and on text that no calibration row resembles.
+
+    python benchmarks/pruning.py --calibration WIKI_VALID.txt --test wikitext=WIKI_TEST.txt --test novel=NOVEL.txt --case ffn=0.8
+
+Prints a table and writes benchmarks/results/pruning.json. Nothing is trained. Every row uses the same test windows; the first is the dense model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmlite.calibration.mixture import parse_mixture, shares
+from llmlite.calibration.sample import sampled_windows
+from llmlite.calibration.sources import windows_of
+from llmlite.evaluation.quality import measure_quality
+from llmlite.models.load import Model, find, load_model, load_tokenizer
+from llmlite.models.size import size_of_model
+from llmlite.run import Run
+from llmlite.step import parse_step
+
+
+def detokenised(text: str) -> str:
+    """WikiText's tokenized text as people write it; other text comes out as it was."""
+    for mark, plain in ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), (" n't", "n't"), (" 's", "'s"), ("<unk>", "")):
+        text = text.replace(mark, plain)
+    if " ." in text:
+        text = re.sub(r" ([.,;:!?)\]])", r"\1", text)
+        text = re.sub(r"([(\[]) ", r"\1", text)
+        text = re.sub(r'" ([^"]*?) "', r'"\1"', text)
+    return text
+
+
+def stream(path: str, tokenizer: Any) -> torch.Tensor:
+    """A text file as one run of ids."""
+    text = detokenised(Path(path).read_text(encoding="utf-8"))
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+
+
+class _BenchRun(Run):
+    """A run whose calibration windows are given."""
+
+    def __init__(self, windows_NT: torch.Tensor, recipe: Any) -> None:
+        super().__init__(recipe)
+        self.__dict__["calibration_windows"] = windows_NT
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=Model().name)
+    parser.add_argument("--calibration", required=True, help="mixture, for instance '0.5*self + 0.5*wiki.txt'")
+    parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--test", action="append", required=True, metavar="NAME=FILE")
+    parser.add_argument("--test-windows", type=int, default=16)
+    parser.add_argument("--case", action="append", required=True, metavar="LABEL={step: ..., ...}", help="a step as YAML; several steps as a list")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="benchmarks/results/pruning.json")
+    args = parser.parse_args()
+    import yaml
+
+    import llmlite
+
+    source = find(Model(name=args.model))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(source, Model(name=args.model))
+    dense = load_model(source, Model(name=args.model), device)
+
+    parts = []
+    mixture = parse_mixture(args.calibration)
+    for (_, name), count in zip(mixture, shares([share for share, _ in mixture], args.sequences), strict=True):
+        if name == "self":
+            parts.append(sampled_windows(source, lambda: dense, count, args.tokens, seed=args.seed, dtype=dense.dtype))
+        else:
+            parts.append(windows_of(stream(name, tokenizer), count, args.tokens, args.seed))
+    windows_NT = torch.cat(parts)
+    windows_NT = windows_NT[torch.randperm(len(windows_NT), generator=torch.Generator().manual_seed(args.seed))]
+
+    tests = {}
+    for test in args.test:
+        name, _, path = test.partition("=")
+        chosen = windows_of(stream(path, tokenizer), args.test_windows, args.tokens, 1)
+        tests[name] = [{"input_ids": part, "labels": part} for part in chosen.split(4)]
+    base = {name: measure_quality(dense, batches).perplexity for name, batches in tests.items()}
+    size = size_of_model(dense)
+    rows: list[dict[str, Any]] = [{"case": "dense", "decoder": 1.0, **{name: value for name, value in base.items()}}]
+    show(rows[-1], base)
+    for case in args.case:
+        label, _, text = case.partition("=")
+        steps, problems = [], []
+        given = yaml.safe_load(text)
+        for index, value in enumerate(given if isinstance(given, list) else [given]):
+            step, more = parse_step(value, index)
+            steps.append(step)
+            problems += more
+        if problems:
+            raise SystemExit("\n".join(problems))
+        recipe = llmlite.Recipe(model=args.model, steps=tuple(steps), seed=args.seed)
+        run = _BenchRun(windows_NT, recipe)
+        model = load_model(source, Model(name=args.model), device)
+        started, cpu = time.perf_counter(), time.process_time()
+        for step in steps:
+            model = step.apply(model, run)
+        row = {
+            "case": label,
+            "calibration": " + ".join(f"{share:g}*{name if name == 'self' else Path(name).name}" for share, name in mixture),
+            "calibration_tokens": windows_NT.numel(),
+            "steps": [given] if isinstance(given, dict) else given,
+            "decoder": size_of_model(model).decoder / size.decoder,
+            "sparsity": run.notes.get("sparsity"),
+            "seconds": time.perf_counter() - started,
+            "cpu_seconds": time.process_time() - cpu,
+            **{name: measure_quality(model, batches).perplexity for name, batches in tests.items()},
+        }
+        rows.append(row)
+        show(row, base)
+        write(Path(args.out), args, rows)
+
+
+def show(row: dict[str, Any], base: dict[str, float]) -> None:
+    """One line of the table."""
+    figures = "  ".join(f"{name} {row[name]:9.2f} {row[name] / base[name]:6.3f}x" for name in base)
+    print(f"{row['case']:28s} decoder {row['decoder']:6.1%}  {figures}  {row.get('seconds', math.nan):6.0f} s {row.get('cpu_seconds', math.nan):6.0f} CPU-s", flush=True)
+
+
+def write(path: Path, args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Add the rows to the results file; rows of earlier runs with other settings stay."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(path.read_text()) if path.is_file() else []
+    entry = {
+        "model": args.model,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "seed": args.seed,
+        "test_windows": args.test_windows,
+        "tokens": args.tokens,
+    }
+    known = [old for old in known if old.get("rows", [{}])[1:] != rows[1:-1] or len(rows) == 2]
+    path.write_text(json.dumps([*known, {**entry, "rows": rows}], indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

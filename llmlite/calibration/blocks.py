@@ -1,0 +1,280 @@
+"""Calibration block by block: the inputs of one block at a time, statistics of its projections, a change, and on to the next block.
+
+The stock forward pass is run once with every block replaced by the identity, which shows what it hands to each block (attention masks, rotary embeddings,
+positions), for every family alike. After that only the hidden states at the entrance of one block and the statistics of this block are held: memory
+grows with the widest block and the calibration tokens, not with the number of layers.
+
+Shapes: B windows of a batch, T tokens of a window, D hidden size, N real tokens of a batch, I inputs of a projection.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llmlite.calibration.moments import Moments
+from llmlite.models.view import BlockView, ModelView
+from llmlite.storage import damage, writing_folder
+
+__all__ = ["Blocks", "Statistics", "Walk", "batches_of", "skipping", "walk_blocks"]
+
+log = logging.getLogger(__name__)
+
+HELD_OUT_EVERY = 4
+"""One batch of this many is held out: its sums are kept apart, to choose damping on."""
+
+Batch = Mapping[str, Tensor]
+Change = Callable[[BlockView, "dict[str, Statistics]"], "Mapping[str, Any] | None"]
+
+
+@dataclass
+class Statistics:
+    """What one projection heard.
+
+    Attributes:
+        fit: sums over the batches to fit on.
+        held: sums over the held-out batches, or None when there were too few batches.
+    """
+
+    fit: Moments
+    held: Moments | None = None
+
+    @property
+    def all(self) -> Moments:
+        """Both together."""
+        return self.fit if self.held is None else self.fit.merged(self.held)
+
+
+def batches_of(windows_NT: Tensor, *, most: int = 8) -> list[dict[str, Tensor]]:
+    """Windows without padding as model inputs; at least four batches where there are four windows, so that one can be held out."""
+    size = max(1, min(most, len(windows_NT) // HELD_OUT_EVERY))
+    return [{"input_ids": windows_NT[start : start + size]} for start in range(0, len(windows_NT), size)]
+
+
+@contextmanager
+def skipping(blocks: Collection[BlockView], seen: Callable[[BlockView, tuple[Any, ...], dict[str, Any]], None] | None = None) -> Iterator[None]:
+    """Let some blocks do nothing: they return the hidden states they were given. `seen` is shown the arguments of each call."""
+
+    def identity(block: BlockView) -> Callable[..., Tensor]:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            if seen is not None:
+                seen(block, args, kwargs)
+            hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+            return hidden
+
+        return forward
+
+    for block in blocks:
+        block.module.forward = identity(block)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.module.__dict__["forward"]
+
+
+class Blocks:
+    """The hidden states of all calibration windows on their way through a model.
+
+    Args:
+        model: a stock model of a family in the table, in eval mode.
+        batches: model inputs; with an `attention_mask` its zeros are padding and are never counted.
+
+    Attributes:
+        view: the model's view.
+        hidden: for each batch the hidden states (B, T, D) at the entrance of the next block.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+        self.view = ModelView(model)
+        self.hidden: list[Tensor] = []
+        self.real: list[Tensor | None] = []  # (B, T) bool, None where every token is real
+        self._calls: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        device = next(self.view.embedding.parameters()).device
+        with torch.no_grad():
+            for batch in batches:
+                self._enter({name: tensor.to(device) for name, tensor in batch.items()})
+
+    def _enter(self, batch: dict[str, Tensor]) -> None:
+        calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        entrance: list[Tensor] = []
+
+        def seen(block: BlockView, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if block.index == 0:
+                entrance.append(args[0] if args else kwargs["hidden_states"])
+            kept = {name: value for name, value in kwargs.items() if name not in ("hidden_states", "past_key_values", "use_cache")}
+            calls[block.index] = (args[1:], kept)
+
+        with skipping(self.view.blocks, seen), _without_head(self.view):
+            self.view.model(**batch, use_cache=False)
+        mask = batch.get("attention_mask")
+        self.real.append(None if mask is None or bool(mask.all()) else mask.bool())
+        self.hidden.append(entrance[0])
+        self._calls.append(calls)
+
+    @torch.no_grad()
+    def run(self, block: BlockView, index: int, hidden_BTD: Tensor) -> Tensor:
+        """One batch through one block."""
+        args, kwargs = self._calls[index][block.index]
+        output = block.module(hidden_BTD, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def advance(self, block: BlockView) -> None:
+        """All batches through one block."""
+        self.hidden = [self.run(block, index, hidden) for index, hidden in enumerate(self.hidden)]
+
+    def tokens(self, index: int, values_BTX: Tensor) -> Tensor:
+        """The values of the real tokens of batch `index`, (N, X)."""
+        mask = self.real[index]
+        return values_BTX.reshape(-1, values_BTX.shape[-1]) if mask is None else values_BTX[mask]
+
+    def collect(
+        self, block: BlockView, roles: Sequence[str], *, dense: list[Tensor] | None = None, dtype: torch.dtype = torch.float32
+    ) -> dict[str, Statistics]:
+        """Statistics of the inputs of some projections of a block; those that share one input (q, k and v) share one set of sums.
+
+        Args:
+            block: whose entrance `hidden` is at.
+            roles: roles of the families table; those that the block does not have are left out.
+            dense: hidden states of the dense model at the same entrance; then the cross moments are taken too.
+            dtype: of the sums: float32, or float64.
+        """
+        wanted = [role for role in roles if role in block.linears]
+        keys: dict[str, str] = {}  # role -> the role whose sums it shares
+        found: dict[str, Statistics] = {}
+        held_out = len(self.hidden) >= HELD_OUT_EVERY
+        for index, hidden in enumerate(self.hidden):
+            inputs = self._inputs(block, wanted, index, hidden)
+            if not keys:
+                for role in wanted:
+                    keys[role] = next(first for first in wanted if inputs[first] is inputs[role])
+            dense_inputs = None if dense is None else self._inputs(block, list(dict.fromkeys(keys.values())), index, dense[index])
+            held = held_out and index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+            for role in dict.fromkeys(keys.values()):
+                x_NI = self.tokens(index, inputs[role])
+                if role not in found:
+                    made = [Moments(x_NI.shape[1], cross=dense is not None, dtype=dtype, device=x_NI.device) for _ in range(1 + held_out)]
+                    found[role] = Statistics(*made)
+                moments = found[role].held if held else found[role].fit
+                assert moments is not None
+                moments.add(x_NI, None if dense_inputs is None else self.tokens(index, dense_inputs[role]))
+        for statistics in found.values():
+            statistics.fit.all_reduce()
+            if statistics.held is not None:
+                statistics.held.all_reduce()
+        return {role: found[keys[role]] for role in wanted}
+
+    def _inputs(self, block: BlockView, roles: Sequence[str], index: int, hidden: Tensor) -> dict[str, Tensor]:
+        seen: dict[str, Tensor] = {}
+
+        def watch(role: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            return lambda _module, args: seen.__setitem__(role, args[0])
+
+        handles = [block.linears[role].module.register_forward_pre_hook(watch(role)) for role in roles]
+        try:
+            self.run(block, index, hidden)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+
+@contextmanager
+def _without_head(view: ModelView) -> Iterator[None]:
+    """Show the output head nothing: its logits over all calibration tokens would cost more memory than the block."""
+    handle = view.head.register_forward_pre_hook(lambda _module, args: (args[0][:, :1], *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How a walk goes.
+
+    Attributes:
+        stages: groups of roles of which statistics are taken together; each group sees the changes made after the one before.
+        inputs: "compressed": every block hears what the changed blocks before it give; "dense": what the dense model would give, one pass cheaper.
+        target: "own": repair towards the outputs that the present inputs give; "dense": towards the dense model's outputs, which also corrects for the
+            blocks before and costs one more pass. Needs inputs "compressed".
+        dtype: of the sums.
+    """
+
+    stages: Sequence[Sequence[str]] = field(default_factory=tuple)
+    inputs: str = "compressed"
+    target: str = "own"
+    dtype: torch.dtype = torch.float32
+
+
+@torch.no_grad()
+def walk_blocks(model: nn.Module, batches: Sequence[Batch], walk: Walk, change: Change, state: Path | None = None) -> list[dict[str, Any]]:
+    """Visit all blocks in order; take statistics and let the caller change the block's weights in place.
+
+    Args:
+        model: a stock model, in eval mode; its weights are changed.
+        batches: calibration inputs.
+        walk: see `Walk`.
+        change: called for each block and stage with the block and its statistics by role. It writes into the weights (`linear.weight_OI`, `linear.bias`)
+            and returns plain values to remember, for instance which units stay.
+        state: a folder; each block's changed weights are kept there, and a walk that was stopped goes on behind the last block that is complete.
+
+    Returns:
+        For each block what `change` returned, the stages merged.
+    """
+    stream = Blocks(model, batches)
+    dense = list(stream.hidden) if walk.target == "dense" else None
+    remembered: list[dict[str, Any]] = []
+    for block in stream.view.blocks:
+        folder = None if state is None else state / f"block-{block.index:03d}"
+        done = folder is not None and damage(folder) is None
+        if walk.inputs == "dense" and done:
+            stream.advance(block)
+        ahead = [stream.run(block, index, hidden) for index, hidden in enumerate(dense)] if dense is not None else None
+        if done and folder is not None:
+            if block.index == 0 or not remembered:
+                log.info("continuing behind block %d", block.index)
+            remembered.append(_restore(block, folder))
+        else:
+            notes: dict[str, Any] = {}
+            after: list[Tensor] | None = None
+            for stage in walk.stages:
+                found = stream.collect(block, stage, dense=dense, dtype=walk.dtype)
+                if walk.inputs == "dense" and after is None:
+                    after = [stream.run(block, index, hidden) for index, hidden in enumerate(stream.hidden)]
+                notes |= change(block, found) or {}
+                del found
+            if walk.inputs == "dense" and after is not None:
+                stream.hidden = after
+            if folder is not None:
+                _keep(block, notes, folder)
+            remembered.append(notes)
+            log.info("block %d of %d", block.index + 1, len(stream.view.blocks))
+        if walk.inputs != "dense":
+            stream.advance(block)
+        if ahead is not None:
+            dense = ahead
+    return remembered
+
+
+def _keep(block: BlockView, notes: dict[str, Any], folder: Path) -> None:
+    with writing_folder(folder) as temporary:
+        save_file({name: parameter.detach().contiguous().cpu() for name, parameter in block.module.named_parameters()}, temporary / "block.safetensors")
+        (temporary / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
+
+
+def _restore(block: BlockView, folder: Path) -> dict[str, Any]:
+    stored = load_file(folder / "block.safetensors")
+    for name, parameter in block.module.named_parameters():
+        parameter.data.copy_(stored[name])
+    notes: dict[str, Any] = json.loads((folder / "notes.json").read_text(encoding="utf-8"))
+    return notes

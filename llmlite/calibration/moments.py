@@ -1,0 +1,79 @@
+"""Running sums over calibration tokens: the input Hessian of a projection, and the means and norms that fall out of it.
+
+    gram = sum_n x_n x_n^T,   total = sum_n x_n,   mean = total / N,   variance = diag(gram) / N - mean^2,   norm = sqrt(diag(gram))
+
+The gram matrix is the Hessian of ||W X - W' X||^2 in each row of W', up to a factor 2.
+
+Shapes: N tokens, I inputs of the projection, J inputs of the same projection in the dense model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["Moments"]
+
+
+class Moments:
+    """Sums for the input of one projection, float32 by default, on the device of the inputs.
+
+    Attributes:
+        tokens: tokens counted.
+        gram_II: sum of x x^T.
+        total_I: sum of x.
+        cross_JI: sum of (dense x) x^T, when the dense inputs were given too, else None: it says what the dense model would have put in.
+    """
+
+    def __init__(self, width: int, *, cross: bool = False, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+        self.tokens = 0
+        self.gram_II = torch.zeros(width, width, dtype=dtype, device=device)
+        self.total_I = torch.zeros(width, dtype=dtype, device=device)
+        self.cross_JI = torch.zeros(width, width, dtype=dtype, device=device) if cross else None
+
+    def add(self, input_NI: Tensor, dense_NJ: Tensor | None = None) -> None:
+        """Count tokens. Padding must have been left out before."""
+        x_NI = input_NI.to(self.gram_II.dtype)
+        self.tokens += len(x_NI)
+        self.gram_II.addmm_(x_NI.T, x_NI)
+        self.total_I += x_NI.sum(0)
+        if self.cross_JI is not None and dense_NJ is not None:
+            self.cross_JI.addmm_(dense_NJ.to(self.gram_II.dtype).T, x_NI)
+
+    def merged(self, other: Moments) -> Moments:
+        """The sums over both sets of tokens."""
+        both = Moments(len(self.total_I), dtype=self.gram_II.dtype, device=self.gram_II.device)
+        both.tokens, both.gram_II, both.total_I = self.tokens + other.tokens, self.gram_II + other.gram_II, self.total_I + other.total_I
+        both.cross_JI = None if self.cross_JI is None or other.cross_JI is None else self.cross_JI + other.cross_JI
+        return both
+
+    def all_reduce(self) -> None:
+        """Add up over the processes of `torch.distributed`; nothing when there is one process. Sums travel in float64, so that the order matters little."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        count = torch.tensor([self.tokens], dtype=torch.float64, device=self.gram_II.device)
+        for tensor in [count, self.gram_II, self.total_I, *([] if self.cross_JI is None else [self.cross_JI])]:
+            wide = tensor.double()
+            torch.distributed.all_reduce(wide)
+            tensor.copy_(wide)
+        self.tokens = int(count.item())
+
+    @property
+    def target_JI(self) -> Tensor:  # noqa: N802 - a tensor with its shape suffix
+        """What the gram matrix becomes when the outputs wanted are the dense model's: `cross_JI` where it was taken, else the gram matrix itself."""
+        return self.gram_II if self.cross_JI is None else self.cross_JI
+
+    @property
+    def norm_I(self) -> Tensor:  # noqa: N802 - a tensor with its shape suffix
+        """L2 norm of each input over all tokens."""
+        return self.gram_II.diagonal().clamp(min=0).sqrt()
+
+    @property
+    def mean_I(self) -> Tensor:  # noqa: N802 - a tensor with its shape suffix
+        """Mean of each input."""
+        return self.total_I / max(self.tokens, 1)
+
+    @property
+    def variance_I(self) -> Tensor:  # noqa: N802 - a tensor with its shape suffix
+        """Variance of each input over the tokens, at least 0."""
+        return (self.gram_II.diagonal() / max(self.tokens, 1) - self.mean_I**2).clamp(min=0)

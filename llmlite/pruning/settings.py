@@ -1,0 +1,88 @@
+"""The options that structured pruning steps share, and what their plans have in common. No torch at import."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from llmlite.config import settings
+from llmlite.errors import ConfigError
+from llmlite.step import ModelPlan, Step
+
+if TYPE_CHECKING:
+    from llmlite.run import Run
+
+__all__ = ["Keep", "UnitStep", "calibration_tokens", "planned", "require_plain", "walk_state"]
+
+Keep = Annotated[float, Field(gt=0, le=1)]
+
+
+@settings
+class UnitStep(Step):
+    """Base of the steps that take inputs away from output projections: FFN channels from `down`, heads from `o`."""
+
+    score: Literal["flap", "wanda", "magnitude", "taylor", "obs"] = "flap"
+    """How units are judged: flap (how much of the output fluctuates with it), wanda (weight times input norm), magnitude, taylor (weight times gradient),
+    obs (second order, one unit after another)."""
+    reconstruct: bool = True
+    """Solve the remaining output projection anew by least squares on the calibration text, so that what stays makes up for what went."""
+    bias_compensation: bool = False
+    """Put the mean of what was lost into a bias (FLAP). The checkpoint gets output biases where its family has a switch for them; others are refused."""
+    inputs: Literal["compressed", "dense"] = "compressed"
+    """What each block hears during calibration: the blocks before it as already pruned, or the dense model (one pass cheaper)."""
+    target: Literal["own", "dense"] = "own"
+    """What the repaired projection aims at: own (its old outputs on the same inputs), or dense (the dense model's outputs, which also corrects the blocks
+    before; one pass dearer)."""
+
+
+def require_plain(model: ModelPlan, name: str) -> None:
+    """Refuse a model with an adapter.
+
+    Raises:
+        ConfigError: as said.
+    """
+    if model.adapters:
+        raise ConfigError(name, ["the model carries an adapter, which pruning would not follow. Put the pruning before the lora step."])
+
+
+def calibration_tokens(run: Run) -> int:
+    """Tokens that calibration reads at most."""
+    data = run.recipe.data
+    return data.calibration_sequences * data.max_length
+
+
+def planned(model: ModelPlan, config: Any, run: Run, *, calibrated: bool, notes: tuple[str, ...], form: str | None = None) -> ModelPlan:
+    """The plan after a pruning step, counted from the new config."""
+    from llmlite.models.families import family_of
+    from llmlite.models.size import expected_bytes, size_of_config
+
+    tokens = calibration_tokens(run) if calibrated else 0
+    family = family_of(config)
+    width = max(family.ffn_channels(model.config), family.heads(model.config) * family.dim_of_head(model.config))
+    # both models while rebuilding, the stored hidden states twice, sums with their float64 copies
+    peak = (
+        2 * expected_bytes(model.config, dtype=run.compute_dtype)
+        + 2 * 4 * tokens * family.width(model.config)
+        + (40 * width**2 if calibrated else 0)
+        + 500_000_000
+    )
+    return dataclasses.replace(
+        model,
+        config=config,
+        form=form or model.form,
+        parameters=size_of_config(config).parameters,
+        trained_parameters=0,
+        disk_bytes=expected_bytes(config, dtype=run.storage_dtype),
+        peak_bytes=peak,
+        tokens=tokens,
+        notes=notes,
+    )
+
+
+def walk_state(run: Run) -> Any:
+    """Where a walk keeps what it did, or None outside of a pipeline."""
+    from pathlib import Path
+
+    return None if run.scratch == Path() else run.scratch / "blocks"

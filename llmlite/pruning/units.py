@@ -1,0 +1,198 @@
+"""Take units away from output projections: score them, choose, repair what stays, block by block; then slice.
+
+A unit is a run of neighbouring inputs of `o` (a head, or a key/value head with the query heads that read it) or of `down` (one FFN channel). During the
+walk the inputs that go are zeroed in place, which is the same function as the sliced model.
+
+Shapes: O outputs, I inputs, U units, K inputs that stay.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llmlite.calibration.blocks import Statistics, Walk, batches_of, walk_blocks
+from llmlite.models.rebuild import rebuild
+from llmlite.models.slicing import take_ffn_channels, take_kv_groups, take_query_heads, with_zero_biases
+from llmlite.models.view import BlockView, LinearView, ModelView
+from llmlite.pruning import scores
+from llmlite.pruning.reconstruct import choose_damping, least_squares, output_error
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from llmlite.pruning.settings import UnitStep
+
+__all__ = ["Cut", "cut_units", "obs_choice", "strongest", "taylor_scores"]
+
+log = logging.getLogger(__name__)
+
+_OBS_DAMPING = 0.01
+_TAYLOR_WINDOWS = 16
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What goes from one kind of projection, in every block.
+
+    Attributes:
+        kind: "ffn", "kv_groups" or "query_heads".
+        units: units that there are.
+        keep: units that stay.
+        groups: runs of units that must keep the same number (query heads of one key/value head).
+    """
+
+    kind: str
+    units: int
+    keep: int
+    groups: int = 1
+
+    @property
+    def role(self) -> str:
+        """The projection whose inputs go."""
+        return "down" if self.kind == "ffn" else "o"
+
+
+def cut_units(
+    model: PreTrainedModel, cuts: Sequence[Cut], windows_NT: Tensor, step: UnitStep, state: Path | None = None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Take units away, the kinds one after the other inside each block.
+
+    Args:
+        model: a stock model; its weights are used up.
+        cuts: what goes. A cut that keeps everything does nothing.
+        windows_NT: calibration token ids without padding.
+        step: how to choose and repair.
+        state: folder of a walk that can be continued, or None.
+
+    Returns:
+        A fresh stock model, and figures for the report: the units that went in each layer, dampings and relative output errors.
+    """
+    cuts = [cut for cut in cuts if cut.keep < cut.units]
+    if not cuts:
+        return model, {}
+    if step.bias_compensation:
+        roles = {cut.role for cut in cuts}
+        model = rebuild(model, *with_zero_biases(ModelView(model), attention="o" in roles, ffn="down" in roles))
+    batches = batches_of(windows_NT)
+    gradients = taylor_scores(model, windows_NT[:_TAYLOR_WINDOWS], cuts) if step.score == "taylor" else {}
+
+    def change(block: BlockView, found: dict[str, Statistics]) -> Mapping[str, Any]:
+        notes = {}
+        for cut in cuts:
+            if cut.role in found:
+                notes[cut.kind] = _cut_block(block.linears[cut.role], cut, found[cut.role], step, gradients.get((cut.kind, block.index)))
+        return notes
+
+    walk = Walk(stages=[(cut.role,) for cut in cuts], inputs=step.inputs, target=step.target)
+    remembered = walk_blocks(model, batches, walk, change, state)
+    figures: dict[str, Any] = {}
+    for cut in cuts:
+        keep = [notes[cut.kind]["keep"] for notes in remembered]
+        take = {"ffn": take_ffn_channels, "kv_groups": take_kv_groups, "query_heads": take_query_heads}[cut.kind]
+        model = rebuild(model, *take(ModelView(model), keep))
+        figures[cut.kind] = {
+            "units": cut.units,
+            "removed": [sorted(set(range(cut.units)) - set(kept)) for kept in keep],
+            "damping": [notes[cut.kind]["damping"] for notes in remembered],
+            "relative_output_error": [notes[cut.kind]["error"] for notes in remembered],
+        }
+    return model, figures
+
+
+def _cut_block(linear: LinearView, cut: Cut, found: Statistics, step: UnitStep, gradient_U: Tensor | None) -> dict[str, Any]:
+    """Choose and repair in one projection; writes its weight and bias. Returns what to remember."""
+    weight_OI, moments = linear.weight_OI, found.all
+    kept = _choose(weight_OI.float(), cut, found, step.score, gradient_U)
+    size = weight_OI.shape[1] // cut.units
+    keep_K = (torch.tensor(kept, device=weight_OI.device)[:, None] * size + torch.arange(size, device=weight_OI.device)).flatten()
+    damping = None
+    if step.reconstruct:
+        damping = choose_damping(weight_OI, keep_K, found.fit, found.held)
+        new_OK = least_squares(weight_OI, keep_K, moments, damping)
+    else:
+        new_OK = weight_OI[:, keep_K].float()
+    energy = float((weight_OI.double() @ moments.gram_II.double() * weight_OI.double()).sum())
+    error = output_error(weight_OI, new_OK, keep_K, moments) / max(energy, 1e-30)
+    if step.bias_compensation and linear.bias is not None:
+        lost_O = weight_OI.float() @ moments.mean_I.float() - new_OK @ moments.mean_I.float()[keep_K]
+        linear.bias.data += lost_O.to(linear.bias.dtype)
+    weight_OI.zero_()
+    weight_OI[:, keep_K] = new_OK.to(weight_OI.dtype)
+    return {"keep": kept, "damping": damping, "error": error}
+
+
+def _choose(weight_OI: Tensor, cut: Cut, found: Statistics, score: str, gradient_U: Tensor | None) -> list[int]:
+    moments = found.all
+    match score:
+        case "obs":
+            return obs_choice(weight_OI, scores.inverse_hessian(moments.gram_II, _OBS_DAMPING), cut)
+        case "taylor":
+            assert gradient_U is not None
+            score_U = gradient_U
+        case "magnitude":
+            score_U = scores.unit_sum(scores.magnitude_score(weight_OI).sum(0), cut.units)
+        case "wanda":
+            score_U = scores.unit_sum(scores.wanda_unit_score(weight_OI, moments.norm_I), cut.units)
+        case _:
+            score_U = scores.unit_sum(scores.flap_score(weight_OI, moments.variance_I), cut.units)
+    return strongest(score_U, cut.keep, cut.groups)
+
+
+def strongest(score_U: Tensor, keep: int, groups: int = 1) -> list[int]:
+    """The units of the highest scores, ascending; the same number from each of `groups` equal runs."""
+    size = len(score_U) // groups
+    best = score_U.view(groups, size).topk(keep // groups, dim=1).indices + torch.arange(groups, device=score_U.device)[:, None] * size
+    return sorted(int(unit) for unit in best.flatten())
+
+
+def obs_choice(weight_OI: Tensor, inverse_II: Tensor, cut: Cut) -> list[int]:
+    """Units that stay when the cheapest goes, the others make up for it, the next cheapest goes, and so on. See `llmlite.pruning.scores.obs_score`.
+
+    Source: Kurtic et al. 2023 (ZipLM), arXiv:2302.04089, algorithm 1.
+    """
+    size, per_group = weight_OI.shape[1] // cut.units, cut.units // cut.groups
+    weight_OI, inverse_II = weight_OI.float().clone(), inverse_II.float().clone()
+    alive = torch.ones(cut.units, dtype=torch.bool, device=weight_OI.device)
+    identity = torch.eye(size, device=weight_OI.device)
+    while int(alive.sum()) > cut.keep:
+        score_U = scores.obs_score(weight_OI, inverse_II, cut.units)
+        full = alive.view(cut.groups, per_group).sum(1) <= cut.keep // cut.groups
+        score_U = score_U.masked_fill(~alive | full.repeat_interleave(per_group), torch.inf)
+        unit = int(score_U.argmin())
+        rows = slice(unit * size, (unit + 1) * size)
+        solved_SI = torch.linalg.solve(inverse_II[rows, rows], inverse_II[rows])
+        weight_OI -= weight_OI[:, rows] @ solved_SI
+        inverse_II -= inverse_II[:, rows] @ solved_SI
+        inverse_II[rows, rows] += identity  # what is gone stays out of the way, and invertible
+        alive[unit] = False
+    return [int(unit) for unit in alive.nonzero()]
+
+
+def taylor_scores(model: PreTrainedModel, windows_NT: Tensor, cuts: Sequence[Cut]) -> dict[tuple[str, int], Tensor]:
+    """First-order scores of every unit: (kind, block) -> (U,). One backward pass over a few windows, gradients of the output projections only."""
+    view = ModelView(model)
+    linears = {(cut.kind, block.index): (cut, block.linears[cut.role]) for cut in cuts for block in view.blocks}
+    wanted = {id(linear.base.weight) for _, linear in linears.values()}
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        for parameter in before:
+            parameter.requires_grad_(id(parameter) in wanted)
+        with torch.enable_grad():
+            for window_T in windows_NT.to(view.embedding.weight.device):
+                model(input_ids=window_T[None], labels=window_T[None], use_cache=False).loss.backward()
+        found = {}
+        for key, (cut, linear) in linears.items():
+            gradient = linear.base.weight.grad
+            found[key] = scores.taylor_score(linear.weight_OI, gradient.t() if linear.conv1d else gradient, cut.units)
+        return found
+    finally:
+        for parameter, required in before.items():
+            parameter.grad = None
+            parameter.requires_grad_(required)

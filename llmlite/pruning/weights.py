@@ -1,0 +1,138 @@
+"""The step `prune.weights`: zeros in the projections of the decoder blocks, anywhere or N in every M neighbours.
+
+The file keeps its size and stock code its speed: zeros alone are not faster. They pay in formats and kernels made for them (2:4 sparse tensor cores, sparse
+compression of the file), and later training keeps them (`llmlite.training.keep_zeros`).
+
+Sources: magnitude, arXiv:1506.02626; Wanda, arXiv:2306.11695; SparseGPT, arXiv:2301.00774.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from llmlite.config import settings
+from llmlite.errors import ConfigError
+from llmlite.pruning.settings import planned, require_plain, walk_state
+from llmlite.step import ModelPlan, Step
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from llmlite.calibration.blocks import Statistics
+    from llmlite.models.view import BlockView
+    from llmlite.run import Run
+
+__all__ = ["PruneWeights"]
+
+_STAGES = (("q", "k", "v", "qkv"), ("o",), ("gate", "up", "gate_up"), ("down",))
+
+
+def _sparsity_of(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        pass
+    import re
+
+    found = re.fullmatch(r"(\d+):(\d+)", value.strip())
+    if not found or not 0 < int(found[1]) < int(found[2]):
+        raise ValueError("be a share of zeros in [0, 1), or N:M with 0 < N < M, such as 2:4 (2 zeros in every 4 neighbours)")
+    return value.strip()
+
+
+Sparsity = Annotated[Annotated[float, Field(ge=0, lt=1)] | str, pydantic.BeforeValidator(_sparsity_of)]
+
+
+@settings
+class PruneWeights(Step):
+    """Set weights of the decoder's projections to zero; later training keeps the zeros."""
+
+    sparsity: Sparsity = 0.5
+    """Share of zeros in every projection, or N:M: N zeros in every M neighbouring inputs, such as 2:4."""
+    method: Literal["sparsegpt", "wanda", "magnitude"] = "sparsegpt"
+    """sparsegpt makes up for what goes and is best; wanda only chooses by calibration; magnitude needs no calibration and is worst."""
+    damping: Annotated[float, Field(gt=0)] = 0.01
+    """SparseGPT: added to the Hessian, as a multiple of the mean of its diagonal."""
+    inputs: Literal["compressed", "dense"] = "compressed"
+    """What each block hears during calibration: the blocks before it as already pruned, or the dense model (cheaper)."""
+
+    def check(self, model: ModelPlan, run: Run) -> ModelPlan:
+        """See `Step.check`.
+
+        Raises:
+            ConfigError: a pattern that does not divide the inputs of some projection.
+        """
+        from llmlite.models.size import linear_shapes
+
+        require_plain(model, "prune.weights")
+        shapes = linear_shapes(model.config)
+        if self.pattern:
+            uneven = [f"{name} ({width})" for name, (_, width) in shapes.items() if width % self.pattern[1]]
+            if uneven:
+                raise ConfigError(
+                    "prune.weights",
+                    [f"sparsity={self.sparsity!r}: inputs of {uneven[0]} are no multiple of {self.pattern[1]}. Choose another pattern, or a share of zeros."],
+                )
+        weights = sum(outputs * inputs for outputs, inputs in shapes.values())
+        share = self.pattern[0] / self.pattern[1] if self.pattern else float(self.sparsity)
+        note = f"{share:.0%} zeros in {weights:,} weights; the file keeps its size, and zeros alone are not faster"
+        calibrated = self.method != "magnitude" and share > 0
+        return planned(model, model.config, run, calibrated=calibrated, notes=(note,), form="sparse" if share else None)
+
+    @property
+    def pattern(self) -> tuple[int, int] | None:
+        """(N, M), or None for a share of zeros."""
+        if not isinstance(self.sparsity, str):
+            return None
+        zeros, _, group = self.sparsity.partition(":")
+        return int(zeros), int(group)
+
+    def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
+        """In place: the shapes stay."""
+        import torch
+
+        from llmlite.calibration.blocks import Walk, batches_of, walk_blocks
+        from llmlite.models.size import count_zeros
+        from llmlite.models.view import ModelView
+
+        if self.sparsity == 0:
+            return model
+        with torch.no_grad():
+            if self.method == "magnitude":
+                for linear in ModelView(model).linears():
+                    linear.weight_OI.mul_(self._mask(linear.weight_OI.float().abs()))
+            else:
+                walk = Walk(stages=_STAGES if self.inputs == "compressed" else (tuple(role for stage in _STAGES for role in stage),), inputs=self.inputs)
+                walk_blocks(model, batches_of(run.calibration_windows), walk, self._change, walk_state(run))
+        zeros = count_zeros(model)
+        run.note(zeros=zeros.zeros, weights=zeros.weights, sparsity=zeros.sparsity)
+        return model
+
+    def _change(self, block: BlockView, found: dict[str, Statistics]) -> Mapping[str, Any]:
+        from llmlite.pruning.scores import wanda_score
+        from llmlite.pruning.sparsegpt import sparsegpt
+
+        for role, statistics in found.items():
+            weight_OI, moments = block.linears[role].weight_OI, statistics.all
+            if self.method == "wanda":
+                weight_OI.mul_(self._mask(wanda_score(weight_OI, moments.norm_I)))
+            else:
+                share = None if self.pattern else float(self.sparsity)
+                chunk = 128 if not self.pattern else self.pattern[1] * max(1, 128 // self.pattern[1])
+                weight_OI.copy_(sparsegpt(weight_OI, moments.gram_II, sparsity=share, pattern=self.pattern, damping=self.damping, chunk=chunk))
+        return {}
+
+    def _mask(self, score_OI: Tensor) -> Tensor:
+        from llmlite.pruning.masks import pattern_mask, row_mask, tensor_mask
+
+        if self.pattern:
+            return pattern_mask(score_OI, *self.pattern)
+        return (tensor_mask if self.method == "magnitude" else row_mask)(score_OI, float(self.sparsity))
