@@ -64,7 +64,8 @@ def run(recipe: Any, **options: Any) -> Report:
 
     if isinstance(recipe, str | Path):
         recipe = Recipe.from_file(recipe, **options)
-    return recipe.run()
+    report: Report = recipe.run()
+    return report
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ import sys
 import traceback
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import click
 
 from llmlite import __version__
-from llmlite.config import parse_flag, to_yaml
+from llmlite.config import field_doc, near, parse_flag, read_yaml, to_yaml
 from llmlite.data.settings import Data
 from llmlite.errors import ConfigError, Interrupted, LlmliteError
 from llmlite.models.load import Model
@@ -44,18 +45,16 @@ def _options_of(cls: type[Any], defaults: Any, taken: set[str], skip: frozenset[
         if field.name in taken or field.name in skip:
             continue
         taken.add(field.name)
-        info = cls.__pydantic_fields__[field.name]
         value = getattr(defaults, field.name)
-        boolean = _admits(hints[field.name], bool)
+        bare: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if _admits(hints[field.name], bool) else {}
         shown = _shown(value)
         options.append(
             click.Option(
                 [f"--{field.name}"],
-                help=" ".join((info.description or "").split()) + (f"  [default: {shown}]" if shown else ""),
+                help=field_doc(cls, field.name) + (f"  [default: {shown}]" if shown else ""),
                 metavar=_metavar(hints[field.name]),
-                is_flag=False,
-                flag_value="true" if boolean else None,
                 type=click.UNPROCESSED,
+                **bare,
             )
         )
     return options
@@ -140,8 +139,6 @@ def recipe_main(recipe: type[Recipe], arguments: Sequence[str] | None = None) ->
         layers: list[tuple[str, Mapping[str, Any]]] = []
         try:
             if file:
-                from llmlite.config import read_yaml
-
                 layers.append((file, read_yaml(file)))
             layers.append(("flags", {name: parse_flag(value, text(name)) for name, value in {**given, **more}.items()}))
             built = recipe.from_options(*layers)
@@ -195,8 +192,6 @@ def _dotted(arguments: Sequence[str], known: Sequence[str]) -> tuple[dict[str, s
 
 
 def _unknown_flag(name: str, known: Sequence[str]) -> str:
-    from llmlite.config import near
-
     guess = near(name, known)
     return f"no option --{name}." + (f" Did you mean --{guess}?" if guess else " --help lists them.")
 
@@ -204,24 +199,25 @@ def _unknown_flag(name: str, known: Sequence[str]) -> str:
 def _run(recipe: Recipe, command: str) -> None:
     from rich.console import Console
 
-    from llmlite.pipeline import Run, check, run, size_line
+    from llmlite.pipeline import check, run, size_line
     from llmlite.report import plan_table
+    from llmlite.run import Run
 
     quiet = not _is_main()
     logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
     _hush()
     console = Console(quiet=quiet, highlight=False)
-    plan = check(recipe)
+    context = Run(recipe)
+    plan = check(recipe, context)
     console.print(plan_table(plan.rows))
     console.print(size_line(plan))
-    context = Run(recipe)
     if recipe.dry_run:
         console.print("Dry run: nothing was loaded or written.")
         return
     data = context.evaluation_data
     console.print(f"\n{data.echo}\n", markup=False)
     console.print(f"One example; what is trained stands in ⟦ ⟧:\n{data.preview}\n", markup=False)
-    report = run(recipe)
+    report = run(recipe, context)
     if quiet:
         return
     _show_samples(console, report)
@@ -251,6 +247,11 @@ def _hush() -> None:
     """Silence what other libraries say harmlessly at import: bitsandbytes, for one, reports a kernel it cannot fetch."""
     for name in ("bitsandbytes", "httpx", "httpcore", "filelock", "urllib3", "fsspec"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # the bars of its loading and saving; the Trainer's stays
+    transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module=r"(peft|transformers|bitsandbytes|torch)\.")
 
 
 @contextmanager
@@ -292,8 +293,6 @@ def _group() -> None:
 
 
 def _file_recipe(file: str, arguments: Sequence[str]) -> Recipe:
-    from llmlite.config import read_yaml
-
     options, problems = _dotted(arguments, [])
     mapping = read_yaml(file)
     text = _takes_text(Recipe)
@@ -343,9 +342,8 @@ def _steps_command(name: str | None) -> None:
 def _step_help(name: str, cls: type[Step]) -> str:
     lines = [f"# {(cls.__doc__ or '').strip().splitlines()[0]}", f"- step: {name}"]
     for field in dataclasses.fields(cls):
-        info = cls.__pydantic_fields__[field.name]
         value = to_yaml({field.name: list(getattr(cls, field.name)) if isinstance(getattr(cls, field.name), tuple) else getattr(cls, field.name)}).strip()
-        lines.append(f"  {value.replace(chr(10), ' ')}  # {' '.join((info.description or '').split())}")
+        lines.append(f"  {value.replace(chr(10), ' ')}  # {field_doc(cls, field.name)}")
     return "\n".join(lines)
 
 

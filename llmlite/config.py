@@ -24,6 +24,7 @@ from llmlite.errors import ConfigError
 
 __all__ = [
     "describe_field",
+    "field_doc",
     "fingerprint",
     "near",
     "parse_flag",
@@ -80,7 +81,7 @@ def validate(cls: type[T], mapping: Mapping[str, Any], where: str) -> tuple[T | 
 
 def problems_of(error: pydantic.ValidationError, cls: type[Any]) -> list[str]:
     """One sentence for each thing pydantic found: name, value got, value wanted, what the field means, the near spelling of a name."""
-    sentences: dict[str, list[pydantic.types.Any]] = {}
+    sentences: dict[str, list[Any]] = {}
     for item in error.errors(include_url=False):
         path = ".".join(str(part) for part in item["loc"] if not _is_union_branch(part))
         sentences.setdefault(path, []).append(item)
@@ -120,12 +121,15 @@ def _wanted(item: Any) -> str:
     return re.sub(r"^Input should (be )?", "be ", str(item["msg"])).replace("a valid integer", "a whole number").replace("a valid ", "a ")
 
 
+def field_doc(cls: type[Any], name: str) -> str:
+    """The documentation of a field: the string under it, on one line; empty for an unknown field."""
+    info = getattr(cls, "__pydantic_fields__", {}).get(name)
+    return " ".join((info.description or "").split()) if info else ""
+
+
 def describe_field(cls: type[Any], path: str) -> str:
     """The first sentence of a field's documentation, or nothing."""
-    name = path.split(".")[0]
-    info = getattr(cls, "__pydantic_fields__", {}).get(name)
-    text = " ".join((info.description or "").split()) if info else ""
-    return re.split(r"(?<=[.!?])\s", text, maxsplit=1)[0]
+    return re.split(r"(?<=[.!?])\s", field_doc(cls, path.split(".")[0]), maxsplit=1)[0]
 
 
 def _field_names(cls: type[Any]) -> list[str]:
@@ -165,7 +169,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str | int | float | bool | None):
                 raise yaml.constructor.ConstructorError(None, None, "a key should be a name", key_node.start_mark)
             if key in seen:
@@ -175,9 +179,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:

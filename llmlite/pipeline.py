@@ -57,29 +57,35 @@ class Plan:
     peak_bytes: int
 
 
-def check(recipe: Recipe) -> Plan:
-    """Find everything that can be found in seconds: settings, data, architecture, each step against what the one before leaves.
+def check(recipe: Recipe, context: Run | None = None) -> Plan:
+    """Find everything that can be found in seconds: settings, data, architecture, the output folder, each step against what the one before leaves.
+
+    Args:
+        recipe: what to check.
+        context: a `Run` of this recipe, to be used on afterwards; it keeps what was read.
 
     Raises:
         ConfigError: every problem of the steps, together.
-        LlmliteError: model or data that cannot be used.
+        LlmliteError: model, data or output folder that cannot be used.
     """
-    return _check(recipe, Run(recipe))
-
-
-def _check(recipe: Recipe, context: Run) -> Plan:
+    context = context or Run(recipe)
     from llmlite.models.families import family_of
+    from llmlite.models.load import require_matching
     from llmlite.models.size import expected_bytes, size_of_config
 
     require_real_launch()
     if recipe.push_to_hub and not recipe.hub_model_id:
         raise ConfigError(recipe.name, ["push_to_hub needs hub_model_id: where to upload, as owner/name."])
+    _refuse_other_contents(recipe)
     context.check_data()
     config = context.config
     family_of(config)
+    require_matching(context.tokenizer, config)
     longest = getattr(config, "max_position_embeddings", None)
     if longest and recipe.data.max_length > longest:
-        raise ConfigError(recipe.name, [f"max_length={recipe.data.max_length} should be at most {longest}, the longest sequence that {recipe.model.name} allows."])
+        raise ConfigError(
+            recipe.name, [f"max_length={recipe.data.max_length} should be at most {longest}, the longest sequence that {recipe.model.name} allows."]
+        )
     dense = expected_bytes(config, dtype=context.compute_dtype)
     model = ModelPlan(
         config,
@@ -107,6 +113,7 @@ def _check(recipe: Recipe, context: Run) -> Plan:
         raise ConfigError(recipe.name, problems)
     # each step's checkpoint, the held-out distributions, and twice the trained state for the checkpoints of training
     disk = sum(row["disk_bytes"] + 8 * 2 * row["trained_parameters"] for row in rows[1:]) + rows[0]["disk_bytes"] // 2
+    require_space(recipe.folder, int(disk))
     return Plan(tuple(rows), int(disk), max(row["peak_bytes"] for row in rows))
 
 
@@ -132,8 +139,12 @@ def require_real_launch() -> None:
         )
 
 
-def run(recipe: Recipe) -> Report:
+def run(recipe: Recipe, context: Run | None = None) -> Report:
     """Run a recipe to its end, or continue it.
+
+    Args:
+        recipe: what to run.
+        context: a `Run` of this recipe that `check` has seen; without one the recipe is checked first.
 
     Returns:
         The report; its `path` holds the result.
@@ -141,43 +152,53 @@ def run(recipe: Recipe) -> Report:
     Raises:
         LlmliteError: with everything worth keeping on disk; the same call continues.
     """
-    context = Run(recipe)
-    plan = _check(recipe, context)
+    if context is None:
+        context = Run(recipe)
+        check(recipe, context)
     out = recipe.folder
     with locked(out):
         _claim(out, recipe)
-        require_space(out, plan.disk_bytes)
         return _Pipeline(recipe, context, out).run()
 
 
-def _claim(out: Path, recipe: Recipe) -> None:
-    """Make the folder this recipe's own, or refuse.
+def _refuse_other_contents(recipe: Recipe) -> None:
+    """Refuse an output folder that holds something else, or a run with other settings.
 
     Raises:
-        OutputError: it holds something else, or a run with other settings.
+        OutputError: saying what is there and what to do; nothing was touched.
     """
-    recipe_file = out / "recipe.yaml"
-    strangers = sorted(p.name for p in out.iterdir() if p.name != ".lock")
-    if strangers and not recipe_file.is_file() and not (out / "steps").is_dir():
+    out = recipe.folder
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"output_dir: {out} is a file. Choose another --output_dir.")
+    strangers = _contents(out)
+    if not strangers:
+        return
+    if "recipe.yaml" not in strangers:
         raise OutputError(f"output_dir: {out} holds something else ({', '.join(strangers[:5])}). Choose another --output_dir; nothing in it was touched.")
-    if recipe_file.is_file():
-        old, new = read_yaml(recipe_file), recipe.to_mapping()
-        changed = [key for key in {**old, **new} if key not in NOT_IN_FINGERPRINT and old.get(key) != new.get(key)]
-        if recipe.overwrite_output_dir:
+    old, new = read_yaml(out / "recipe.yaml"), recipe.to_mapping()
+    changed = [key for key in {**old, **new} if key not in NOT_IN_FINGERPRINT and old.get(key) != new.get(key)]
+    if changed and not recipe.overwrite_output_dir:
+        raise OutputError(
+            f"output_dir: {out} holds a run with other settings ({_differences(old, new, changed)}). "
+            "Choose another --output_dir, or --overwrite_output_dir to start afresh in this one."
+        )
+
+
+def _contents(out: Path) -> list[str]:
+    return sorted(p.name for p in out.iterdir() if p.name != ".lock") if out.is_dir() else []
+
+
+def _claim(out: Path, recipe: Recipe) -> None:
+    """Make the folder this recipe's own: note the recipe in it, after removing an older run where that was asked for."""
+    with telling(out):
+        if recipe.overwrite_output_dir and _contents(out):
             log.warning("starting afresh in %s", out)
-            for name in strangers:
-                path = out / name
+            for path in [out / name for name in _contents(out)]:
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:
                     path.unlink()
-        elif changed:
-            raise OutputError(
-                f"output_dir: {out} holds a run with other settings ({_differences(old, new, changed)}). "
-                "Choose another --output_dir, or --overwrite_output_dir to start afresh in this one."
-            )
-    with telling(out):
-        recipe_file.write_text(to_yaml({k: v for k, v in recipe.to_mapping().items() if k not in NOT_IN_FINGERPRINT}), encoding="utf-8")
+        (out / "recipe.yaml").write_text(to_yaml({k: v for k, v in recipe.to_mapping().items() if k not in NOT_IN_FINGERPRINT}), encoding="utf-8")
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], keys: list[str]) -> str:
@@ -250,7 +271,11 @@ class _Pipeline:
                 decode_tokens_per_second=speed.decode_tokens_per_second,
                 peak_memory_bytes=peak.bytes,
                 seconds=time.perf_counter() - started,
-                details={"tokens": quality.tokens, "sample": sample(model, self.context.tokenizer, self.context.evaluation_data.rows)},
+                details={
+                    "tokens": quality.tokens,
+                    "text": self.context.evaluation_data.fingerprint(),
+                    "sample": sample(model, self.context.tokenizer, self.context.evaluation_data.rows),
+                },
             )
             with writing_folder(folder) as temporary:
                 reference.save(temporary / "reference.safetensors")
@@ -259,8 +284,17 @@ class _Pipeline:
             gc.collect()
         row = self._row(folder)
         data = self.context.evaluation_data
+        if row.details["text"] != data.fingerprint():
+            raise OutputError(
+                f"output_dir: the held-out text of {self.recipe.data.evaluation or self.recipe.data.train} has changed since the run in {self.out} "
+                "began, so its figures could not be compared. Restore the text, choose another --output_dir, or start afresh with --overwrite_output_dir."
+            )
         self.report.rows = [row]
-        self.report.evaluation = {"text": self.recipe.data.evaluation or f"{self.recipe.data.train}, held-out part", "examples": data.counts.examples, "tokens": row.details["tokens"]}
+        self.report.evaluation = {
+            "text": self.recipe.data.evaluation or f"{self.recipe.data.train}, held-out part",
+            "examples": data.counts.examples,
+            "tokens": row.details["tokens"],
+        }
         return Reference.read(folder / "reference.safetensors")
 
     def _usable(self, folder: Path) -> bool:
@@ -340,7 +374,7 @@ class _Pipeline:
     def _save(self, model: PreTrainedModel, folder: Path) -> None:
         from llmlite.models.save import save_model
 
-        save_model(model, folder, self.context.storage_dtype)
+        save_model(model, folder, self.context.storage_dtype, self.context.base_name())
         self.context.tokenizer.save_pretrained(folder)
 
     def _base_of(self, index: int) -> Path:
@@ -394,7 +428,7 @@ def _logical_parameters(model: PreTrainedModel) -> int:
     from llmlite.models.size import size_of_model
 
     extra = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name)
-    return size_of_model(model).parameters + extra
+    return int(size_of_model(model).parameters + extra)
 
 
 class _memory_advice:  # noqa: N801 - used as a with-statement
@@ -411,8 +445,8 @@ class _memory_advice:  # noqa: N801 - used as a with-statement
             return
         if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
             raise ResourceError(
-                f"{self.name}: out of memory ({str(error).splitlines()[0][:120]}). Lower per_device_train_batch_size or max_length, or set gradient_checkpointing: true. "
-                "What was finished is kept; the same command continues."
+                f"{self.name}: out of memory ({str(error).splitlines()[0][:120]}). Lower per_device_train_batch_size or max_length, or set "
+                "gradient_checkpointing: true. What was finished is kept; the same command continues."
             ) from error
 
 

@@ -17,7 +17,7 @@ from llmlite.config import near, settings, validate
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from llmlite.run import Run, RunPlan
+    from llmlite.run import Run
 
 __all__ = ["STEPS", "ModelPlan", "Names", "Step", "name_of_step", "parse_step", "step_class"]
 
@@ -76,7 +76,7 @@ class Step:
     takes: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
     """Forms of model the step can work on. See `ModelPlan.form`."""
 
-    def check(self, model: ModelPlan, run: RunPlan) -> ModelPlan:
+    def check(self, model: ModelPlan, run: Run) -> ModelPlan:
         """Say what the step will leave behind.
 
         Raises:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from llmlite.models.families import FAMILIES
 
@@ -93,3 +96,48 @@ def logits_of(model: torch.nn.Module, ids_BT: torch.Tensor | None = None) -> tor
     """Logits of the model on the standard tokens, (rows, length, vocabulary), float32."""
     ids_BT = token_ids() if ids_BT is None else ids_BT
     return model(input_ids=ids_BT, use_cache=False).logits.float()
+
+
+# A whole model folder, with a tokenizer and a chat template, as a user would have it -------------------------------------------------
+
+_CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with 320 tokens whose padding token is its end token, as so often."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>", "<|im_start|>", "<|im_end|>"], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["What does the function do?", "It returns the answer.", "user assistant system"] * 20, trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|im_end|>", pad_token="<|im_end|>")
+    wrapped.chat_template = _CHATML
+    return wrapped
+
+
+def save_tiny(folder: Path, model_type: str = "llama", **overrides: Any) -> Path:
+    """Save a tiny model with its tokenizer. Weights are small, so that training on top is well-behaved."""
+    torch.manual_seed(0)
+    config = tiny_config(model_type, **{"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2, **overrides})
+    AutoModelForCausalLM.from_config(config).eval().save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama on disk."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty questions and answers as JSON lines."""
+    file = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
+    rows = [{"prompt": f"What is {n} plus {n + 1}?", "completion": f"{n} plus {n + 1} is {2 * n + 1}."} for n in range(60)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file

@@ -67,7 +67,9 @@ TEXT = st.text(st.characters(exclude_categories=("C", "Zl", "Zp")))  # PyYAML fo
 
 
 @settings(max_examples=50)
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner)))
+@given(
+    st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner))
+)
 def test_what_is_written_as_yaml_is_read_back_the_same(value: object) -> None:
     import tempfile
 

@@ -82,7 +82,8 @@ def test_a_recipe_without_steps_is_refused() -> None:
 
 def test_a_step_of_ones_own_is_named_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_steps.py").write_text(
-        "from llmlite.config import settings\nfrom llmlite.step import Step\n\n\n@settings\nclass Mine(Step):\n    'Mine.'\n\n    amount: int = 1\n    'How much.'\n"
+        "from llmlite.config import settings\nfrom llmlite.step import Step\n\n\n"
+        "@settings\nclass Mine(Step):\n    'Mine.'\n\n    amount: int = 1\n    'How much.'\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     recipe = Recipe.from_options(("x.yaml", {"steps": [{"step": "my_steps:Mine", "amount": 3}]}))

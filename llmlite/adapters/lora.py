@@ -92,10 +92,8 @@ class Lora(TrainingStep):
             target_modules=sorted(self._target_shapes(ModelPlan(model.config))),
             init_lora_weights=init,
             task_type="CAUSAL_LM",
-            base_model_name_or_path=run.base_name(),
         )
         adapted: PreTrainedModel = peft.get_peft_model(model, config)
-        adapted.peft_config["default"].base_model_name_or_path = run.base_name()
         return adapted
 
     def _target_shapes(self, model: ModelPlan) -> dict[str, tuple[int, int]]:

@@ -58,14 +58,17 @@ def dequantized(layer: Any) -> torch.Tensor:
     """The weights a layer computes with, as a dense tensor of its own shape."""
     import bitsandbytes as bnb
 
-    weight = layer.weight
+    weight: Any = layer.weight
+    dense: torch.Tensor
     if isinstance(layer, bnb.nn.Linear4bit):
-        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-    if isinstance(layer, bnb.nn.Linear8bitLt):
+        dense = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    elif isinstance(layer, bnb.nn.Linear8bitLt):
         scales = weight.SCB if weight.SCB is not None else layer.state.SCB
         codes = weight.CB if getattr(weight, "CB", None) is not None else weight.data
-        return codes.float() * (scales.float() / 127.0)[:, None]
-    return weight.detach()
+        dense = codes.float() * (scales.float() / 127.0)[:, None]
+    else:
+        dense = weight.detach()
+    return dense
 
 
 def write_merged(model: Any, run: Run) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from llmlite.data.packing import packed_dataset, padded_dataset
 from llmlite.data.split import Split
@@ -74,6 +77,14 @@ class Prepared:
     echo: str
     preview: str
     pad_token_id: int
+
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that change when any token or label changes."""
+        digest = hashlib.sha256()
+        for column in ("input_ids", "labels"):
+            for row in self.dataset[column]:
+                digest.update(np.asarray(row, dtype=np.int64).tobytes())
+        return digest.hexdigest()[:16]
 
     def collator(self, *, flatten: bool = False) -> PackedCollator | PaddedCollator:
         """The collator that belongs to this data set. Set `flatten` for packed rows on a model with FlashAttention."""

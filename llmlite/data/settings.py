@@ -16,7 +16,8 @@ class Data:
     """Where text comes from: training, held-out evaluation and calibration."""
 
     train: str = "builtin:python-docs"
-    """Hub id, JSON/JSONL/Parquet/CSV/TXT file or folder, or builtin:python-docs (questions about the documentation inside every Python, no download; builtin:python-docs-prose is its running text)."""
+    """Hub id, JSON/JSONL/Parquet/CSV/TXT file or folder, or builtin:python-docs: questions about the documentation inside every Python, without any
+    download (builtin:python-docs-prose: its running text)."""
     evaluation: str | None = None
     """Held-out text for perplexity, KL and agreement. None: a part of `train` that is never trained on, chosen by a stable hash."""
     calibration: str | None = None

@@ -23,6 +23,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from llmlite.training.backbone import hidden_and_head, logit_transform
 from llmlite.training.chunked import head_logits
@@ -138,7 +139,7 @@ def _hidden(model: PreTrainedModel, batches: Iterable[Batch]) -> Iterable[tuple[
     model.eval()
     device = model.get_input_embeddings().weight.device
     try:
-        for batch in batches:
+        for batch in tqdm(list(batches), desc="measuring", leave=False, disable=None):
             inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items() if key != "labels"}
             labels_BT = next_token_labels(batch["labels"].to(device))
             counted_BT = labels_BT != IGNORE_INDEX

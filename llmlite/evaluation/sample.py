@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmlite.quantization.safety import packed_generation
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -37,8 +35,7 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Row
     was_training = model.training
     model.eval()
     inputs = {name: tensor.to(model.get_input_embeddings().weight.device) for name, tensor in inputs.items() if name != "token_type_ids"}
-    with packed_generation(model):
-        output_BT = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    output_BT = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     model.train(was_training)
     answer = tokenizer.decode(output_BT[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return {"prompt": _short(prompt), "expected": _short(expected), "answer": _short(answer)}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["DEFAULT_MODEL", "Model", "Source", "cache_folder", "compute_dtype", "find", "load_config", "load_model", "load_tokenizer"]
+__all__ = ["DEFAULT_MODEL", "Model", "Source", "cache_folder", "compute_dtype", "find", "load_config", "load_model", "load_tokenizer", "require_matching"]
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def find(model: Model, weights: bool = True) -> Source:
 
 def _looks_like_hub_id(name: str) -> bool:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(name)
@@ -154,8 +154,7 @@ def _require_whole(folder: Path) -> None:
 
 def _hub_folder(model: Model, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-    from huggingface_hub.utils import HfHubHTTPError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
     cached = _cached_hub_folder(model, weights)
     if cached:
@@ -169,9 +168,7 @@ def _hub_folder(model: Model, weights: bool) -> Path:
     try:
         folder = Path(snapshot_download(model.name, revision=model.revision, allow_patterns=patterns))
     except GatedRepoError:
-        raise LoadError(
-            f"model: '{model.name}' is gated. Accept its terms on its Hub page, then log in with `hf auth login` or set HF_TOKEN."
-        ) from None
+        raise LoadError(f"model: '{model.name}' is gated. Accept its terms on its Hub page, then log in with `hf auth login` or set HF_TOKEN.") from None
     except RevisionNotFoundError:
         raise LoadError(f"model: '{model.name}' has no revision '{model.revision}' on the Hub.") from None
     except RepositoryNotFoundError:
@@ -320,6 +317,12 @@ def load_tokenizer(source: Source, model: Model) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    names = {path.name for path in source.folder.iterdir()} - {"tokenizer_config.json"}
+    if not any(name.startswith(("tokenizer.", "vocab", "spiece", "sentencepiece", "tekken")) or name.endswith((".tiktoken", ".model")) for name in names):
+        # transformers would make up an empty one
+        raise LoadError(
+            f"model: '{source.folder}' has no usable tokenizer: neither tokenizer.json nor a vocabulary. Save it there: tokenizer.save_pretrained(folder)."
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # as above
@@ -330,6 +333,19 @@ def load_tokenizer(source: Source, model: Model) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def require_matching(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Refuse a tokenizer with ids that the model has no embedding for; in training that is an index error, hours in.
+
+    Raises:
+        LoadError: it has more tokens than the model embeds.
+    """
+    if len(tokenizer) > config.vocab_size:
+        raise LoadError(
+            f"model: its tokenizer has {len(tokenizer):,} tokens and its embedding {config.vocab_size:,}: they do not belong together, or tokens were added "
+            "without model.resize_token_embeddings(len(tokenizer))."
+        )
 
 
 def load_model(source: Source | Path, model: Model, device: torch.device, **kwargs: Any) -> PreTrainedModel:
@@ -364,7 +380,9 @@ def load_model(source: Source | Path, model: Model, device: torch.device, **kwar
         raise LoadError(f"model: '{folder}' cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     missing = sorted(info["missing_keys"])
     if missing:
-        raise LoadError(f"model: '{folder}' lacks {len(missing)} weights that its config asks for, first '{missing[0]}'. Its files and config.json do not belong together.")
+        raise LoadError(
+            f"model: '{folder}' lacks {len(missing)} weights that its config asks for, first '{missing[0]}'. Its files and config.json do not belong together."
+        )
     loaded.eval()
     return loaded
 

@@ -32,17 +32,17 @@ def settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
             parameter.copy_(parameter.to(dtype))
 
 
-def save_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+def save_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype, base_name: str | None = None) -> None:
     """Write a stock folder whose dense weights are kept in `dtype`.
 
     Args:
         model: settled before, so that nothing is lost. An adapter is written by peft, in the type it was trained in.
         folder: written into.
         dtype: see `storage_dtype`.
+        base_name: how an adapter names its base; peft would write the folder of this machine.
     """
     if hasattr(model, "peft_config"):
-        model.save_pretrained(folder)
-        (folder / "README.md").unlink(missing_ok=True)  # peft's empty card
+        _save_adapter(model, folder, base_name)
         return
     dense = {id(parameter) for parameter in _dense_parameters(model).values()}
     cast: dict[int, Tensor] = {}  # one tensor for each that is shared, so that tied weights are still seen as tied
@@ -58,6 +58,19 @@ def save_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None
         model.save_pretrained(folder, state_dict=state)
     finally:
         model.config.dtype = computed_in
+
+
+def _save_adapter(model: Any, folder: Path, base_name: str | None) -> None:
+    configs = list(model.peft_config.values())
+    folders = [config.base_model_name_or_path for config in configs]
+    try:
+        for config in configs:
+            config.base_model_name_or_path = base_name or config.base_model_name_or_path
+        model.save_pretrained(folder, save_embedding_layers=False)  # "auto" would ask the Hub whether the vocabulary has grown
+    finally:
+        for config, name in zip(configs, folders, strict=True):
+            config.base_model_name_or_path = name
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty card
 
 
 def _dense_parameters(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:

@@ -22,7 +22,7 @@ class Lora(Recipe):
     name: ClassVar[str] = "lora"
 
     data: DataSettings = Data(max_train_rows=320)
-    steps: Steps = (LoraStep(learning_rate=5e-4, per_device_train_batch_size=2),)
+    steps: Steps = (LoraStep(learning_rate=1e-3, per_device_train_batch_size=2),)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmlite.models.families import family_of
 from llmlite.models.size import expected_bytes
@@ -37,6 +37,6 @@ def training_peak_bytes(model: ModelPlan, trained_parameters: int, step: Trainin
     block = tokens * element * (14 * width + 4 * ffn)
     activations = tokens * element * width * layers + block if checkpointing else block * layers
     head = 2 * _CHUNK_TOKENS * 4 * int(model.config.vocab_size)
-    scheme = model.form if model.form in {"int8", "nf4", "fp4"} else None
+    scheme: Any = model.form if model.form in {"int8", "nf4", "fp4"} else None
     weights = expected_bytes(model.config, dtype=run.compute_dtype, scheme=scheme, double_quant=True)
     return weights + 16 * trained_parameters + activations + head + (_RUNTIME_BYTES if run.device.type == "cpu" else 0)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from llmlite.errors import Interrupted, RunError
+from llmlite.errors import Interrupted, OutputError, RunError
 from llmlite.training.backbone import hidden_and_head
 from llmlite.training.checkpoints import SealCheckpoints, StopRequest, newest_complete, stopping_at_signals
 from llmlite.training.chunked import chunked_head_loss
@@ -94,8 +94,8 @@ def trainer_arguments(step: TrainingStep, run: Run, folder: Path) -> TrainingArg
         warmup_steps=step.warmup_steps,
         weight_decay=step.weight_decay,
         max_grad_norm=step.max_grad_norm,
-        gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        activation_checkpointing=checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         save_steps=step.save_steps,
@@ -110,6 +110,15 @@ def trainer_arguments(step: TrainingStep, run: Run, folder: Path) -> TrainingArg
         remove_unused_columns=False,
         disable_tqdm=not run.is_main,
     )
+
+
+def _require_same_rows(folder: Path, fingerprint: str, checkpoint: Path | None) -> None:
+    """Refuse to continue on other rows: the checkpoint's place in the data would mean something else."""
+    note = folder / "rows.txt"
+    if checkpoint and note.is_file() and note.read_text(encoding="utf-8") != fingerprint:
+        raise OutputError(f"the training rows have changed since {checkpoint} was written. Restore them, or start afresh with --overwrite_output_dir.")
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(fingerprint, encoding="utf-8")
 
 
 def train(model: PreTrainedModel, step: TrainingStep, run: Run, make_loss: LossMaker = _cross_entropy) -> list[dict[str, float]]:
@@ -133,12 +142,13 @@ def train(model: PreTrainedModel, step: TrainingStep, run: Run, make_loss: LossM
     if checkpoint:
         log.info("continuing the training from %s", checkpoint.name)
     data = run.train_data
+    _require_same_rows(folder, data.fingerprint(), checkpoint)
     stop = StopRequest()
     trainer = LiteTrainer(
         model=model,
         args=trainer_arguments(step, run, folder),
         train_dataset=data.dataset,
-        data_collator=data.collator(),
+        data_collator=data.collator(flatten="flash" in str(model.config._attn_implementation)),
         callbacks=[SealCheckpoints(), stop, _StopAtNan(), KeepZeros()],
         make_loss=make_loss,
     )
