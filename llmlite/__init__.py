@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from llmlite.step import Step as Step
 
 _HOMES = {
+    "Correct": "llmlite.adapters.correct",
     "Data": "llmlite.data.settings",
     "LlmliteError": "llmlite.errors",
     "Lora": "llmlite.adapters.lora",

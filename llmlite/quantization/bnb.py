@@ -10,7 +10,7 @@ Source: Dettmers et al. 2022, arXiv:2208.07339 (LLM.int8); Dettmers et al. 2023,
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -43,7 +43,7 @@ class Quantize(Step):
     double_quant: bool = True
     """Store the scales of the 4-bit schemes in 8 bits too."""
     skip: Names = ()
-    """Names of layers to leave as they are, besides lm_head."""
+    """Layers to leave as they are, besides lm_head: whole dotted names, or parts of them such as down_proj, mlp or layers.0."""
     unaligned: Literal["refuse", "skip"] = "refuse"
     """What to do with layers whose input width is not a multiple of 64, which bitsandbytes gets wrong: refuse, or leave them in 16 bit."""
     llm_int8_threshold: Annotated[float, Field(ge=0)] = 6.0
@@ -61,10 +61,11 @@ class Quantize(Step):
         """See `Step.check`.
 
         Raises:
-            ConfigError: layers whose width bitsandbytes cannot represent, unless they are skipped.
+            ConfigError: layers whose width bitsandbytes cannot represent, unless they are skipped; names in `skip` that no layer has.
         """
         from llmlite.models.size import expected_bytes, linear_shapes
 
+        self._require_known_names(model)
         unaligned = self._unaligned(model)
         if unaligned and self.unaligned == "refuse":
             names = ", ".join(f"{name} ({width})" for name, width in unaligned[:4])
@@ -164,7 +165,7 @@ class Quantize(Step):
         from llmlite.models.load import compute_dtype
 
         # transformers skips lm_head by itself only while no names are given
-        skipped: Any = [*self._skipped(model), "lm_head"] if self._skipped(model) else None
+        skipped = [*self._skipped(model), "lm_head"] if self._skipped(model) else None
         if self.scheme == "int8":
             return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=self.llm_int8_threshold, llm_int8_skip_modules=skipped)
         return BitsAndBytesConfig(
@@ -176,7 +177,11 @@ class Quantize(Step):
         )
 
     def _skipped(self, model: ModelPlan) -> tuple[str, ...]:
-        return (*self.skip, *(name for name, _ in self._unaligned(model)))
+        """Whole names of the layers that stay: transformers matches prefixes and suffixes only, so a part such as mlp would be ignored silently."""
+        from llmlite.models.size import linear_shapes
+
+        named = [name for name in linear_shapes(model.config) if any(_is_part(part, name) for part in self.skip)]
+        return (*named, *(name for name, _ in self._unaligned(model)))
 
     def _unaligned(self, model: ModelPlan) -> list[tuple[str, int]]:
         if self.scheme == "int8":
@@ -186,5 +191,18 @@ class Quantize(Step):
         return [
             (name, in_features)
             for name, (_, in_features) in linear_shapes(model.config).items()
-            if in_features % BLOCK_SIZE and not any(part in name for part in self.skip)
+            if in_features % BLOCK_SIZE and not any(_is_part(part, name) for part in self.skip)
         ]
+
+    def _require_known_names(self, model: ModelPlan) -> None:
+        from llmlite.models.size import linear_shapes
+
+        names = list(linear_shapes(model.config))
+        unknown = [part for part in self.skip if part != "lm_head" and not any(_is_part(part, name) for name in names)]
+        if unknown:
+            known = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
+            raise ConfigError("quantize", [f"skip: {', '.join(map(repr, unknown))} is part of no layer's name. A layer is called {names[0]}; parts: {', '.join(known)}."])
+
+
+def _is_part(part: str, name: str) -> bool:
+    return f".{part}." in f".{name}."

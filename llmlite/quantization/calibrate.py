@@ -42,7 +42,7 @@ class CalibratedScheme:
         damping: share of the mean diagonal added to each Hessian.
         sweeps: passes of coordinate descent after GPTQ.
         inputs, target: see `llmlite.calibration.blocks.Walk`.
-        skip: layers whose name contains one of these stay as they are.
+        skip: names of layers that stay as they are.
     """
 
     scheme: Literal["nf4", "fp4"] = "nf4"
@@ -92,7 +92,7 @@ def calibrate(model: nn.Module, batches: Sequence[Batch], how: CalibratedScheme,
         errors: dict[str, float] = {}
         for role, statistics in found.items():
             linear = block.linears[role]
-            if any(part in linear.name for part in how.skip):
+            if linear.name in how.skip:
                 continue
             moments = statistics.all
             hessian_II = moments.gram_II / max(moments.tokens, 1)
