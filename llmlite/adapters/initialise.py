@@ -105,10 +105,10 @@ def initialise(adapted: nn.Module, dense: nn.Module, batches: Sequence[Batch], a
 def initialise_for_run(adapted: nn.Module, run: Run) -> None:
     """`initialise` with the calibration text of a run and the dense model as it was before the run's `quantize` step."""
     from llmlite.calibration.blocks import batches_of
-    from llmlite.calibration.sources import calibration_windows
+    from llmlite.quantization.calibrate import quantization_windows
 
     dense = _dense_before(run)
-    left = initialise(adapted, dense, batches_of(calibration_windows(run)))
+    left = initialise(adapted, dense, batches_of(quantization_windows(run)))
     share = sum(left.values()) / max(len(left), 1)
     log.info("the adapter starts as a correction of the quantization: %.0f %% of the layers' output error is left", 100 * share)
     run.note(quantization_error_left=share)
@@ -118,9 +118,11 @@ def _dense_before(run: Run) -> PreTrainedModel:
     """The run's base, or what the step before `quantize` left on disk."""
     from llmlite.models.load import load_model
     from llmlite.quantization.bnb import Quantize
+    from llmlite.step import name_of_step
 
     index = next(index for index, step in enumerate(run.recipe.steps) if isinstance(step, Quantize))
     if index == 0:
         return run.load_base()
-    folder = next(folder for folder in sorted(run.scratch.parent.glob(f"{index:02d}-*")) if folder.suffix == "" and (folder / "config.json").is_file())
-    return load_model(folder, run.recipe.model, run.device)
+    before = type(run.recipe.steps[index - 1])
+    name = (name_of_step(before) or before.__name__).rpartition(":")[2]
+    return load_model(run.scratch.parent / f"{index:02d}-{name}", run.recipe.model, run.device)

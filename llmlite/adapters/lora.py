@@ -98,7 +98,15 @@ class Lora(TrainingStep):
             task_type="CAUSAL_LM",
         )
         adapted: PreTrainedModel = peft.get_peft_model(model, config)
+        if self.init_lora_weights == "quantization_error":
+            initialise_for_run(adapted, run)
         return adapted
+
+    def _require_quantize_step(self, model: ModelPlan, run: Run) -> None:
+        from llmlite.quantization.bnb import Quantize
+
+        if model.form not in {"int8", "nf4", "fp4"} or not any(isinstance(step, Quantize) for step in run.recipe.steps):
+            raise ConfigError("lora", ["init_lora_weights=quantization_error corrects what a quantize step of this recipe broke; there is none before it."])
 
     def _target_shapes(self, model: ModelPlan) -> dict[str, tuple[int, int]]:
         from llmlite.models.size import linear_shapes

@@ -141,9 +141,9 @@ class Quantize(Step):
 
     def _calibration_batches(self, run: Run) -> list[dict[str, Tensor]]:
         from llmlite.calibration.blocks import batches_of
-        from llmlite.calibration.sources import calibration_windows
+        from llmlite.quantization.calibrate import quantization_windows
 
-        return batches_of(calibration_windows(run)[: self._sequences(run)])
+        return batches_of(quantization_windows(run)[: self._sequences(run)])
 
     def _scheme(self, model: ModelPlan) -> CalibratedScheme:
         from llmlite.quantization.calibrate import CalibratedScheme
@@ -201,7 +201,9 @@ class Quantize(Step):
         unknown = [part for part in self.skip if part != "lm_head" and not any(_is_part(part, name) for name in names)]
         if unknown:
             known = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
-            raise ConfigError("quantize", [f"skip: {', '.join(map(repr, unknown))} is part of no layer's name. A layer is called {names[0]}; parts: {', '.join(known)}."])
+            raise ConfigError(
+                "quantize", [f"skip: {', '.join(map(repr, unknown))} is part of no layer's name. A layer is called {names[0]}; parts: {', '.join(known)}."]
+            )
 
 
 def _is_part(part: str, name: str) -> bool:

@@ -29,8 +29,9 @@ from llmlite.quantization.stock_format import write_codes
 
 if TYPE_CHECKING:
     from llmlite.calibration.blocks import Batch
+    from llmlite.run import Run
 
-__all__ = ["CalibratedScheme", "calibrate", "towards_dense", "write_calibrated"]
+__all__ = ["CalibratedScheme", "calibrate", "quantization_windows", "towards_dense", "write_calibrated"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,15 @@ class CalibratedScheme:
     inputs: Literal["dense", "compressed"] = "dense"
     target: Literal["own", "dense"] = "own"
     skip: tuple[str, ...] = ()
+
+
+def quantization_windows(run: Run) -> Tensor:
+    """Calibration windows: what `data.calibration` names, else the calibration share of the training text. Sampling text from the model, which pruning wants,
+    would take longer than all the rest and gains little here."""
+    from llmlite.calibration.sources import calibration_windows
+
+    data = run.recipe.data
+    return run.calibration_windows if data.calibration or "calibration_windows" in run.__dict__ else calibration_windows(run, data.train)
 
 
 def towards_dense(weight_OI: Tensor, gram_II: Tensor, cross_II: Tensor, damping: float) -> Tensor:

@@ -331,6 +331,7 @@ def calibrated_codes(
     Returns:
         Indices, uint8, (O, I); scales, float32, (O, B), as they will be read back; the second level of the scales, or None.
     """
+    weight_OI = weight_OI.float().contiguous()
     scales_OB = search_scales(weight_OI, hessian_II.diagonal(), grid, block_size=block_size)
     double = DoubleScales.of(scales_OB) if double_quant else None
     if double:

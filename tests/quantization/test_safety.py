@@ -27,9 +27,7 @@ def quantized(folder: Path, scheme: str = "nf4", double_quant: bool = False, **o
     config = (
         BitsAndBytesConfig(load_in_8bit=True)
         if scheme == "int8"
-        else BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type=scheme, bnb_4bit_use_double_quant=double_quant, bnb_4bit_compute_dtype=torch.float32
-        )
+        else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=scheme, bnb_4bit_use_double_quant=double_quant, bnb_4bit_compute_dtype=torch.float32)
     )
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}).eval()
     for layer in linear_4bit_layers(model):
