@@ -66,7 +66,7 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
 TEXT = st.text(st.characters(exclude_categories=("C", "Zl", "Zp")))  # PyYAML folds control characters
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(
     st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner))
 )

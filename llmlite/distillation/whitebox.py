@@ -40,7 +40,7 @@ class DistillWhiteBox(TrainingStep):
 
     takes: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
 
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = 1e-4
     """Peak learning rate of AdamW."""
     teacher: str = "base"
     """base: the model this run started from. Else a Hub id or folder of a model with the same vocabulary."""

@@ -21,8 +21,8 @@ class Lora(Recipe):
 
     name: ClassVar[str] = "lora"
 
-    data: DataSettings = Data(max_train_rows=320)
-    steps: Steps = (LoraStep(learning_rate=1e-3, per_device_train_batch_size=2),)
+    data: DataSettings = Data(max_train_rows=256)
+    steps: Steps = (LoraStep(per_device_train_batch_size=2),)
 
 
 if __name__ == "__main__":

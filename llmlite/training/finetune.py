@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, ClassVar
-
-from pydantic import Field
+from typing import TYPE_CHECKING, ClassVar
 
 from llmlite.config import settings
 from llmlite.step import ModelPlan
@@ -25,9 +23,6 @@ class Finetune(TrainingStep):
     """Train all weights on the text."""
 
     takes: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
-
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 5e-5
-    """Peak learning rate of AdamW; smaller than for an adapter, since every weight moves."""
 
     def check(self, model: ModelPlan, run: Run) -> ModelPlan:
         """See `Step.check`."""

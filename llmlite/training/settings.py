@@ -19,8 +19,8 @@ NonNegative = Annotated[float, Field(ge=0)]
 class TrainingStep(Step):
     """Base of the steps that train."""
 
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
-    """Peak learning rate of AdamW."""
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Peak learning rate of AdamW. None: the step's own choice."""
     max_steps: PositiveInt | None = None
     """Stop after this many optimizer steps. None: `num_train_epochs` decides."""
     num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
@@ -45,3 +45,11 @@ class TrainingStep(Step):
     """Optimizer steps between two lines of the loss."""
     report_to: Names = ()
     """Trackers that transformers knows: tensorboard, wandb, trackio, ..."""
+
+    def peak_learning_rate(self, hidden_size: int) -> float:
+        """The learning rate as asked, else 5e-5, which suits the training of all weights.
+
+        Args:
+            hidden_size: width of the model, for steps whose choice depends on it.
+        """
+        return self.learning_rate or 5e-5

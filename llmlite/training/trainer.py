@@ -85,7 +85,7 @@ def trainer_arguments(step: TrainingStep, run: Run, folder: Path) -> TrainingArg
     checkpointing = step.gradient_checkpointing if step.gradient_checkpointing is not None else run.device.type != "cpu"
     return TrainingArguments(
         output_dir=str(folder),
-        learning_rate=step.learning_rate,
+        learning_rate=step.peak_learning_rate(run.config.get_text_config().hidden_size),
         max_steps=run.max_steps(step) or -1,
         num_train_epochs=step.num_train_epochs,
         per_device_train_batch_size=step.per_device_train_batch_size,
