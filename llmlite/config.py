@@ -178,8 +178,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that `_Loader` would read as a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.yaml_implicit_resolvers = {first: list(known) for first, known in _class.yaml_implicit_resolvers.items()}
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
@@ -264,7 +269,7 @@ def _is_default(item: Any, field: dataclasses.Field[Any]) -> bool:
 
 def to_yaml(mapping: Mapping[str, Any]) -> str:
     """YAML in the order given, that `read_yaml` reads back as the same values."""
-    return yaml.safe_dump(dict(mapping), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(dict(mapping), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def fingerprint(*parts: Any) -> str:
