@@ -22,6 +22,11 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def resident_bytes() -> int:
+    """Resident memory of this process now (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def measure(layers: int, tokens: int) -> dict[str, int]:
     """One walk in this process; the difference is taken after a first small walk, which loads every library it needs."""
     import torch
@@ -37,7 +42,7 @@ def measure(layers: int, tokens: int) -> dict[str, int]:
         model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, num_hidden_layers=depth)).eval()
         run = Run(llmlite.Recipe(steps=(llmlite.PruneWeights(),)))
         run.__dict__["calibration_windows"] = torch.randint(0, 1000, (windows, 256))
-        before = peak_bytes()
+        before = resident_bytes()
         llmlite.PruneWeights(sparsity=0.5).apply(model, run)
         return before
 
