@@ -192,23 +192,23 @@ def main() -> None:
     problem = Problem(args, args.tokens)
     print(f"{args.tokens} tokens, vocabulary {args.vocabulary}, hidden {args.hidden}, chunks of {args.chunk_tokens}, {torch.get_num_threads()} threads")
     print(f"{'loss':20} {'full s':>8} {'chunked s':>9} {'time':>6} {'cpu':>6} {'full MB':>8} {'chunked MB':>10} {'memory':>6} {'rel. error':>10}")
-    rows = []
+    settings = {key: value for key, value in vars(args).items() if key not in ("child", "output", "losses")}
+    machine = {"torch": torch.__version__, "machine": platform.machine(), "cpus": os.cpu_count()}
     for name in args.losses:
-        row = compare(args, problem, name)
-        rows.append(row)
+        row = {**compare(args, problem, name), "load": round(os.getloadavg()[0], 2)}
         seconds_text = f"{row['full_seconds']:8.3f} {row['chunked_seconds']:9.3f} {row['time']:5.2f}x {row['cpu_time']:5.2f}x"
         memory_text = f"{row['full_peak_bytes'] / 1e6:8.0f} {row['chunked_peak_bytes'] / 1e6:10.0f} {row['memory']:5.2f}x"
         print(f"{name:20} {seconds_text} {memory_text} {row['relative_error']:10.1e}", flush=True)
-    settings = {key: value for key, value in vars(args).items() if key not in ("child", "output", "losses")}
-    machine = {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "load": os.getloadavg()[0],
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({"settings": settings, "machine": machine, "rows": rows}, indent=2) + "\n")
+        record(args.output, {"settings": settings, "machine": machine}, row)
+
+
+def record(path: Path, header: dict[str, object], row: dict[str, float | str]) -> None:
+    """Write after every loss; rows of other losses stay if they were measured with the same settings."""
+    saved = json.loads(path.read_text()) if path.exists() else {}
+    same = all(saved.get(key) == value for key, value in header.items())
+    rows = [other for other in saved["rows"] if other["loss"] != row["loss"]] if same else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**header, "rows": [*rows, row]}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from llmlite.training.finetune import Finetune as Finetune
 
 _HOMES = {
+    "Correct": "llmlite.adapters.correct",
     "DistillWhiteBox": "llmlite.distillation.whitebox",
     "Finetune": "llmlite.training.finetune",
     "Data": "llmlite.data.settings",
@@ -45,6 +46,8 @@ _HOMES = {
     "PruneStructured": "llmlite.pruning.structured",
     "PruneWeights": "llmlite.pruning.weights",
     "Quantize": "llmlite.quantization.bnb",
+    "QuantizeInt8": "llmlite.recipes.quantize_int8",
+    "QuantizeNf4": "llmlite.recipes.quantize_nf4",
     "Recipe": "llmlite.recipe",
     "Report": "llmlite.report",
     "Step": "llmlite.step",

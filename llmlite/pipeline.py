@@ -74,7 +74,6 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
     from llmlite.models.load import require_matching
     from llmlite.models.size import expected_bytes, size_of_config
 
-    require_real_launch()
     if recipe.push_to_hub and not recipe.hub_model_id:
         raise ConfigError(recipe.name, ["push_to_hub needs hub_model_id: where to upload, as owner/name."])
     _refuse_other_contents(recipe)
@@ -121,23 +120,6 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
 def _plan_row(name: str, model: ModelPlan) -> dict[str, Any]:
     row = {field.name: getattr(model, field.name) for field in dataclasses.fields(model) if field.name != "config"}
     return {"step": name, **row}
-
-
-def require_real_launch() -> None:
-    """Refuse a launch whose world is smaller than the one asked for: `accelerate launch --cpu` silently starts one process.
-
-    Raises:
-        ConfigError: the environment announces more processes than there are.
-    """
-    asked = os.environ.get("LLMLITE_NUM_PROCESSES") or os.environ.get("ACCELERATE_NUM_PROCESSES")
-    if asked and asked.isdigit() and int(asked) > 1 and int(os.environ.get("WORLD_SIZE", "1")) != int(asked):
-        raise ConfigError(
-            "the launch",
-            [
-                f"{asked} processes were asked for and {os.environ.get('WORLD_SIZE', '1')} started. On CPUs use: "
-                f"ACCELERATE_USE_CPU=1 torchrun --nproc_per_node {asked} -m MODULE"
-            ],
-        )
 
 
 def run(recipe: Recipe, context: Run | None = None) -> Report:

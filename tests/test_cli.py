@@ -173,13 +173,6 @@ def test_a_disk_too_small_for_the_plan_is_refused(lora_int4: Run, monkeypatch: p
     assert "GB free" in err
 
 
-def test_a_launch_with_fewer_processes_than_asked_for_is_refused(lora_int4: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMLITE_NUM_PROCESSES", "2")
-    code, _, err = lora_int4()
-    assert code == 2
-    assert "2 processes were asked for and 1 started" in err
-
-
 @pytest.mark.parametrize("command", [["steps"], ["steps", "lora"], ["steps", "quantize"], ["families"], ["--help"], ["run", "--help"], ["--version"]])
 def test_what_teaches_ends_well(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     main(command)

@@ -39,8 +39,8 @@ class Lora(TrainingStep):
     """Share of the adapter's inputs set to zero in training."""
     target_modules: Names = ("all-linear",)
     """Layers that get an adapter: all-linear (every linear layer of the decoder blocks), or names such as q_proj."""
-    init_lora_weights: Literal["default", "gaussian"] = "default"
-    """How A starts; B starts at zero, so the adapted model starts as the base."""
+    init_lora_weights: Literal["default", "gaussian", "quantization_error"] = "default"
+    """quantization_error starts as the low-rank correction of what the quantize step broke, from calibration text; the others start as the base."""
     merge: bool = False
     """Also write merged/: the adapter added into the (dequantized) base it was trained against, in 16 bit."""
 
@@ -54,6 +54,8 @@ class Lora(TrainingStep):
 
         if model.adapters:
             raise ConfigError("lora", ["the model already carries an adapter. Merge it first, or train one adapter with more steps."])
+        if self.init_lora_weights == "quantization_error":
+            self._require_quantize_step(model, run)
         shapes = self._target_shapes(model)
         trained = sum(self.r * (out_features + in_features) for out_features, in_features in shapes.values())
         return dataclasses.replace(
@@ -83,8 +85,10 @@ class Lora(TrainingStep):
         import peft
         import torch
 
+        from llmlite.adapters.initialise import initialise_for_run
+
         torch.manual_seed(run.recipe.seed)
-        init = True if self.init_lora_weights == "default" else self.init_lora_weights
+        init = True if self.init_lora_weights in {"default", "quantization_error"} else self.init_lora_weights
         config = peft.LoraConfig(
             r=self.r,
             lora_alpha=self.lora_alpha,
@@ -94,7 +98,15 @@ class Lora(TrainingStep):
             task_type="CAUSAL_LM",
         )
         adapted: PreTrainedModel = peft.get_peft_model(model, config)
+        if self.init_lora_weights == "quantization_error":
+            initialise_for_run(adapted, run)
         return adapted
+
+    def _require_quantize_step(self, model: ModelPlan, run: Run) -> None:
+        from llmlite.quantization.bnb import Quantize
+
+        if model.form not in {"int8", "nf4", "fp4"} or not any(isinstance(step, Quantize) for step in run.recipe.steps):
+            raise ConfigError("lora", ["init_lora_weights=quantization_error corrects what a quantize step of this recipe broke; there is none before it."])
 
     def _target_shapes(self, model: ModelPlan) -> dict[str, tuple[int, int]]:
         from llmlite.models.size import linear_shapes

@@ -20,8 +20,12 @@ __all__ = ["calibration_windows", "windows_of"]
 log = logging.getLogger(__name__)
 
 
-def calibration_windows(run: Run) -> Tensor:
+def calibration_windows(run: Run, mixture: str | None = None) -> Tensor:
     """The windows that `data.calibration` asks for, every token real, in an order drawn from the seed so that each stretch holds every source.
+
+    Args:
+        run: see `Run`.
+        mixture: see `parse_mixture`; None for the run's own.
 
     Returns:
         Token ids, int64, (at most `calibration_sequences`, at most `max_length`).
@@ -30,7 +34,7 @@ def calibration_windows(run: Run) -> Tensor:
         DataError: a source cannot be read, or holds no text.
     """
     data, seed = run.recipe.data, run.recipe.seed
-    parts = parse_mixture(run.calibration)
+    parts = parse_mixture(mixture or run.calibration)
     found = []
     for (_, source), count in zip(parts, shares([share for share, _ in parts], data.calibration_sequences), strict=True):
         if not count:

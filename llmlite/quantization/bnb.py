@@ -1,7 +1,8 @@
 """The step `quantize`: 8- or 4-bit weights by bitsandbytes, in the format that stock `from_pretrained` loads.
 
 Quantizing is saving and reloading with a `BitsAndBytesConfig`, which is what users do later anyway; as the first step of a recipe the
-model is loaded straight into it. bitsandbytes' 4-bit types are NF4 and FP4, floating grids of 16 values, not integers.
+model is loaded straight into it. bitsandbytes' 4-bit types are NF4 and FP4, floating grids of 16 values, not integers. With `calibrate` their codes and
+scales are chosen by second-order error on calibration text instead of by rounding; the file's format and size are the same.
 
 Source: Dettmers et al. 2022, arXiv:2208.07339 (LLM.int8); Dettmers et al. 2023, arXiv:2305.14314 (NF4, double quantization).
 """
@@ -9,7 +10,7 @@ Source: Dettmers et al. 2022, arXiv:2208.07339 (LLM.int8); Dettmers et al. 2023,
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -20,8 +21,10 @@ from llmlite.step import ModelPlan, Names, Step
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch import Tensor
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
+    from llmlite.quantization.calibrate import CalibratedScheme
     from llmlite.run import Run
 
 __all__ = ["BLOCK_SIZE", "Quantize"]
@@ -40,20 +43,29 @@ class Quantize(Step):
     double_quant: bool = True
     """Store the scales of the 4-bit schemes in 8 bits too."""
     skip: Names = ()
-    """Names of layers to leave as they are, besides lm_head."""
+    """Layers to leave as they are, besides lm_head: whole dotted names, or parts of them such as down_proj, mlp or layers.0."""
     unaligned: Literal["refuse", "skip"] = "refuse"
     """What to do with layers whose input width is not a multiple of 64, which bitsandbytes gets wrong: refuse, or leave them in 16 bit."""
     llm_int8_threshold: Annotated[float, Field(ge=0)] = 6.0
     """int8 only: input features with an outlier above this are multiplied in 16 bit. 0 multiplies all in 8 bit."""
+    calibrate: bool = True
+    """4-bit only: choose codes and scales by the output error on calibration text; same format, bytes and speed. False rounds to nearest, without data."""
+    damping: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    """calibrate only: share of the mean diagonal added to each Hessian."""
+    sweeps: Annotated[int, Field(ge=0)] = 2
+    """calibrate only: passes of coordinate descent over codes and scales after GPTQ."""
+    report_sequences: Annotated[int, Field(ge=0)] = 8
+    """Without calibration: rows that each layer's error is measured on. 0 leaves the per-layer report out."""
 
     def check(self, model: ModelPlan, run: Run) -> ModelPlan:
         """See `Step.check`.
 
         Raises:
-            ConfigError: layers whose width bitsandbytes cannot represent, unless they are skipped.
+            ConfigError: layers whose width bitsandbytes cannot represent, unless they are skipped; names in `skip` that no layer has.
         """
-        from llmlite.models.size import expected_bytes
+        from llmlite.models.size import expected_bytes, linear_shapes
 
+        self._require_known_names(model)
         unaligned = self._unaligned(model)
         if unaligned and self.unaligned == "refuse":
             names = ", ".join(f"{name} ({width})" for name, width in unaligned[:4])
@@ -72,21 +84,73 @@ class Quantize(Step):
             notes.append("in evaluation the inputs are rounded to 8 bit too (LLM.int8); in training only the weights are")
         if unaligned:
             notes.append(f"{len(unaligned)} layers stay in 16 bit (width no multiple of {BLOCK_SIZE})")
-        return dataclasses.replace(model, form=self.scheme, disk_bytes=size, peak_bytes=dense + size, tokens=0, trained_parameters=0, notes=tuple(notes))
+        sequences = min(self._sequences(run), run.recipe.data.calibration_sequences)
+        tokens = sequences * run.recipe.data.max_length
+        if self._calibrated:
+            notes.append(f"codes and scales chosen on {sequences} calibration rows")
+        widths = {in_features for _, in_features in linear_shapes(model.config).values()}
+        # hidden states of all calibration rows, sums of one block's inputs, and working copies of the widest of them
+        walked = 4 * (2 * tokens * model.config.get_text_config().hidden_size + 2 * sum(w**2 for w in widths) + 3 * max(widths) ** 2) if tokens else 0
+        return dataclasses.replace(
+            model, form=self.scheme, disk_bytes=size, peak_bytes=dense + size + walked, tokens=tokens, trained_parameters=0, notes=tuple(notes)
+        )
 
     def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
         """Save the dense model to a scratch folder and reload it quantized."""
+        from llmlite.storage import damage, writing_folder
+
         folder = run.scratch / "dense"
-        if run.is_main:
-            model.save_pretrained(folder)
+        if run.is_main and damage(folder) is not None:
+            with writing_folder(folder) as temporary:
+                model.save_pretrained(temporary)
         run.wait()
-        config = model.config
-        del model
-        return self._load(run, folder, self._quantization_config(ModelPlan(config), run))
+        return self._quantized(model, run, folder)
 
     def load(self, run: Run) -> PreTrainedModel:
         """Load the run's base straight into the quantized form."""
-        return self._load(run, run.source.folder, self._quantization_config(ModelPlan(run.config), run))
+        dense = run.load_base() if self._sequences(run) else None
+        return self._quantized(dense, run, run.source.folder)
+
+    def _quantized(self, dense: PreTrainedModel | None, run: Run, folder: Path) -> PreTrainedModel:
+        """The model in `folder`, quantized; `dense` is the same one in memory, when calibration text is to be run through it."""
+        from llmlite.quantization.calibrate import calibrate, write_calibrated
+        from llmlite.quantization.error import error_report, layer_errors
+
+        config = dense.config if dense is not None else run.config
+        how = self._quantization_config(ModelPlan(config), run)
+        if dense is None or not self._sequences(run):
+            return self._load(run, folder, how)
+        batches = self._calibration_batches(run)
+        if not self._calibrated:
+            model = self._load(run, folder, how)
+            run.note(**error_report(layer_errors(dense, model, batches)))
+            return model
+        errors = calibrate(dense, batches, self._scheme(ModelPlan(config)), run.scratch / "codes", run.scratch / "walk")
+        run.note(**error_report(errors))
+        del dense
+        model = self._load(run, folder, how)
+        write_calibrated(model, run.scratch / "codes", self.scheme)  # type: ignore[arg-type]  # never int8 here
+        return model
+
+    @property
+    def _calibrated(self) -> bool:
+        return self.calibrate and self.scheme != "int8"
+
+    def _sequences(self, run: Run) -> int:
+        """Calibration rows that the step reads."""
+        return run.recipe.data.calibration_sequences if self._calibrated else self.report_sequences
+
+    def _calibration_batches(self, run: Run) -> list[dict[str, Tensor]]:
+        from llmlite.calibration.blocks import batches_of
+        from llmlite.quantization.calibrate import quantization_windows
+
+        return batches_of(quantization_windows(run)[: self._sequences(run)])
+
+    def _scheme(self, model: ModelPlan) -> CalibratedScheme:
+        from llmlite.quantization.calibrate import CalibratedScheme
+
+        assert self.scheme != "int8"
+        return CalibratedScheme(self.scheme, self.double_quant, self.damping, self.sweeps, skip=self._skipped(model))
 
     def _load(self, run: Run, folder: Path, config: BitsAndBytesConfig) -> PreTrainedModel:
         from llmlite.models.load import load_model
@@ -102,7 +166,7 @@ class Quantize(Step):
         from llmlite.models.load import compute_dtype
 
         # transformers skips lm_head by itself only while no names are given
-        skipped: Any = [*self._skipped(model), "lm_head"] if self._skipped(model) else None
+        skipped = [*self._skipped(model), "lm_head"] if self._skipped(model) else None
         if self.scheme == "int8":
             return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=self.llm_int8_threshold, llm_int8_skip_modules=skipped)
         return BitsAndBytesConfig(
@@ -114,7 +178,11 @@ class Quantize(Step):
         )
 
     def _skipped(self, model: ModelPlan) -> tuple[str, ...]:
-        return (*self.skip, *(name for name, _ in self._unaligned(model)))
+        """Whole names of the layers that stay: transformers matches prefixes and suffixes only, so a part such as mlp would be ignored silently."""
+        from llmlite.models.size import linear_shapes
+
+        named = [name for name in linear_shapes(model.config) if any(_is_part(part, name) for part in self.skip)]
+        return (*named, *(name for name, _ in self._unaligned(model)))
 
     def _unaligned(self, model: ModelPlan) -> list[tuple[str, int]]:
         if self.scheme == "int8":
@@ -124,5 +192,20 @@ class Quantize(Step):
         return [
             (name, in_features)
             for name, (_, in_features) in linear_shapes(model.config).items()
-            if in_features % BLOCK_SIZE and not any(part in name for part in self.skip)
+            if in_features % BLOCK_SIZE and not any(_is_part(part, name) for part in self.skip)
         ]
+
+    def _require_known_names(self, model: ModelPlan) -> None:
+        from llmlite.models.size import linear_shapes
+
+        names = list(linear_shapes(model.config))
+        unknown = [part for part in self.skip if part != "lm_head" and not any(_is_part(part, name) for name in names)]
+        if unknown:
+            known = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
+            raise ConfigError(
+                "quantize", [f"skip: {', '.join(map(repr, unknown))} is part of no layer's name. A layer is called {names[0]}; parts: {', '.join(known)}."]
+            )
+
+
+def _is_part(part: str, name: str) -> bool:
+    return f".{part}." in f".{name}."

@@ -12,6 +12,8 @@ PRESETS = {
     "PruneHeads": "prune_heads",
     "PruneStructured": "prune_structured",
     "PruneUnstructured": "prune_unstructured",
+    "QuantizeInt8": "quantize_int8",
+    "QuantizeNf4": "quantize_nf4",
 }
 
 __all__ = ["PRESETS", *PRESETS]

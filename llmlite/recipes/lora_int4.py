@@ -27,7 +27,7 @@ class LoraInt4(Recipe):
     name: ClassVar[str] = "lora_int4"
 
     data: DataSettings = Data(max_train_rows=320)
-    steps: Steps = (Quantize(scheme="nf4", double_quant=True), LoraStep(learning_rate=1e-3, per_device_train_batch_size=2))
+    steps: Steps = (Quantize(scheme="nf4", double_quant=True, calibrate=False, report_sequences=0), LoraStep(learning_rate=1e-3, per_device_train_batch_size=2))
 
 
 if __name__ == "__main__":

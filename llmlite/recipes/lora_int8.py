@@ -24,7 +24,7 @@ class LoraInt8(Recipe):
     name: ClassVar[str] = "lora_int8"
 
     data: DataSettings = Data(max_train_rows=320)
-    steps: Steps = (Quantize(scheme="int8"), LoraStep(learning_rate=1e-3, per_device_train_batch_size=2))
+    steps: Steps = (Quantize(scheme="int8", report_sequences=0), LoraStep(learning_rate=1e-3, per_device_train_batch_size=2))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,159 @@
+"""Calibrated 4-bit weights of a whole model, block by block.
+
+Each projection's codes and scales are chosen by its own second-order error (`llmlite.quantization.nf4`) on the inputs that calibration text gives it. The
+dense model is overwritten with the weights that its codes stand for, so that later blocks can hear the quantized prefix; codes and scales are kept in a
+folder, from which `write_calibrated` puts them into a stock bitsandbytes model. A walk that was stopped continues behind its last complete block.
+
+    W* = W + W (C - G) inverse(G + lambda),    G = sum x x^T,  C = sum x_dense x^T     (only with target "dense")
+
+With target "dense" each layer also makes up for the error of the blocks before it: W* is the least-squares answer to the dense model's outputs.
+
+Source: Frantar et al. 2022, arXiv:2210.17323; Li et al. 2025, arXiv:2504.02692 (asymmetric calibration: the dense outputs as target).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llmlite.calibration.blocks import Statistics, Walk, walk_blocks
+from llmlite.models.view import BlockView, ModelView
+from llmlite.quantization.nf4 import DoubleScales, calibrated_codes, dequantize, grid_of, output_error
+from llmlite.quantization.stock_format import write_codes
+
+if TYPE_CHECKING:
+    from llmlite.calibration.blocks import Batch
+    from llmlite.run import Run
+
+__all__ = ["CalibratedScheme", "calibrate", "quantization_windows", "towards_dense", "write_calibrated"]
+
+
+@dataclass(frozen=True)
+class CalibratedScheme:
+    """How codes are chosen.
+
+    Attributes:
+        scheme, double_quant: the stock format to fill.
+        damping: share of the mean diagonal added to each Hessian.
+        sweeps: passes of coordinate descent after GPTQ.
+        inputs, target: see `llmlite.calibration.blocks.Walk`.
+        skip: names of layers that stay as they are.
+    """
+
+    scheme: Literal["nf4", "fp4"] = "nf4"
+    double_quant: bool = False
+    damping: float = 1e-3
+    sweeps: int = 2
+    inputs: Literal["dense", "compressed"] = "dense"
+    target: Literal["own", "dense"] = "own"
+    skip: tuple[str, ...] = ()
+
+
+def quantization_windows(run: Run) -> Tensor:
+    """Calibration windows: what `data.calibration` names, else the calibration share of the training text. Sampling text from the model, which pruning wants,
+    would take longer than all the rest and gains little here."""
+    from llmlite.calibration.sources import calibration_windows
+
+    data = run.recipe.data
+    return run.calibration_windows if data.calibration or "calibration_windows" in run.__dict__ else calibration_windows(run, data.train)
+
+
+def towards_dense(weight_OI: Tensor, gram_II: Tensor, cross_II: Tensor, damping: float) -> Tensor:
+    """The weights that give the dense model's outputs from the present inputs as well as they can, (O, I).
+
+    Args:
+        weight_OI: dense weights.
+        gram_II: sum of x x^T over the present inputs.
+        cross_II: sum of x_dense x^T.
+        damping: share of the mean diagonal added to the gram matrix; more of it stays closer to `weight_OI`.
+
+    Source: Li et al. 2025, arXiv:2504.02692, section 3.
+    """
+    gram_II = gram_II.double()
+    damped_II = gram_II + max(damping, 1e-6) * gram_II.diagonal().mean().clamp_min(1e-30) * torch.eye(len(gram_II), dtype=torch.float64, device=gram_II.device)
+    change_OI = torch.linalg.solve(damped_II, (weight_OI.double() @ (cross_II.double() - gram_II)).t()).t()
+    better_OI: Tensor = (weight_OI.double() + change_OI).float()
+    return better_OI
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Sequence[Batch], how: CalibratedScheme, codes: Path, state: Path | None = None) -> dict[str, float]:
+    """Choose codes and scales for every projection.
+
+    Args:
+        model: the dense model, in eval mode. Afterwards its weights are the quantized ones.
+        batches: calibration inputs.
+        how: see `CalibratedScheme`.
+        codes: folder for codes and scales, one file for each layer.
+        state: folder from which a stopped walk continues.
+
+    Returns:
+        For each layer's name its relative output error: E |(W - Q) x|^2 / E |W x|^2 on the calibration tokens.
+    """
+    grid = grid_of(how.scheme)
+    codes.mkdir(parents=True, exist_ok=True)
+
+    def change(block: BlockView, found: dict[str, Statistics]) -> dict[str, Any]:
+        errors: dict[str, float] = {}
+        for role, statistics in found.items():
+            linear = block.linears[role]
+            if linear.name in how.skip:
+                continue
+            moments = statistics.all
+            hessian_II = moments.gram_II / max(moments.tokens, 1)
+            weight_OI = linear.weight_OI.float()
+            wanted_OI = weight_OI
+            if moments.cross_JI is not None:
+                wanted_OI = towards_dense(weight_OI, hessian_II, moments.cross_JI / max(moments.tokens, 1), 10 * how.damping)
+            index_OI, scales_OB, double = calibrated_codes(
+                wanted_OI, hessian_II, grid.to(hessian_II.device), double_quant=how.double_quant, damping=how.damping, sweeps=how.sweeps
+            )
+            quantized_OI = dequantize(index_OI, scales_OB, grid.to(hessian_II.device))
+            whole = output_error(weight_OI, hessian_II).sum().clamp_min(1e-30)
+            errors[linear.name] = float(output_error(wanted_OI - quantized_OI, hessian_II).sum() / whole)
+            linear.weight_OI.copy_(quantized_OI)
+            _keep(codes / f"{linear.name}.safetensors", index_OI, scales_OB, double)
+        return errors
+
+    families = ModelView(model).family.linears
+    notes = walk_blocks(model, batches, Walk(stages=(tuple(families),), inputs=how.inputs, target=how.target), change, state)
+    return {name: float(error) for block in notes for name, error in block.items()}
+
+
+@torch.no_grad()
+def write_calibrated(model: nn.Module, codes: Path, scheme: Literal["nf4", "fp4"]) -> int:
+    """Put the kept codes into a model that bitsandbytes has quantized. Returns the number of layers written.
+
+    Args:
+        model: quantized with the same scheme and the same kind of scales, and safe (`make_safe`).
+        codes: the folder that `calibrate` filled.
+        scheme: the model's.
+    """
+    grid = grid_of(scheme)
+    layers = {linear.name: linear.base for linear in ModelView(model).linears()}
+    files = sorted(codes.glob("*.safetensors"))
+    for file in files:
+        index_OI, scales_OB, double = _read(file)
+        write_codes(layers[file.name.removesuffix(".safetensors")], index_OI, scales_OB, grid, double)
+    return len(files)
+
+
+def _keep(file: Path, index_OI: Tensor, scales_OB: Tensor, double: DoubleScales | None) -> None:
+    tensors = {"index": index_OI, "scales": scales_OB}
+    if double is not None:
+        tensors |= {"offset": double.offset.reshape(1), "absmax": double.absmax_G, "code": double.code_256}
+    temporary = file.with_suffix(".part")
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
+    temporary.replace(file)
+
+
+def _read(file: Path) -> tuple[Tensor, Tensor, DoubleScales | None]:
+    stored = load_file(file)
+    double = DoubleScales(stored["offset"][0], stored["absmax"], stored["code"]) if "absmax" in stored else None
+    return stored["index"], stored["scales"], double

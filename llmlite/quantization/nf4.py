@@ -1,0 +1,342 @@
+"""Better codes and scales for bitsandbytes' 4-bit types, from second-order error. The format, its bytes and its speed stay the stock ones.
+
+A 4-bit weight is a level times the scale of its block of 64 inputs. bitsandbytes takes each block's largest weight for its scale and rounds to the
+nearest level. With H = E[x x^T] of the layer's inputs, what really matters is the output error of each row w,
+
+    (w - q)^T H (w - q),    q[j] = level[code[j]] * scale[j // 64]
+
+and three plain steps make it several times smaller: `search_scales` tries many scales for each block, weighted by diag(H); `gptq` chooses codes one input
+at a time and lets later ones make up for the error so far; `refine` then moves single codes and scales downhill on the full H.
+
+Source: Frantar et al. 2022, arXiv:2210.17323 (GPTQ; activation order and static groups are from its published code); Behdin et al. 2023,
+arXiv:2309.01885 (coordinate descent); Dettmers et al. 2023, arXiv:2305.14314 (NF4, double quantization).
+
+Legend: O out_features, I in_features, B = I / block size, k inputs of a block, L levels of a grid (ascending). An index counts levels in ascending order;
+`Grid.codes_L` turns it into the code that bitsandbytes stores. All mathematics is in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "FACTORS",
+    "DoubleScales",
+    "Grid",
+    "calibrated_codes",
+    "dequantize",
+    "gptq",
+    "grid_of",
+    "largest_scales",
+    "nearest_index",
+    "output_error",
+    "refine",
+    "search_scales",
+]
+
+FACTORS = tuple(round(0.68 + 0.02 * step, 2) for step in range(20))  # shares of the block's largest weight tried as its scale: 0.68 ... 1.06
+_BLOCK = 64  # weights that share one scale
+_DOUBLE_BLOCK = 256  # scales that share one second-level scale
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values a 4-bit code can stand for, before scaling.
+
+    Attributes:
+        levels_L: distinct values, ascending, float32. 16 for NF4, 15 for FP4 (it has two zeros).
+        bounds: the L - 1 midpoints between neighbours.
+        codes_L: the code that bitsandbytes stores for each level, uint8.
+    """
+
+    levels_L: Tensor
+    bounds: Tensor
+    codes_L: Tensor
+
+    def to(self, device: torch.device) -> Grid:
+        """The same grid on another device."""
+        return Grid(self.levels_L.to(device), self.bounds.to(device), self.codes_L.to(device))
+
+
+def grid_of(scheme: Literal["nf4", "fp4"]) -> Grid:
+    """bitsandbytes' own table of `scheme`, sorted; on the CPU."""
+    from bitsandbytes.functional import get_4bit_type
+
+    table = get_4bit_type(scheme, device="cpu").float()
+    levels_L, order = torch.sort(table, stable=True)
+    first = torch.cat([torch.ones(1, dtype=torch.bool), levels_L[1:] != levels_L[:-1]])
+    levels_L, codes_L = levels_L[first], order[first].to(torch.uint8)
+    return Grid(levels_L, (levels_L[1:] + levels_L[:-1]) / 2, codes_L)
+
+
+def nearest_index(scaled: Tensor, grid: Grid) -> Tensor:
+    """Index of the nearest level of each number, uint8, same shape."""
+    return torch.bucketize(scaled, grid.bounds, out_int32=True).to(torch.uint8)
+
+
+def largest_scales(weight_OI: Tensor, block_size: int = _BLOCK) -> Tensor:
+    """bitsandbytes' choice: the largest absolute weight of each block, (O, B) float32; a block of zeros gets a tiny scale above 0."""
+    return weight_OI.float().view(len(weight_OI), -1, block_size).abs().amax(-1).clamp_min(1e-12)
+
+
+def dequantize(index_OI: Tensor, scales_OB: Tensor, grid: Grid) -> Tensor:
+    """The weights that indices and scales stand for, (O, I) float32."""
+    block_size = index_OI.shape[1] // scales_OB.shape[1]
+    levels_OBk = grid.levels_L[index_OI.long()].view(*scales_OB.shape, block_size)
+    return (levels_OBk * scales_OB[..., None]).view(index_OI.shape)
+
+
+def output_error(error_OI: Tensor, hessian_II: Tensor) -> Tensor:
+    """Mean squared error of each output, (O,): e^T H e for each row e, with H = E[x x^T]."""
+    return ((error_OI @ hessian_II) * error_OI).sum(1).clamp_min(0)
+
+
+def search_scales(weight_OI: Tensor, importance_I: Tensor, grid: Grid, factors: Sequence[float] = FACTORS, block_size: int = _BLOCK) -> Tensor:
+    """The scale of each block with the least weighted rounding error, then its closed-form refit.
+
+        argmin_s sum_j importance[j] (w[j] - s level[j])^2,    s <- sum_j importance w level / sum_j importance level^2
+
+    Args:
+        weight_OI: weights, (O, I); I a multiple of `block_size`.
+        importance_I: weight of each input's error, for instance the diagonal of H, (I,).
+        grid: see `grid_of`.
+        factors: candidates as shares of the block's largest weight.
+        block_size: inputs that share a scale.
+
+    Returns:
+        Scales, (O, B) float32, above 0.
+    """
+    weight_OBk = weight_OI.float().view(len(weight_OI), -1, block_size)
+    importance_Bk = importance_I.float().view(-1, block_size)
+    largest_OB = largest_scales(weight_OI, block_size)
+    best_OB, scales_OB = torch.full_like(largest_OB, torch.inf), largest_OB.clone()
+    for factor in factors:
+        candidate_OB = largest_OB * factor
+        levels_OBk = grid.levels_L[torch.bucketize(weight_OBk / candidate_OB[..., None], grid.bounds, out_int32=True)]
+        weighted_OBk = levels_OBk * importance_Bk
+        inner_OB, square_OB = (weighted_OBk * weight_OBk).sum(-1), (weighted_OBk * levels_OBk).sum(-1)
+        refit_OB = torch.where((inner_OB > 0) & (square_OB > 0), inner_OB / square_OB.clamp_min(1e-30), candidate_OB)
+        # the error of these levels at their best scale, up to the constant sum of importance * w^2
+        error_OB = square_OB * refit_OB**2 - 2 * refit_OB * inner_OB
+        better_OB = error_OB < best_OB
+        best_OB, scales_OB = torch.where(better_OB, error_OB, best_OB), torch.where(better_OB, refit_OB, scales_OB)
+    return scales_OB
+
+
+@dataclass(frozen=True)
+class DoubleScales:
+    """bitsandbytes' double quantization: the scales themselves in 8 bits, in blocks of 256.
+
+        scale[n] = offset + code_256[index[n]] * absmax[n // 256]
+
+    Built from scales as bitsandbytes does it (offset their mean, absmax the largest deviation), after which `round` gives the nearest scale that can really
+    be stored, also for scales that were changed later.
+
+    Attributes:
+        offset: float32 scalar.
+        absmax_G: second-level scales, float32, one for each 256 scales in row-major order.
+        code_256: bitsandbytes' dynamic 8-bit map, ascending, float32.
+    """
+
+    offset: Tensor
+    absmax_G: Tensor
+    code_256: Tensor
+
+    @classmethod
+    def of(cls, scales_OB: Tensor) -> DoubleScales:
+        """The second level for given scales."""
+        from bitsandbytes.functional import create_dynamic_map
+
+        flat = scales_OB.float().flatten()
+        offset = flat.mean()
+        padded = torch.nn.functional.pad((flat - offset).abs(), (0, -len(flat) % _DOUBLE_BLOCK))
+        absmax_G = padded.view(-1, _DOUBLE_BLOCK).amax(1).clamp_min(1e-12)
+        return cls(offset, absmax_G, create_dynamic_map().to(flat.device))
+
+    def index(self, scales_OB: Tensor) -> Tensor:
+        """The 8-bit code of the nearest scale that is above 0, uint8, (O, B)."""
+        flat = scales_OB.float().flatten()
+        absmax = self.absmax_G.repeat_interleave(_DOUBLE_BLOCK)[: len(flat)]
+        bounds = (self.code_256[1:] + self.code_256[:-1]) / 2
+        found = torch.bucketize((flat - self.offset) / absmax, bounds)
+        lowest = torch.searchsorted(self.code_256, (-self.offset / absmax).contiguous(), right=True).clamp_max(255)  # a scale of 0 or less would end its block
+        return torch.maximum(found, lowest).to(torch.uint8).view(scales_OB.shape)
+
+    def values(self, index_OB: Tensor) -> Tensor:
+        """The scales that codes stand for, float32, (O, B)."""
+        flat = index_OB.flatten().long()
+        absmax = self.absmax_G.repeat_interleave(_DOUBLE_BLOCK)[: len(flat)]
+        return (self.code_256[flat] * absmax + self.offset).view(index_OB.shape)
+
+    def round(self, scales_OB: Tensor) -> Tensor:
+        """The nearest scales that can be stored."""
+        return self.values(self.index(scales_OB))
+
+
+def _damped(hessian_II: Tensor, damping: float) -> Tensor:
+    """H with `damping` times its mean diagonal added, and ones where an input is always zero."""
+    hessian_II = hessian_II.float().clone()
+    diagonal_I = hessian_II.diagonal()
+    dead_I = diagonal_I <= 0
+    mean = diagonal_I[~dead_I].mean() if not bool(dead_I.all()) else torch.ones((), device=hessian_II.device)
+    hessian_II.diagonal().add_(damping * mean)
+    hessian_II.diagonal()[dead_I] = mean
+    return hessian_II
+
+
+def _inverse_cholesky(hessian_II: Tensor, damping: float) -> Tensor:
+    """Upper U with inverse(H + damping) = U^T U; the damping grows tenfold until H is positive definite."""
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(_damped(hessian_II, damping).flip(0, 1))
+        if not int(failed):
+            identity = torch.eye(len(lower), device=lower.device, dtype=lower.dtype)
+            upper_II: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            return upper_II
+        damping = max(10 * damping, 1e-6)
+        if damping > 1e3:
+            raise ValueError("the Hessian is not finite, so no weights can be chosen by it")
+
+
+def gptq(weight_OI: Tensor, hessian_II: Tensor, scales_OB: Tensor, grid: Grid, *, damping: float = 1e-3, columns: int = 64) -> Tensor:
+    """Codes by GPTQ for scales that are fixed before: loudest inputs first, each rounding error spread over the inputs still to come.
+
+        w[j+1:] -= (w[j] - q[j]) / U[j, j] * U[j, j+1:],    inverse(H) = U^T U
+
+    Args:
+        weight_OI: weights, (O, I).
+        hessian_II: mean of x x^T over calibration tokens, (I, I).
+        scales_OB: scales, (O, B).
+        grid: see `grid_of`.
+        damping: share of the mean diagonal added to H's diagonal.
+        columns: inputs handled between two matrix products; changes the time only.
+
+    Returns:
+        Indices of levels, uint8, (O, I).
+
+    Source: Frantar et al. 2022, arXiv:2210.17323, algorithm 1 (blocks of columns: section 3.3, step 2).
+    """
+    outputs, inputs = weight_OI.shape
+    block_size = inputs // scales_OB.shape[1]
+    order_I = torch.argsort(hessian_II.diagonal(), descending=True)
+    upper_II = _inverse_cholesky(hessian_II[order_I][:, order_I], damping)
+    rest_IO = weight_OI.float().t()[order_I].contiguous()  # one input a row, so that each step works on contiguous memory
+    scales_BO = scales_OB.t().contiguous()
+    blocks = torch.div(order_I, block_size, rounding_mode="floor").tolist()
+    index_IO = torch.empty(inputs, outputs, dtype=torch.uint8, device=weight_OI.device)
+    diagonal = upper_II.diagonal().tolist()
+    for start in range(0, inputs, columns):
+        end = min(start + columns, inputs)
+        errors_KO = torch.empty(end - start, outputs, device=weight_OI.device)
+        for j in range(start, end):
+            scale_O = scales_BO[blocks[j]]
+            index_O = torch.bucketize(rest_IO[j] / scale_O, grid.bounds, out_int32=True)
+            index_IO[j] = index_O
+            error_O = torch.sub(rest_IO[j], grid.levels_L[index_O] * scale_O, out=errors_KO[j - start]).div_(diagonal[j])
+            rest_IO[j + 1 : end].addr_(upper_II[j, j + 1 : end], error_O, alpha=-1)
+        rest_IO[end:].addmm_(upper_II[start:end, end:].t(), errors_KO, alpha=-1)
+    restored_IO = torch.empty_like(index_IO)
+    restored_IO[order_I] = index_IO
+    return restored_IO.t().contiguous()
+
+
+def refine(
+    weight_OI: Tensor,
+    hessian_II: Tensor,
+    index_OI: Tensor,
+    scales_OB: Tensor,
+    grid: Grid,
+    *,
+    sweeps: int = 2,
+    damping: float = 1e-3,
+    double: DoubleScales | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Coordinate descent on the full output error: for each block of inputs its scale in closed form, then its codes one by one.
+
+        scale: s += c^T g / c^T H c,    code: q[j] <- round(q[j] + g[j] / H[j, j]),    g = H (w - q)
+
+    The output error never rises, except by the rounding of scales to what can be stored.
+
+    Args:
+        weight_OI, hessian_II, index_OI, scales_OB, grid: see `gptq`, whose result this starts from.
+        sweeps: passes over all inputs.
+        damping: as for `gptq`.
+        double: when the scales are stored in 8 bits; each is then rounded to what its block can hold.
+
+    Returns:
+        Indices, uint8, (O, I), and scales, float32, (O, B).
+
+    Source: Behdin et al. 2023, arXiv:2309.01885, algorithm 1, with the scales among the coordinates.
+    """
+    inputs = weight_OI.shape[1]
+    block_size = inputs // scales_OB.shape[1]
+    hessian_II = _damped(hessian_II, damping)
+    diagonal = hessian_II.diagonal().tolist()
+    scales_OB = double.round(scales_OB) if double else scales_OB.float().clone()
+    index_IO = index_OI.t().contiguous()
+    slope_IO = hessian_II @ (weight_OI.float() - dequantize(index_OI, scales_OB, grid)).t()
+    for _ in range(sweeps):
+        for start in range(0, inputs, block_size):
+            rows = slice(start, start + block_size)
+            block = start // block_size
+            inner_KK = hessian_II[rows, rows].contiguous()
+            levels_KO = grid.levels_L[index_IO[rows].int()]
+            before_KO = levels_KO * scales_OB[:, block]
+            curvature_O = ((inner_KK @ levels_KO) * levels_KO).sum(0)
+            step_O = (levels_KO * slope_IO[rows]).sum(0) / curvature_O.clamp_min(1e-30)
+            scale_O = torch.where((curvature_O > 0) & (scales_OB[:, block] + step_O > 0), scales_OB[:, block] + step_O, scales_OB[:, block])
+            if double:
+                trial_OB = scales_OB.clone()
+                trial_OB[:, block] = scale_O
+                scale_O = double.round(trial_OB)[:, block]
+            scales_OB[:, block] = scale_O
+            now_KO = levels_KO * scale_O
+            slope_KO = slope_IO[rows] - inner_KK @ (now_KO - before_KO)
+            for j in range(block_size):
+                wanted_O = (now_KO[j] + slope_KO[j] / diagonal[start + j]) / scale_O
+                index_O = torch.bucketize(wanted_O, grid.bounds, out_int32=True)
+                moved_O = grid.levels_L[index_O] * scale_O - now_KO[j]
+                index_IO[start + j] = index_O
+                now_KO[j] += moved_O
+                slope_KO.addr_(inner_KK[:, j], moved_O, alpha=-1)
+            slope_IO.addmm_(hessian_II[:, rows], now_KO - before_KO, alpha=-1)
+    return index_IO.t().contiguous(), scales_OB
+
+
+def calibrated_codes(
+    weight_OI: Tensor,
+    hessian_II: Tensor,
+    grid: Grid,
+    *,
+    double_quant: bool = False,
+    damping: float = 1e-3,
+    sweeps: int = 2,
+    block_size: int = _BLOCK,
+) -> tuple[Tensor, Tensor, DoubleScales | None]:
+    """Scales, then codes, then both once more: everything above in its order.
+
+    Args:
+        weight_OI: weights, (O, I); layers with the same input may be stacked along O.
+        hessian_II: mean of x x^T over calibration tokens, (I, I).
+        grid: see `grid_of`.
+        double_quant: the scales will be stored in 8 bits; codes are chosen for the scales that will really be there.
+        damping: share of the mean diagonal added to H's diagonal.
+        sweeps: passes of `refine`; 0 leaves it out.
+        block_size: inputs that share a scale.
+
+    Returns:
+        Indices, uint8, (O, I); scales, float32, (O, B), as they will be read back; the second level of the scales, or None.
+    """
+    weight_OI = weight_OI.float().contiguous()
+    scales_OB = search_scales(weight_OI, hessian_II.diagonal(), grid, block_size=block_size)
+    double = DoubleScales.of(scales_OB) if double_quant else None
+    if double:
+        scales_OB = double.round(scales_OB)
+    index_OI = gptq(weight_OI, hessian_II, scales_OB, grid, damping=damping)
+    if sweeps:
+        index_OI, scales_OB = refine(weight_OI, hessian_II, index_OI, scales_OB, grid, sweeps=sweeps, damping=damping, double=double)
+    return index_OI, scales_OB, double

@@ -1,0 +1,100 @@
+"""Put chosen codes and scales into bitsandbytes' own 4-bit parameters, so that stock transformers and bitsandbytes save, load and run them.
+
+    byte n = code[2n] << 4 | code[2n + 1]      weights in row-major order
+    absmax: float32 scales in row-major order, or with double quantization uint8 codes + an offset + one float32 for each 256 of them
+
+Nothing here is a format of ours: the bytes are those that bitsandbytes would write if it had chosen these codes and scales.
+
+Legend: O out_features, I in_features, B blocks of 64 inputs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llmlite.quantization.nf4 import DoubleScales, Grid
+
+if TYPE_CHECKING:
+    from bitsandbytes.nn import Linear4bit
+
+__all__ = ["pack", "read_codes", "unpack", "write_codes"]
+
+
+def pack(codes_OI: Tensor) -> Tensor:
+    """Two 4-bit codes to a byte, the earlier weight in the upper half: uint8, (O * I / 2, 1), as bitsandbytes stores them.
+
+    Raises:
+        ValueError: an odd number of codes.
+    """
+    flat = codes_OI.flatten()
+    if len(flat) % 2:
+        raise ValueError(f"{len(flat)} codes do not fill whole bytes")
+    return ((flat[::2] << 4) | flat[1::2]).unsqueeze(1)
+
+
+def unpack(packed: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The codes in packed bytes, uint8, `shape`. Any storage type."""
+    flat = packed.contiguous().view(torch.uint8).flatten()
+    return torch.stack([flat >> 4, flat & 15], dim=1).view(shape)
+
+
+@torch.no_grad()
+def write_codes(layer: Linear4bit, index_OI: Tensor, scales_OB: Tensor, grid: Grid, double: DoubleScales | None = None) -> None:
+    """Replace what a 4-bit layer holds, in place; its storage type, compute type and device stay.
+
+    Args:
+        layer: a layer that bitsandbytes has quantized, not packed for the CPU (see `make_safe`).
+        index_OI: indices of levels, uint8, (O, I).
+        scales_OB: scales, float32, (O, B). With `double`, scales that it can hold.
+        grid: the grid of the layer's own type.
+        double: the second level of the scales, exactly when the layer has one.
+
+    Raises:
+        ValueError: another shape, block size, type or nesting than the layer has, or a layer packed for the CPU.
+    """
+    state = layer.weight.quant_state
+    _require_plain(layer)
+    wanted = (tuple(state.shape), state.blocksize, state.nested)
+    given = (tuple(index_OI.shape), index_OI.shape[1] // scales_OB.shape[1], double is not None)
+    if wanted != given:
+        raise ValueError(f"the layer has shape, block size and double quantization {wanted}, the codes have {given}")
+    if not torch.equal(grid.levels_L[torch.bucketize(state.code.cpu().float(), grid.bounds.cpu())].cpu(), state.code.cpu().float()):
+        raise ValueError(f"the codes are for another grid than the layer's {state.quant_type}")
+    data, device = layer.weight.data, layer.weight.device
+    packed = pack(grid.codes_L.to(index_OI.device)[index_OI.long()]).to(device)
+    layer.weight.data = packed.flatten().view(data.dtype).view(data.shape)
+    if double is None:
+        state.absmax = scales_OB.float().flatten().to(device)
+        return
+    state.absmax = double.index(scales_OB).flatten().to(device)
+    state.offset = double.offset.float().to(device)
+    state.state2.absmax = double.absmax_G.float().to(device)
+    state.state2.code = double.code_256.float().to(device)
+
+
+@torch.no_grad()
+def read_codes(layer: Linear4bit, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Indices (O, I), uint8, and scales (O, B), float32, of a 4-bit layer: the inverse of `write_codes`.
+
+    Raises:
+        ValueError: the layer is packed for the CPU.
+    """
+    _require_plain(layer)
+    state: Any = layer.weight.quant_state
+    index_of_code = torch.zeros(16, dtype=torch.uint8, device=layer.weight.device)
+    levels_L = grid.levels_L.to(layer.weight.device)
+    index_of_code[:] = torch.searchsorted(levels_L, state.code.to(levels_L)).to(torch.uint8)
+    shape = (int(state.shape[0]), int(state.shape[1]))
+    index_OI = index_of_code[unpack(layer.weight.data, shape).long()]
+    scales = state.absmax
+    if state.nested:
+        scales = DoubleScales(state.offset, state.state2.absmax, state.state2.code).values(state.absmax)
+    return index_OI, scales.float().view(shape[0], -1)
+
+
+def _require_plain(layer: Any) -> None:
+    if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+        raise ValueError("the layer is packed for this CPU; call make_safe(model) right after loading")
