@@ -78,7 +78,8 @@ def towards_dense(weight_OI: Tensor, gram_II: Tensor, cross_II: Tensor, damping:
     gram_II = gram_II.double()
     damped_II = gram_II + max(damping, 1e-6) * gram_II.diagonal().mean().clamp_min(1e-30) * torch.eye(len(gram_II), dtype=torch.float64, device=gram_II.device)
     change_OI = torch.linalg.solve(damped_II, (weight_OI.double() @ (cross_II.double() - gram_II)).t()).t()
-    return (weight_OI.double() + change_OI).float()
+    wanted_OI: Tensor = (weight_OI.double() + change_OI).float()
+    return wanted_OI
 
 
 @torch.no_grad()
