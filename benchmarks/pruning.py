@@ -46,8 +46,6 @@ def stream(path: str, tokenizer: Any) -> torch.Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-
-
 class _BenchRun(Run):
     """A run whose calibration windows are given."""
 
@@ -94,7 +92,7 @@ def main() -> None:
         tests[name] = [{"input_ids": part, "labels": part} for part in chosen.split(4)]
     base = {name: measure_quality(dense, batches).perplexity for name, batches in tests.items()}
     size = size_of_model(dense)
-    rows: list[dict[str, Any]] = [{"case": "dense", "decoder": 1.0, **{name: value for name, value in base.items()}}]
+    rows: list[dict[str, Any]] = [{"case": "dense", "decoder": 1.0, **base}]
     show(rows[-1], base)
     for case in args.case:
         label, _, text = case.partition("=")
@@ -131,23 +129,29 @@ def main() -> None:
 def show(row: dict[str, Any], base: dict[str, float]) -> None:
     """One line of the table."""
     figures = "  ".join(f"{name} {row[name]:9.2f} {row[name] / base[name]:6.3f}x" for name in base)
-    print(f"{row['case']:28s} decoder {row['decoder']:6.1%}  {figures}  {row.get('seconds', math.nan):6.0f} s {row.get('cpu_seconds', math.nan):6.0f} CPU-s", flush=True)
+    print(
+        f"{row['case']:28s} decoder {row['decoder']:6.1%}  {figures}  {row.get('seconds', math.nan):6.0f} s {row.get('cpu_seconds', math.nan):6.0f} CPU-s",
+        flush=True,
+    )
 
 
 def write(path: Path, args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Add the rows to the results file; rows of earlier runs with other settings stay."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(path.read_text()) if path.is_file() else []
-    entry = {
+    """Add the rows to the results file. A row with the same settings is replaced, the others stay."""
+    settings = {
         "model": args.model,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "seed": args.seed,
         "test_windows": args.test_windows,
-        "tokens": args.tokens,
+        "window_tokens": args.tokens,
     }
-    known = [old for old in known if old.get("rows", [{}])[1:] != rows[1:-1] or len(rows) == 2]
-    path.write_text(json.dumps([*known, {**entry, "rows": rows}], indent=1) + "\n", encoding="utf-8")
+    new = [{**settings, **row} for row in rows]
+    same = ("model", "seed", "test_windows", "window_tokens", "case", "calibration", "calibration_tokens")
+    keys = [tuple(row.get(name) for name in same) for row in new]
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = [row for row in known if tuple(row.get(name) for name in same) not in keys]
+    path.write_text(json.dumps([*kept, *new], indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

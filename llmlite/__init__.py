@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from llmlite.adapters.lora import Lora as Lora
     from llmlite.data.settings import Data as Data
+    from llmlite.distillation.whitebox import DistillWhiteBox as DistillWhiteBox
     from llmlite.errors import LlmliteError as LlmliteError
     from llmlite.models.load import Model as Model
     from llmlite.pipeline import check as check
@@ -26,9 +27,12 @@ if TYPE_CHECKING:
     from llmlite.recipe import Recipe as Recipe
     from llmlite.report import Report as Report
     from llmlite.step import Step as Step
+    from llmlite.training.finetune import Finetune as Finetune
 
 _HOMES = {
     "Correct": "llmlite.adapters.correct",
+    "DistillWhiteBox": "llmlite.distillation.whitebox",
+    "Finetune": "llmlite.training.finetune",
     "Data": "llmlite.data.settings",
     "LlmliteError": "llmlite.errors",
     "Lora": "llmlite.adapters.lora",

@@ -31,6 +31,8 @@ from llmlite.step import STEPS, Step, name_of_step, step_class
 __all__ = ["main", "recipe_main"]
 
 _HIDDEN = frozenset({"steps"})
+# torchrun takes every option that begins like one of its own, even behind the module's name: `--r` would be its --role or --redirects.
+_ALIASES = {"r": ("--lora_r",)}
 Section = tuple[str, list[click.Option]]
 
 
@@ -50,7 +52,7 @@ def _options_of(cls: type[Any], defaults: Any, taken: set[str], skip: frozenset[
         shown = _shown(value)
         options.append(
             click.Option(
-                [f"--{field.name}"],
+                [f"--{field.name}", *_ALIASES.get(field.name, ()), field.name],
                 help=field_doc(cls, field.name) + (f"  [default: {shown}]" if shown else ""),
                 metavar=_metavar(hints[field.name]),
                 type=click.UNPROCESSED,

@@ -21,6 +21,7 @@ import os
 import platform
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,6 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
     from llmlite.models.load import require_matching
     from llmlite.models.size import expected_bytes, size_of_config
 
-    require_real_launch()
     if recipe.push_to_hub and not recipe.hub_model_id:
         raise ConfigError(recipe.name, ["push_to_hub needs hub_model_id: where to upload, as owner/name."])
     _refuse_other_contents(recipe)
@@ -122,23 +122,6 @@ def _plan_row(name: str, model: ModelPlan) -> dict[str, Any]:
     return {"step": name, **row}
 
 
-def require_real_launch() -> None:
-    """Refuse a launch whose world is smaller than the one asked for: `accelerate launch --cpu` silently starts one process.
-
-    Raises:
-        ConfigError: the environment announces more processes than there are.
-    """
-    asked = os.environ.get("LLMLITE_NUM_PROCESSES") or os.environ.get("ACCELERATE_NUM_PROCESSES")
-    if asked and asked.isdigit() and int(asked) > 1 and int(os.environ.get("WORLD_SIZE", "1")) != int(asked):
-        raise ConfigError(
-            "the launch",
-            [
-                f"{asked} processes were asked for and {os.environ.get('WORLD_SIZE', '1')} started. On CPUs use: "
-                f"ACCELERATE_USE_CPU=1 torchrun --nproc_per_node {asked} -m MODULE"
-            ],
-        )
-
-
 def run(recipe: Recipe, context: Run | None = None) -> Report:
     """Run a recipe to its end, or continue it.
 
@@ -156,8 +139,10 @@ def run(recipe: Recipe, context: Run | None = None) -> Report:
         context = Run(recipe)
         check(recipe, context)
     out = recipe.folder
-    with locked(out):
-        _claim(out, recipe)
+    with locked(out) if context.is_main else nullcontext():
+        if context.is_main:
+            _claim(out, recipe)
+        context.wait()
         return _Pipeline(recipe, context, out).run()
 
 
@@ -231,6 +216,12 @@ class _Pipeline:
         """All steps, then the result."""
         reference = self._base()
         done = self._complete_steps()
+        if done == len(self.recipe.steps) and (self.out / "report.json").is_file():
+            log.info("%s is complete; nothing is done again", self.out)
+            if self.context.is_main:
+                self._link_result()
+            self.context.wait()
+            return Report.read(self.out)
         for index in range(done, len(self.recipe.steps)):
             self._step(index, reference)
         for index in range(done):
@@ -277,9 +268,11 @@ class _Pipeline:
                     "sample": sample(model, self.context.tokenizer, self.context.evaluation_data.rows),
                 },
             )
-            with writing_folder(folder) as temporary:
-                reference.save(temporary / "reference.safetensors")
-                _write_row(temporary, row)
+            if self.context.is_main:
+                with writing_folder(folder) as temporary:
+                    reference.save(temporary / "reference.safetensors")
+                    _write_row(temporary, row)
+            self.context.wait()
             del model
             gc.collect()
         row = self._row(folder)
@@ -298,12 +291,14 @@ class _Pipeline:
         return Reference.read(folder / "reference.safetensors")
 
     def _usable(self, folder: Path) -> bool:
-        if not folder.exists():
-            return False
-        reason = damage(folder)
-        if reason:
-            log.warning("%s is damaged (%s); set aside as %s and done again", folder.name, reason, set_aside(folder).name)
-        return reason is None
+        """Whether a step's folder is whole. The main process looks, and sets a damaged one aside."""
+        usable = False
+        if self.context.is_main and folder.exists():
+            reason = damage(folder)
+            usable = reason is None
+            if reason:
+                log.warning("%s is damaged (%s); set aside as %s and done again", folder.name, reason, set_aside(folder).name)
+        return self.context.agreed(usable)
 
     def _complete_steps(self) -> int:
         """How many leading steps are whole on disk."""
@@ -340,27 +335,29 @@ class _Pipeline:
         quality = measure_quality(model, self.context.evaluation_batches(), reference)
         speed = measure_speed(model)
         self.context.note(sample=sample(model, self.context.tokenizer, self.context.evaluation_data.rows))
-        with writing_folder(folder) as temporary:
-            self._save(model, temporary)
-            size = folder_bytes(temporary) + (folder_bytes(self._base_of(index)) if _is_adapter(model) else 0)
-            row = Row(
-                name,
-                _logical_parameters(model),
-                size,
-                quality.perplexity,
-                quality.kl,
-                quality.top1_agreement,
-                speed.prefill_tokens_per_second,
-                speed.decode_tokens_per_second,
-                peak.bytes,
-                seconds,
-                dict(self.context.notes),
-            )
-            _write_row(temporary, row)
-            for extra in sorted(scratch.glob("keep/*")):  # what the step wants beside its weights, for instance a merged model
-                shutil.move(extra, temporary / extra.name)
-        shutil.rmtree(scratch, ignore_errors=True)
-        self.report.rows.append(row)
+        row = Row(
+            name,
+            _logical_parameters(model),
+            0,
+            quality.perplexity,
+            quality.kl,
+            quality.top1_agreement,
+            speed.prefill_tokens_per_second,
+            speed.decode_tokens_per_second,
+            peak.bytes,
+            seconds,
+            dict(self.context.notes),
+        )
+        if self.context.is_main:
+            with writing_folder(folder) as temporary:
+                self._save(model, temporary)
+                size = folder_bytes(temporary) + (folder_bytes(self._base_of(index)) if _is_adapter(model) else 0)
+                _write_row(temporary, dataclasses.replace(row, bytes_on_disk=size))
+                for extra in sorted(scratch.glob("keep/*")):  # what the step wants beside its weights, for instance a merged model
+                    shutil.move(extra, temporary / extra.name)
+            shutil.rmtree(scratch, ignore_errors=True)
+        self.context.wait()
+        self.report.rows.append(self._row(folder))
         self.model = model
 
     def _apply(self, index: int, step: Step) -> PreTrainedModel:
@@ -401,18 +398,24 @@ class _Pipeline:
         from llmlite.evaluation.reload import loading_lines, require_reload
 
         last = len(self.recipe.steps) - 1
-        folder = self._folder(last)
         if self.model is None:
             self.model = self._reload(last)
-        for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in {"manifest.json", "row.json"}):
-            target = self.out / file.relative_to(folder)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            link_or_copy(file, target)
+        if not self.context.is_main:
+            return
+        self._link_result()
         dtype = str(self.context.compute_dtype).removeprefix("torch.")
         self.report.loading = loading_lines(self.out, self._base_of(last) if _is_adapter(self.model) else None, dtype)
         log.info("reloading the result in a fresh process")
         self.report.reload_difference = require_reload(self.model, self.report.loading)
         self.report.save()
+
+    def _link_result(self) -> None:
+        """Let the folder itself hold the last step's files, without storing their bytes twice."""
+        folder = self._folder(len(self.recipe.steps) - 1)
+        for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in {"manifest.json", "row.json"}):
+            target = self.out / file.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(file, target)
 
 
 def _write_row(folder: Path, row: Row) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmlite.models.load import Source, compute_dtype, find, load_config, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import PartialState
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from llmlite.training.settings import TrainingStep
 
 __all__ = ["Run"]
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -36,19 +39,37 @@ class Run:
     base_folder: Path | None = None
 
     @cached_property
+    def processes(self) -> PartialState:
+        """The processes of this launch, one unless torchrun or accelerate started more. Without an accelerator they talk over gloo."""
+        import torch
+        from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
+
+        return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+
+    @cached_property
     def device(self) -> torch.device:
         """Where this process computes."""
-        from accelerate import PartialState
-
-        device: torch.device = PartialState().device
+        device: torch.device = self.processes.device
         return device
 
     @cached_property
     def is_main(self) -> bool:
         """Whether this process writes and speaks."""
-        from accelerate import PartialState
+        return bool(self.processes.is_main_process)
 
-        return bool(PartialState().is_main_process)
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        self.processes.wait_for_everyone()
+
+    def agreed(self, value: T) -> T:
+        """The main process's value, on every process: decisions about files are made once."""
+        from accelerate.utils import broadcast_object_list
+
+        values = [value]
+        if self.processes.num_processes > 1:
+            broadcast_object_list(values)
+        return values[0]
 
     @cached_property
     def compute_dtype(self) -> torch.dtype:

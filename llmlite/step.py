@@ -24,6 +24,8 @@ __all__ = ["STEPS", "ModelPlan", "Names", "Step", "name_of_step", "parse_step", 
 # Short name -> where the class lives. Imported when used, so that a recipe pays only for what it names.
 STEPS: dict[str, str] = {
     "correct": "llmlite.adapters.correct:Correct",
+    "distill.whitebox": "llmlite.distillation.whitebox:DistillWhiteBox",
+    "finetune": "llmlite.training.finetune:Finetune",
     "lora": "llmlite.adapters.lora:Lora",
     "prune.ffn": "llmlite.pruning.ffn:PruneFfn",
     "prune.heads": "llmlite.pruning.heads:PruneHeads",

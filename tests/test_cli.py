@@ -173,13 +173,6 @@ def test_a_disk_too_small_for_the_plan_is_refused(lora_int4: Run, monkeypatch: p
     assert "GB free" in err
 
 
-def test_a_launch_with_fewer_processes_than_asked_for_is_refused(lora_int4: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMLITE_NUM_PROCESSES", "2")
-    code, _, err = lora_int4()
-    assert code == 2
-    assert "2 processes were asked for and 1 started" in err
-
-
 @pytest.mark.parametrize("command", [["steps"], ["steps", "lora"], ["steps", "quantize"], ["families"], ["--help"], ["run", "--help"], ["--version"]])
 def test_what_teaches_ends_well(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     main(command)
@@ -204,6 +197,18 @@ def test_import_and_help_do_not_import_torch(code: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_torchrun_swallows_no_option_that_has_no_other_name() -> None:
+    from torch.distributed.run import get_args_parser
+
+    from llmlite import recipes
+    from llmlite.cli import _sections
+
+    taken = [name for name in get_args_parser()._option_string_actions if name.startswith("--")]
+    for preset in recipes.PRESETS:
+        for option in (option for _, options in _sections(getattr(recipes, preset)) for option in options):
+            assert any(not any(own.startswith(name) for own in taken) for name in option.opts), option.opts
 
 
 def test_running_a_preset_as_a_module_warns_of_nothing() -> None:

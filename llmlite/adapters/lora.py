@@ -39,7 +39,7 @@ class Lora(TrainingStep):
     """Share of the adapter's inputs set to zero in training."""
     target_modules: Names = ("all-linear",)
     """Layers that get an adapter: all-linear (every linear layer of the decoder blocks), or names such as q_proj."""
-    init_lora_weights: Literal["default", "gaussian", "eva", "quantization_error"] = "default"
+    init_lora_weights: Literal["default", "gaussian", "quantization_error"] = "default"
     """quantization_error starts as the low-rank correction of what the quantize step broke, from calibration text; the others start as the base."""
     merge: bool = False
     """Also write merged/: the adapter added into the (dequantized) base it was trained against, in 16 bit."""
@@ -76,7 +76,7 @@ class Lora(TrainingStep):
 
         adapted = self.attach(model, run)
         train(adapted, self, run)
-        if self.merge:
+        if self.merge and run.is_main:
             write_merged(adapted, run)
         return adapted
 

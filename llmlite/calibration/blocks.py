@@ -74,7 +74,7 @@ def skipping(blocks: Collection[BlockView], seen: Callable[[BlockView, tuple[Any
         return forward
 
     for block in blocks:
-        block.module.forward = identity(block)  # type: ignore[method-assign]
+        block.module.forward = identity(block)
     try:
         yield
     finally:
@@ -126,16 +126,17 @@ class Blocks:
         """One batch through one block."""
         args, kwargs = self._calls[index][block.index]
         output = block.module(hidden_BTD, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        leaving: Tensor = output[0] if isinstance(output, tuple) else output
+        return leaving
 
     def advance(self, block: BlockView) -> None:
         """All batches through one block."""
         self.hidden = [self.run(block, index, hidden) for index, hidden in enumerate(self.hidden)]
 
     def tokens(self, index: int, values_BTX: Tensor) -> Tensor:
-        """The values of the real tokens of batch `index`, (N, X)."""
-        mask = self.real[index]
-        return values_BTX.reshape(-1, values_BTX.shape[-1]) if mask is None else values_BTX[mask]
+        """The values of the real tokens of batch `index`, (N, X). Some families (opt) have flattened them to (B * T, X) already."""
+        mask, values = self.real[index], values_BTX.reshape(-1, values_BTX.shape[-1])
+        return values if mask is None else values[mask.reshape(-1)]
 
     def collect(
         self, block: BlockView, roles: Sequence[str], *, dense: list[Tensor] | None = None, dtype: torch.dtype = torch.float32

@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 
 DOCUMENT_TOKENS = 256
 """Length of one sampled text. Attention and cache grow with it, so two short texts in a window are cheaper than a long one."""
-BATCH_DOCUMENTS = 64
+BATCH_DOCUMENTS = 32
+"""Texts sampled together. More are hardly faster on a CPU, where the matrix products already fill it, and need a larger cache."""
 
 
 @torch.inference_mode()
@@ -86,7 +87,7 @@ def sampled_windows(source: Source, load: Callable[[], PreTrainedModel], windows
     for_each = -(-window_tokens // document)
     per_batch = max(1, BATCH_DOCUMENTS // for_each)  # windows
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(Path(source.folder).glob("*.safetensors"))]
-    key = fingerprint(str(source.folder.resolve()), files, seed, document, for_each, str(dtype), 1)
+    key = fingerprint(str(source.folder.resolve()), files, seed, document, for_each, per_batch, str(dtype), 1)
     folder = cache_folder() / "samples" / f"{(source.hub_id or source.folder.name).replace('/', '--')}-{key}"
     model, found = None, []
     for batch in range(-(-windows // per_batch)):

@@ -1,7 +1,7 @@
 """The same losses as `llmlite.distillation.losses`, with their gradient written out: for those that every training step pays for.
 
-All take log-probabilities, log p = log_softmax(student / T) and log q = log_softmax(teacher / T), over one vocabulary, and return the loss per
-token, (N,), and its gradient by student / T, (N, V). The caller multiplies by T^2 and by T (T^2 of the convention times 1 / T of the chain rule).
+The divergences take log-probabilities, log p = log_softmax(student / T) and log q = log_softmax(teacher / T), over one vocabulary, and return
+the loss per token, (N,), and its gradient by student / T, (N, V). The caller multiplies by T^2 and by T (T^2 of the convention times 1 / T of the chain rule).
 Arguments are only read.
 
 For a loss L(log p) with g = dL / d log p the gradient by the logits is g - p * sum(g):
@@ -23,7 +23,9 @@ from torch import Tensor
 
 from llmlite.distillation.losses import finite_logprobs, in_top_k, pointwise_kl, top_k_outcomes
 
-__all__ = ["forward_kl_gradient", "reverse_kl_gradient", "top_k_forward_kl_gradient"]
+__all__ = ["forward_kl_gradient", "logit_mse_gradient", "reverse_kl_gradient", "top_k_forward_kl_gradient"]
+
+_SMALL = 1e-30  # a tail probability below it is computed from logarithms
 
 
 def forward_kl_gradient(logp_NV: Tensor, logq_NV: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,13 +64,34 @@ def top_k_forward_kl_gradient(logp_NV: Tensor, ids_NK: Tensor, logprobs_NK: Tens
     if logq_tail_N is None:
         return kl_N, grad_NV.mul_(mass_N[:, None]).scatter_add_(1, safe_NK, -q_NK)
 
+    q_tail_N = logq_tail_N.exp()
+    if bool(known_NK.all()):  # the usual case: two dense passes fewer
+        p_NK = logp_NK.exp()
+        grad_NV.scatter_(1, safe_NK, 0.0)
+        p_tail_N = grad_NV.sum(-1)
+        if bool((p_tail_N > _SMALL).all()):
+            kl_N = kl_N + pointwise_kl(logq_tail_N, p_tail_N.log())
+            total_N = mass_N + q_tail_N
+            grad_NV.mul_((total_N - q_tail_N / p_tail_N)[:, None])
+            return kl_N, grad_NV.scatter_(1, safe_NK, p_NK * total_N[:, None] - q_NK)
+        grad_NV.scatter_(1, safe_NK, p_NK)
+
     tail_NV = logp_NV.masked_fill(in_top_k(known_NK, safe_NK, vocabulary), -math.inf)
     logp_tail_N = torch.logsumexp(tail_NV, -1)
     kl_N = kl_N + pointwise_kl(logq_tail_N, logp_tail_N)
-    q_tail_N = logq_tail_N.exp().masked_fill(logp_tail_N == -math.inf, 0.0)
+    q_tail_N = q_tail_N.masked_fill(logp_tail_N == -math.inf, 0.0)
     within_NV = tail_NV.sub_(finite_logprobs(logp_tail_N)[:, None]).exp_()  # p / p_tail, also where both underflow
     grad_NV.mul_((mass_N + q_tail_N)[:, None]).sub_(within_NV.mul_(q_tail_N[:, None]))
     return kl_N, grad_NV.scatter_add_(1, safe_NK, -q_NK)
+
+
+def logit_mse_gradient(student_NV: Tensor, teacher_NV: Tensor, centred: bool = False) -> tuple[Tensor, Tensor] | None:
+    """`logit_mse` of real logits, and 2 (s - t) / V with s - t centred or not; `None` when some logit is not finite."""
+    difference_NV = student_NV - teacher_NV
+    if centred:
+        difference_NV.sub_(difference_NV.mean(-1, keepdim=True))
+    mse_N = torch.linalg.vecdot(difference_NV, difference_NV) / student_NV.shape[-1]
+    return (mse_N, difference_NV.mul_(2 / student_NV.shape[-1])) if _all_finite(mse_N) else None
 
 
 def _all_finite(values_N: Tensor) -> bool:

@@ -6,7 +6,7 @@
 a time: `HiddenTeacher` applies the teacher's head to its hidden states, so that its full logits never exist either; `LogitsTeacher` and
 `TopKTeacher` read what is there already (a cache, an API).
 
-The gradients of cross entropy, forward KL, reverse KL and top-k forward KL are written out; the others are left to autograd within a block of rows.
+The gradients of cross entropy, forward and reverse KL, top-k forward KL and logit MSE are written out; the others are left to autograd within a block of rows.
 
 Shapes: N tokens, C tokens of one chunk, R rows of one block of it, V vocabulary, D hidden size, K teacher tokens kept per position.
 """
@@ -22,7 +22,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from llmlite.distillation import losses
-from llmlite.distillation.gradients import forward_kl_gradient, reverse_kl_gradient, top_k_forward_kl_gradient
+from llmlite.distillation.gradients import forward_kl_gradient, logit_mse_gradient, reverse_kl_gradient, top_k_forward_kl_gradient
 from llmlite.errors import ConfigError
 from llmlite.training.chunked import head_logits
 from llmlite.training.token_loss import LogitTransform, TokenLoss
@@ -136,7 +136,7 @@ class Distillation(TokenLoss):
         if problems:
             raise ConfigError("distillation", problems)
         self.teacher, self.labels_N, self.divergence, self.temperature = teacher, labels_N, divergence, temperature
-        self.ce_weight, self.kd_weight = ce_weight, kd_weight
+        self.ce_weight, self.kd_weight, self.options = ce_weight, kd_weight, options
         self.names = (divergence,) if labels_N is None else ("ce", divergence)
         self.weights = (kd_weight,) if labels_N is None else (ce_weight, kd_weight)
         self.distance: Callable[..., Tensor]
@@ -173,7 +173,9 @@ class Distillation(TokenLoss):
         logp_RV = torch.log_softmax(logits_RV, -1) if self.labels_N is not None else None
         kd_R, grad_kd_RW = self._distance_and_grad(logits_RV, logp_RV, signal)  # W: the vocabulary that is shared with the teacher
         if logp_RV is None:
-            return (kd_R,), F.pad(grad_kd_RW.mul_(self.kd_weight), (0, logits_RV.shape[-1] - grad_kd_RW.shape[-1]))
+            grad_RW = grad_kd_RW if self.kd_weight == 1.0 else grad_kd_RW.mul_(self.kd_weight)
+            excess = logits_RV.shape[-1] - grad_kd_RW.shape[-1]
+            return (kd_R,), F.pad(grad_RW, (0, excess)) if excess else grad_RW
         labels_R1 = prepared[0][:, None]
         ce_R = -logp_RV.gather(1, labels_R1).squeeze(1)
         grad_RV = logp_RV.exp_().mul_(self.ce_weight)
@@ -184,6 +186,10 @@ class Distillation(TokenLoss):
     def _distance_and_grad(self, logits_RV: Tensor, logp_RV: Tensor | None, signal: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """The divergence and its gradient by the logits, unweighted. `logp_RV`, log softmax(logits) if at hand, is only read."""
         top_k = isinstance(self.teacher, TopKTeacher)
+        if self.divergence == "logit_mse":
+            shared = min(logits_RV.shape[-1], signal[0].shape[-1])
+            result = logit_mse_gradient(logits_RV[:, :shared], signal[0][:, :shared].to(logits_RV.dtype), **self.options)
+            return result if result is not None else self._by_autograd(logits_RV, signal)
         if not top_k and self.divergence not in ("forward_kl", "reverse_kl"):
             return self._by_autograd(logits_RV, signal)
         shared = logits_RV.shape[-1] if top_k else min(logits_RV.shape[-1], signal[0].shape[-1])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from llmlite.config import settings
-from llmlite.pruning.settings import Keep, UnitStep, planned, require_plain, walk_state
+from llmlite.pruning.settings import Keep, UnitStep, compensated, planned, require_plain, walk_state
 from llmlite.step import ModelPlan
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ class PruneFfn(UnitStep):
         require_plain(model, "prune.ffn")
         channels = family_of(model.config).ffn_channels(model.config)
         keep = self._number(channels)
-        return planned(model, config_with_channels(model.config, keep), run, calibrated=keep < channels, notes=(f"{keep} of {channels} FFN channels stay",))
+        config = compensated(model.config, "prune.ffn", ffn=True) if self.bias_compensation and keep < channels else model.config
+        return planned(model, config_with_channels(config, keep), run, calibrated=keep < channels, notes=(f"{keep} of {channels} FFN channels stay",))
 
     def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
         """Walk through the blocks, then slice."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llmlite.config import settings
 from llmlite.errors import ConfigError, UnsupportedModel
-from llmlite.pruning.settings import Keep, UnitStep, planned, require_plain, walk_state
+from llmlite.pruning.settings import Keep, UnitStep, compensated, planned, require_plain, walk_state
 from llmlite.step import ModelPlan
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ class PruneHeads(UnitStep):
         require_plain(model, "prune.heads")
         keep, units = self._number(model.config)
         family = family_of(model.config)
-        config = config_with_heads(model.config, keep, self.unit)
+        wide = compensated(model.config, "prune.heads", attention=True) if self.bias_compensation and keep < units else model.config
+        config = config_with_heads(wide, keep, self.unit)
         before = model.config
         notes = [
             f"{family.heads(config)} of {family.heads(before)} query heads and {family.kv_heads(config)} of {family.kv_heads(before)} key/value heads stay"

@@ -70,7 +70,7 @@ class PruneHidden(Step):
         score_D = hidden_scores(model, run.calibration_windows if self.score == "activation" else None)
         kept = sorted(int(index) for index in score_D.topk(keep).indices)
         run.note(removed_hidden=sorted(set(range(view.hidden_size)) - set(kept)))
-        return rebuild(model, *take_hidden(view, kept))  # type: ignore[no-any-return]
+        return rebuild(model, *take_hidden(view, kept))
 
     def _number(self, width: int) -> int:
         from llmlite.models.legal import round_to_multiple
@@ -92,7 +92,7 @@ def hidden_scores(model: PreTrainedModel, windows_NT: Tensor | None) -> Tensor:
     from llmlite.models.view import ModelView
 
     view = ModelView(model)
-    total_D = torch.zeros(view.hidden_size, device=view.embedding.weight.device)
+    total_D = torch.zeros(view.hidden_size, device=next(view.embedding.parameters()).device)
     if windows_NT is None:
         for linear in view.linears():
             total_D += linear.weight_OI.float().square().sum(1 if linear.role in ("o", "down") else 0)

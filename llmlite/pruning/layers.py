@@ -79,7 +79,7 @@ class PruneLayers(Step):
         else:
             removed = sorted(range(len(influence)), key=influence.__getitem__)[: len(view.blocks) - keep]
         run.note(removed_layers=sorted(removed), block_influence=influence)
-        return rebuild(model, *take_layers(view, [index for index in range(len(view.blocks)) if index not in removed]))  # type: ignore[no-any-return]
+        return rebuild(model, *take_layers(view, [index for index in range(len(view.blocks)) if index not in removed]))
 
     def _number(self, layers: int) -> int:
         return max(1, round(self.keep * layers))
@@ -120,12 +120,14 @@ def calibration_loss(model: PreTrainedModel, windows_NT: Tensor, without: Collec
     """Mean negative log-likelihood of the windows, nats a token, with some layers skipped."""
     from contextlib import nullcontext
 
+    import torch
+
     from llmlite.calibration.blocks import skipping
     from llmlite.evaluation.quality import measure_quality
     from llmlite.models.view import ModelView
 
     skipped = [block for block in ModelView(model).blocks if block.index in without]
-    batches = [{"input_ids": part, "labels": part} for part in windows_NT.split(4)]
+    batches = [{"input_ids": part, "labels": part} for part in torch.split(windows_NT, 4)]
     with skipping(skipped) if skipped else nullcontext():
         return math.log(measure_quality(model, batches).perplexity)
 

@@ -85,10 +85,11 @@ def obs_score(weight_OI: Tensor, inverse_II: Tensor, units: int) -> Tensor:
     size = weight_OI.shape[1] // units
     if size == 1:
         return weight_OI.float().square().sum(0) / inverse_II.diagonal().float()
-    weight_UOS = weight_OI.float().unflatten(1, (units, size)).transpose(0, 1)
+    weight_UOS = weight_OI.float().reshape(-1, units, size).transpose(0, 1)
     diagonal_USS = torch.stack([inverse_II[u * size : (u + 1) * size, u * size : (u + 1) * size] for u in range(units)]).float()
-    solved_USO = torch.linalg.solve(diagonal_USS, weight_UOS.transpose(1, 2))
-    return (weight_UOS.transpose(1, 2) * solved_USO).sum((1, 2))
+    solved_USO: Tensor = torch.linalg.solve(diagonal_USS, weight_UOS.transpose(1, 2))
+    score_U: Tensor = (weight_UOS.transpose(1, 2) * solved_USO).sum((1, 2))
+    return score_U
 
 
 def inverse_hessian(gram_II: Tensor, damping: float) -> Tensor:
@@ -108,4 +109,4 @@ def block_influence(entering_ND: Tensor, leaving_ND: Tensor) -> Tensor:
 
 def unit_sum(score_I: Tensor, units: int) -> Tensor:
     """Sums over the neighbouring inputs that make one unit, (U,)."""
-    return score_I.unflatten(0, (units, -1)).sum(1)
+    return score_I.reshape(units, -1).sum(1)

@@ -14,7 +14,7 @@ from llmlite.step import ModelPlan, Step
 if TYPE_CHECKING:
     from llmlite.run import Run
 
-__all__ = ["Keep", "UnitStep", "calibration_tokens", "planned", "require_plain", "walk_state"]
+__all__ = ["Keep", "UnitStep", "calibration_tokens", "compensated", "planned", "require_plain", "walk_state"]
 
 Keep = Annotated[float, Field(gt=0, le=1)]
 
@@ -45,6 +45,21 @@ def require_plain(model: ModelPlan, name: str) -> None:
     """
     if model.adapters:
         raise ConfigError(name, ["the model carries an adapter, which pruning would not follow. Put the pruning before the lora step."])
+
+
+def compensated(config: Any, name: str, *, attention: bool = False, ffn: bool = False) -> Any:
+    """The config with biases at the output projections, for bias compensation.
+
+    Raises:
+        ConfigError: neither the family nor an equivalent has them.
+    """
+    from llmlite.errors import UnsupportedModel
+    from llmlite.models.legal import with_bias_switches
+
+    try:
+        return with_bias_switches(config, attention=attention, ffn=ffn)[0]
+    except UnsupportedModel as error:
+        raise ConfigError(name, [f"bias_compensation: {error}"]) from None
 
 
 def calibration_tokens(run: Run) -> int:

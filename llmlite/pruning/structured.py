@@ -12,7 +12,7 @@ from pydantic import Field
 
 from llmlite.config import settings
 from llmlite.errors import ConfigError
-from llmlite.pruning.settings import Keep, UnitStep, planned, require_plain, walk_state
+from llmlite.pruning.settings import Keep, UnitStep, compensated, planned, require_plain, walk_state
 from llmlite.step import ModelPlan
 
 if TYPE_CHECKING:
@@ -48,6 +48,9 @@ class PruneStructured(UnitStep):
         from llmlite.models.size import size_of_config
 
         cuts, config = allocate(model.config, self.keep_parameters, self.multiple_of, self.spread)
+        if self.bias_compensation and cuts:
+            kinds = {cut.role for cut in cuts}
+            config = compensated(config, "prune.structured", attention="o" in kinds, ffn="down" in kinds)
         share = size_of_config(config).decoder / size_of_config(model.config).decoder
         parts = [f"{cut.keep} of {cut.units} {'FFN channels' if cut.kind == 'ffn' else cut.kind.replace('_', ' ')}" for cut in cuts]
         return planned(model, config, run, calibrated=bool(cuts), notes=(f"{share:.1%} of the decoder stays: {', '.join(parts) or 'everything'}",))
@@ -95,12 +98,8 @@ def allocate(config: Any, keep_parameters: float, multiple_of: int, spread: str)
         if keep >= _LEAST_FFN * channels or (spread == "ffn" and keep >= multiple_of) or (family.no_heads and keep >= multiple_of):
             break
         if spread == "ffn" or family.no_heads or gone_heads + step >= heads:
-            raise ConfigError(
-                "prune.structured",
-                [
-                    f"keep_parameters={keep_parameters} cannot be reached by FFN channels{'' if spread == 'ffn' or family.no_heads else ' and heads'} alone. Add prune.layers."
-                ],
-            )
+            what = "FFN channels alone" if spread == "ffn" or family.no_heads else "FFN channels and heads"
+            raise ConfigError("prune.structured", [f"keep_parameters={keep_parameters} cannot be reached by {what}. Add a prune.layers step."])
         gone_heads += step
     from llmlite.models.legal import round_to_multiple
 

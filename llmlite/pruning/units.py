@@ -185,7 +185,7 @@ def taylor_scores(model: PreTrainedModel, windows_NT: Tensor, cuts: Sequence[Cut
         for parameter in before:
             parameter.requires_grad_(id(parameter) in wanted)
         with torch.enable_grad():
-            for window_T in windows_NT.to(view.embedding.weight.device):
+            for window_T in windows_NT.to(next(view.embedding.parameters()).device):
                 model(input_ids=window_T[None], labels=window_T[None], use_cache=False).loss.backward()
         found = {}
         for key, (cut, linear) in linears.items():

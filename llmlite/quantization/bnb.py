@@ -100,9 +100,10 @@ class Quantize(Step):
         from llmlite.storage import damage, writing_folder
 
         folder = run.scratch / "dense"
-        if damage(folder) is not None:
+        if run.is_main and damage(folder) is not None:
             with writing_folder(folder) as temporary:
                 model.save_pretrained(temporary)
+        run.wait()
         return self._quantized(model, run, folder)
 
     def load(self, run: Run) -> PreTrainedModel:

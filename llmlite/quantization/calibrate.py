@@ -13,6 +13,7 @@ Source: Frantar et al. 2022, arXiv:2210.17323; Li et al. 2025, arXiv:2504.02692 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +149,7 @@ def _keep(file: Path, index_OI: Tensor, scales_OB: Tensor, double: DoubleScales 
     tensors = {"index": index_OI, "scales": scales_OB}
     if double is not None:
         tensors |= {"offset": double.offset.reshape(1), "absmax": double.absmax_G, "code": double.code_256}
-    temporary = file.with_suffix(".part")
+    temporary = file.with_suffix(f".{os.getpid()}.part")  # every process of a launch writes the same codes
     save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
     temporary.replace(file)
 

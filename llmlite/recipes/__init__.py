@@ -5,7 +5,16 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-PRESETS = {"LoraInt4": "lora_int4", "LoraInt8": "lora_int8", "Lora": "lora", "QuantizeInt8": "quantize_int8", "QuantizeNf4": "quantize_nf4"}
+PRESETS = {
+    "LoraInt4": "lora_int4",
+    "LoraInt8": "lora_int8",
+    "Lora": "lora",
+    "PruneHeads": "prune_heads",
+    "PruneStructured": "prune_structured",
+    "PruneUnstructured": "prune_unstructured",
+    "QuantizeInt8": "quantize_int8",
+    "QuantizeNf4": "quantize_nf4",
+}
 
 __all__ = ["PRESETS", *PRESETS]
 

@@ -16,6 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llmlite.storage import damage, seal, set_aside, telling
@@ -44,7 +47,8 @@ class SealCheckpoints(TrainerCallback):  # type: ignore[misc]
     """Seal each checkpoint after the Trainer wrote it."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Called by the Trainer on every process; the main one seals."""
+        """Called by the Trainer on every process; the main one seals when all have written their parts."""
+        PartialState().wait_for_everyone()
         if state.is_world_process_zero:
             place = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             with telling(place):
@@ -58,7 +62,10 @@ class StopRequest(TrainerCallback):  # type: ignore[misc]
         self.asked = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
-        """Called by the Trainer."""
+        """Called by the Trainer. One process that was asked to stop stops all of them, at the same step."""
+        state_of = PartialState()
+        if state_of.num_processes > 1:
+            self.asked = bool(reduce(torch.tensor(float(self.asked), device=state_of.device), "sum").item())
         if self.asked:
             control.should_save = True
             control.should_training_stop = True

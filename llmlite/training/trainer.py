@@ -121,14 +121,14 @@ def _require_same_rows(folder: Path, fingerprint: str, checkpoint: Path | None) 
     note.write_text(fingerprint, encoding="utf-8")
 
 
-def train(model: PreTrainedModel, step: TrainingStep, run: Run, make_loss: LossMaker = _cross_entropy) -> list[dict[str, float]]:
+def train(model: PreTrainedModel, step: TrainingStep, run: Run, make_loss: LossMaker | None = None) -> list[dict[str, float]]:
     """Train what requires a gradient, resuming from the newest whole checkpoint of the same step.
 
     Args:
         model: in place; left in eval mode.
         step: the settings.
         run: gives rows, folder, device and seed.
-        make_loss: the loss; cross entropy by default.
+        make_loss: the loss; None for cross entropy.
 
     Returns:
         The log: one entry for each logged step with its loss and learning rate.
@@ -138,11 +138,12 @@ def train(model: PreTrainedModel, step: TrainingStep, run: Run, make_loss: LossM
         RunError: the loss is no number any more.
     """
     folder = run.scratch / "trainer"
-    checkpoint = newest_complete(folder)
+    checkpoint = run.agreed(newest_complete(folder) if run.is_main else None)
     if checkpoint:
         log.info("continuing the training from %s", checkpoint.name)
     data = run.train_data
-    _require_same_rows(folder, data.fingerprint(), checkpoint)
+    if run.is_main:
+        _require_same_rows(folder, data.fingerprint(), checkpoint)
     stop = StopRequest()
     trainer = LiteTrainer(
         model=model,
@@ -150,7 +151,7 @@ def train(model: PreTrainedModel, step: TrainingStep, run: Run, make_loss: LossM
         train_dataset=data.dataset,
         data_collator=data.collator(flatten="flash" in str(model.config._attn_implementation)),
         callbacks=[SealCheckpoints(), stop, _StopAtNan(), KeepZeros()],
-        make_loss=make_loss,
+        make_loss=make_loss or _cross_entropy,
     )
     with stopping_at_signals(stop):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

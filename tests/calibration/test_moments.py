@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmlite.calibration.mixture import parse_mixture, shares
+from llmlite.calibration.moments import Moments
+from llmlite.calibration.sources import windows_of
+from llmlite.errors import ConfigError
+
+
+def test_moments_are_those_of_the_data_however_it_is_cut() -> None:
+    x = torch.randn(50, 6, dtype=torch.float64)
+    dense = torch.randn(50, 6, dtype=torch.float64)
+    whole, parts, swapped = (Moments(6, cross=True, dtype=torch.float64) for _ in range(3))
+    whole.add(x, dense)
+    for part in (slice(0, 7), slice(7, 30), slice(30, 50)):
+        parts.add(x[part], dense[part])
+    for part in (slice(30, 50), slice(0, 7), slice(7, 30)):
+        swapped.add(x[part], dense[part])
+    for moments in (parts, swapped):
+        torch.testing.assert_close(moments.gram_II, whole.gram_II)
+        torch.testing.assert_close(moments.cross_JI, whole.cross_JI)
+    torch.testing.assert_close(whole.gram_II, x.T @ x)
+    torch.testing.assert_close(whole.cross_JI, dense.T @ x)
+    torch.testing.assert_close(whole.mean_I, x.mean(0))
+    torch.testing.assert_close(whole.variance_I, x.var(0, correction=0))
+    torch.testing.assert_close(whole.norm_I, x.norm(dim=0))
+    assert (whole.tokens, parts.tokens) == (50, 50)
+
+
+def test_merging_is_counting_together() -> None:
+    x = torch.randn(20, 4)
+    one, other, both = Moments(4), Moments(4), Moments(4)
+    one.add(x[:5])
+    other.add(x[5:])
+    both.add(x)
+    merged = one.merged(other)
+    torch.testing.assert_close(merged.gram_II, both.gram_II)
+    torch.testing.assert_close(merged.total_I, both.total_I)
+    assert merged.tokens == both.tokens == 20
+
+
+def test_mixtures_are_read_and_shared_out() -> None:
+    assert parse_mixture("self") == [(1.0, "self")]
+    assert parse_mixture("3*self + 1*data/my text.txt") == [(0.75, "self"), (0.25, "data/my text.txt")]
+    assert parse_mixture("self + builtin:python-docs-prose") == [(0.5, "self"), (0.5, "builtin:python-docs-prose")]
+    assert shares([0.5, 0.25, 0.25], 10) == [5, 3, 2]
+    assert sum(shares([1 / 3] * 3, 8)) == 8
+
+
+@pytest.mark.parametrize("text", ["", "self + ", "0*self", "-1*self", "nan*self"])
+def test_mixtures_that_cannot_be_meant_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="WEIGHT\\*SOURCE"):
+        parse_mixture(text)
+
+
+def test_windows_do_not_overlap_and_are_all_there_when_few() -> None:
+    stream = torch.arange(103)
+    assert windows_of(stream, 99, 10, 0).flatten().tolist() == list(range(100))
+    drawn = windows_of(stream, 4, 10, 0)
+    assert drawn.shape == (4, 10)
+    assert len(set(drawn.flatten().tolist())) == 40
+    assert torch.equal(drawn, windows_of(stream, 4, 10, 0))
+    assert not torch.equal(drawn, windows_of(stream, 4, 10, 1))
+    assert windows_of(stream[:7], 4, 10, 0).tolist() == [list(range(7))]

@@ -1,0 +1,62 @@
+"""The README's commands work as they stand there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import llmlite
+from llmlite.cli import main, recipe_main
+from llmlite.recipes.lora_int4 import LoraInt4
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line
+    for block in re.findall(r"```\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+    if line.startswith(("make ", "python ", "llmlite ", "accelerate "))
+]
+
+
+def test_the_first_two_commands_are_make_run_and_make_test() -> None:
+    assert COMMANDS[:2] == ["make run", "make test"]
+    targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.M)
+    assert {"run", "test"} <= set(targets)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("python ", "accelerate "))])
+def test_a_recipes_command_is_understood(command: str, model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
+    words = shlex.split(command)
+    assert words[words.index("-m") + 1] == "llmlite.recipes.lora_int4"
+    flags = words[words.index("-m") + 2 :]
+    recipe_main(LoraInt4, [*flags, "--model", str(model_folder), "--data", str(pairs_file), "--output_dir", str(tmp_path), "--max_length", "64", "--dry_run"])
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("llmlite ")])
+def test_an_llmlite_command_works(command: str, model_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command)[1:]
+    if words[0] in {"run", "check"}:
+        words += ["--model", str(model_folder), "--data", str(pairs_file), "--output_dir", str(tmp_path), "--max_length", "64", "--dry_run"]
+    main(words)
+
+
+def test_the_python_block_runs(model_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(model_folder)), {})
+    assert "PeftModel.from_pretrained" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted({*re.findall(r"\]\(([\w./-]+)\)", README)}))
+def test_linked_files_exist(name: str) -> None:
+    assert (ROOT / name).exists()
+
+
+def test_every_preset_has_a_row_in_the_table() -> None:
+    for name in llmlite.recipes.PRESETS.values():
+        assert f"| `{name}` |" in README
