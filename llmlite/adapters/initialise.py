@@ -2,12 +2,11 @@
 
     min_{A, B} E |(W - Q) x - s B A x|^2 = min |(E - s B A) L|_F^2,    E = W - Q,  H = E[x x^T] = L L^T,  s = lora_alpha / r
 
-solved by the truncated SVD of E L = U S V^T (Eckart and Young): s B A = U_r S_r V_r^T inverse(L). Unweighted (L = I) it would be LQER's plain form; the
-weighting is what lets a rank of 16 matter. Step 0 of a finetune is then already close to the dense model, and the adapter alone, never trained, is a
+solved by the truncated SVD of E L = U S V^T (Eckart and Young): s B A = U_r S_r V_r^T inverse(L). Unweighted (L = I) it would be LQER's plain form;
+the weighting is what lets a rank of 16 matter. Step 0 of a finetune is then already close to the dense model, and the adapter alone, never trained, is a
 correction to keep beside the 4-bit file.
 
-Source: Liu et al. 2024, arXiv:2410.21271 (EoRA); Zhang et al. 2024, arXiv:2410.06040 (QERA, theorem 1: the optimum); Zhang et al. 2024,
-arXiv:2402.02446 (LQER).
+Source: Liu et al. 2024, arXiv:2410.21271 (EoRA); Zhang et al. 2024, arXiv:2410.06040 (QERA, theorem 1); Zhang et al. 2024, arXiv:2402.02446 (LQER).
 
 Legend: O out_features, I in_features, R rank.
 """

@@ -13,6 +13,7 @@ Source: Frantar et al. 2022, arXiv:2210.17323; Li et al. 2025, arXiv:2504.02692 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +79,8 @@ def towards_dense(weight_OI: Tensor, gram_II: Tensor, cross_II: Tensor, damping:
     gram_II = gram_II.double()
     damped_II = gram_II + max(damping, 1e-6) * gram_II.diagonal().mean().clamp_min(1e-30) * torch.eye(len(gram_II), dtype=torch.float64, device=gram_II.device)
     change_OI = torch.linalg.solve(damped_II, (weight_OI.double() @ (cross_II.double() - gram_II)).t()).t()
-    better_OI: Tensor = (weight_OI.double() + change_OI).float()
-    return better_OI
+    wanted_OI: Tensor = (weight_OI.double() + change_OI).float()
+    return wanted_OI
 
 
 @torch.no_grad()
@@ -148,7 +149,7 @@ def _keep(file: Path, index_OI: Tensor, scales_OB: Tensor, double: DoubleScales 
     tensors = {"index": index_OI, "scales": scales_OB}
     if double is not None:
         tensors |= {"offset": double.offset.reshape(1), "absmax": double.absmax_G, "code": double.code_256}
-    temporary = file.with_suffix(".part")
+    temporary = file.with_suffix(f".{os.getpid()}.part")  # every process of a launch writes the same codes
     save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
     temporary.replace(file)
 

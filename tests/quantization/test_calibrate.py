@@ -17,6 +17,7 @@ from llmlite.calibration.blocks import batches_of
 from llmlite.errors import ConfigError
 from llmlite.evaluation.reload import loading_lines, reload_difference
 from llmlite.quantization import calibrate as calibrate_module
+from llmlite.quantization import nf4
 from llmlite.quantization.calibrate import CalibratedScheme, calibrate, towards_dense, write_calibrated
 from llmlite.quantization.error import error_report, layer_errors
 from llmlite.quantization.safety import make_safe
@@ -107,7 +108,7 @@ def test_the_layer_error_is_the_error_of_the_layers_output(tmp_path: Path) -> No
 def test_a_stopped_calibration_continues_and_ends_in_the_same_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     how = CalibratedScheme(inputs="compressed")
     whole = calibrate(build_tiny("llama"), windows(), how, tmp_path / "whole", tmp_path / "whole-walk")
-    real, calls = calibrate_module.calibrated_codes, []
+    real, calls = nf4.calibrated_codes, []
 
     def dies(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)

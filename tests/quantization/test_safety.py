@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import pytest
@@ -20,7 +21,7 @@ from llmlite.quantization.safety import linear_4bit_layers, make_safe, packed_ge
 from tests.conftest import build_tiny, logits_of
 
 
-def quantized(folder: Path, scheme: str = "nf4", double_quant: bool = False, **overrides: int) -> PreTrainedModel:
+def quantized(folder: Path, scheme: str = "nf4", double_quant: bool = False, **overrides: Any) -> PreTrainedModel:
     """A tiny model loaded by stock transformers in 4 or 8 bits, as a CPU with AVX512-BF16 would have it."""
     if not (folder / "config.json").is_file():
         build_tiny("llama", **overrides).save_pretrained(folder)
