@@ -132,8 +132,11 @@ def public_recipe(report: Report) -> str:
 
 
 def public_report(report: Report, place: str, is_adapter: bool, base_model: str | None = None) -> dict[str, Any]:
-    """The report's values as they may be read by anybody: folders cut, and the lines that load it from the Hub."""
+    """The report's values as they may be read by anybody: folders cut, no quotation of private data, the lines that load it from the Hub."""
     values = report.to_json()
+    if not _is_public_data(report):
+        for row in values["rows"]:
+            row["details"].pop("sample", None)  # rows of somebody's own file: nobody asked to publish them
     values["loading"] = loading_snippet(place, report.base if is_adapter else None, base_model)
     # the lines name the repository and no folder; cutting them would break a name like owner/data.json
     ready = {"loading": values["loading"], "recipe": _recipe(report)}
@@ -273,6 +276,11 @@ def _hub_dataset(report: Report | None) -> str | None:
     name = str((report.recipe.get("data") or {}).get("train") or "") if report is not None else ""
     is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) and not Path(name).suffix and not Path(name).exists()
     return name if is_id else None
+
+
+def _is_public_data(report: Report) -> bool:
+    data = report.recipe.get("data") or {}
+    return data.get("evaluation") is None and (str(data.get("train", "")).startswith("builtin:") or _hub_dataset(report) is not None)
 
 
 def _sentence(report: Report | None, is_adapter: bool, base_model: str | None) -> str:

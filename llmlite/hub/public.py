@@ -97,7 +97,7 @@ def places_of(*paths: str | Path | None) -> tuple[str, ...]:
         if path is None or not str(path):
             continue
         for form in (Path(path).expanduser().absolute(), Path(path).expanduser().resolve()):
-            if len(form.parts) > 1:
+            if len(form.parts) > 2 or form == Path.home():  # /app or /data alone tell nothing, and are found in any text
                 named.add(str(form))
     return tuple(sorted(named, key=len, reverse=True))
 

@@ -137,7 +137,7 @@ def _finished(folder: Path) -> Report | None:
             return Report.read(folder)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise OutputError(f"push: {folder / 'report.json'} cannot be read ({type(error).__name__}: {error}). Run the recipe again.") from None
-    if "steps" in names:
+    if {"steps", "recipe.yaml"} <= names:
         raise OutputError(f"push: the run in {folder} is not finished. Run its recipe again; it continues where it stopped.")
     if not names & {"config.json", "adapter_config.json"} or not any(name.endswith(".safetensors") for name in names):
         raise OutputError(f"push: {folder} holds no model and no adapter in safetensors. It holds: {', '.join(sorted(names)[:8]) or 'nothing'}.")

@@ -25,6 +25,7 @@ def loopback_hub(cache: Path) -> Iterator[FakeHub]:
         patched.setenv("no_proxy", "127.0.0.1,localhost")
         patched.delenv("HF_HUB_OFFLINE", raising=False)
         patched.setattr(constants, "ENDPOINT", hub.url)
+        patched.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
         patched.setattr(constants, "HF_HUB_CACHE", str(cache))
         patched.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patched.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -165,13 +165,10 @@ def test_a_full_model_comes_back_from_the_hub_and_verify_says_so(hub: FakeHub, f
     assert push(full_model, "me/tiny-full", verify=True).difference == 0.0
 
 
-def test_verify_notices_other_weights(hub: FakeHub, full_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder that is compared with is another one than the one that was sent."""
-    from llmlite.hub import verify
-
-    other = save_tiny(tmp_path / "other", hidden_act="relu")
-    real = verify.verified_difference
-    monkeypatch.setattr(verify, "verified_difference", lambda _, *rest: real(other, *rest))
+@pytest.mark.parametrize("difference", ["0.5", "NaN"])
+def test_verify_does_not_accept_other_logits(difference: str, hub: FakeHub, full_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = subprocess.CompletedProcess([], 0, stdout=f'{{"difference": {difference}, "scale": 3.0}}\n', stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: answer)
     with pytest.raises(PushFailed, match=r"gives other logits.*(?s:.*)llmlite push"):
         push(full_model, "me/tiny-full", verify=True)
 
@@ -182,6 +179,8 @@ def test_no_token_key_folder_or_user_reaches_the_hub_the_card_or_the_log(run: Re
         assert secret.encode() not in sent, secret
     told = "\n".join(messages)
     assert "uploaded to" in told
+    assert all("sample" not in row["details"] for row in json.loads(hub.files("me/tiny-lora")["report.json"])["rows"])  # rows of a private file
+    assert all("sample" in row.details for row in run.rows)
     for secret in (TOKEN, *PLANTED.values()):
         assert secret not in told
     card = (run.path / "README.md").read_text()
