@@ -374,6 +374,7 @@ def _families_command(model: str | None) -> None:
 @click.option("--create_pr", is_flag=True, help="Open a pull request instead of committing.")
 @click.option("--base_model", metavar="OWNER/NAME", help="Hub id of the base, where the run only knew a folder.")
 @click.option("--replace", is_flag=True, help="Delete weights in the repository that this result does not have, in the same commit.")
+@click.option("--accept_license", is_flag=True, help="With --public: you have read the terms of a gated or non-commercial base.")
 @click.option("--verify", is_flag=True, help="Afterwards load folder and repository in a fresh process and compare their logits.")
 def _push_command(folder: str, repository: str, public: bool, **options: Any) -> None:
     """Upload a result (a run's folder, or any stock model or adapter) to the Hub: one commit, private unless --public.

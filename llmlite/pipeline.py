@@ -112,14 +112,14 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
     if problems:
         raise ConfigError(recipe.name, problems)
     if recipe.push_to_hub and context.is_main:
-        _check_push(recipe, model)
+        _check_push(recipe, context, model)
     # each step's checkpoint, the held-out distributions, and twice the trained state for the checkpoints of training
     disk = sum(row["disk_bytes"] + 8 * 2 * row["trained_parameters"] for row in rows[1:]) + rows[0]["disk_bytes"] // 2
     require_space(recipe.folder, int(disk))
     return Plan(tuple(rows), int(disk), max(row["peak_bytes"] for row in rows))
 
 
-def _check_push(recipe: Recipe, result: ModelPlan) -> None:
+def _check_push(recipe: Recipe, context: Run, result: ModelPlan) -> None:
     """Ask the Hub now for what would fail after hours.
 
     Raises:
@@ -137,7 +137,13 @@ def _check_push(recipe: Recipe, result: ModelPlan) -> None:
                 "push_to_hub, push the folder of the step before the adapter, then: llmlite push DIR OWNER/NAME --base_model OWNER/BASE"
             ],
         )
-    preflight(recipe.hub_model_id or "", recipe.hub_private_repo, recipe.hub_revision)
+    preflight(
+        recipe.hub_model_id or "",
+        recipe.hub_private_repo,
+        recipe.hub_revision,
+        base_model=context.source.hub_id,
+        accept_license=recipe.hub_accept_license,
+    )
 
 
 def _made_before_adapter(recipe: Recipe) -> list[str]:
@@ -435,7 +441,8 @@ class _Pipeline:
 
     def _finish(self) -> None:
         from llmlite.evaluation.reload import loading_lines, require_reload
-        from llmlite.hub.card import describe_base, write_card
+        from llmlite.hub.base import describe_base
+        from llmlite.hub.card import write_card
 
         last = len(self.recipe.steps) - 1
         if self.model is None:
@@ -457,7 +464,13 @@ class _Pipeline:
 
         recipe = self.recipe
         if recipe.push_to_hub and self.context.is_main:
-            pushed = push(self.report, recipe.hub_model_id or "", private=recipe.hub_private_repo, revision=recipe.hub_revision)
+            pushed = push(
+                self.report,
+                recipe.hub_model_id or "",
+                private=recipe.hub_private_repo,
+                revision=recipe.hub_revision,
+                accept_license=recipe.hub_accept_license,
+            )
             log.info("uploaded to %s: %d files, compared with the folder", pushed.url, len(pushed.files))
 
     def _link_result(self) -> None:

@@ -29,6 +29,7 @@ class Destination:
         exists: whether the repository is there already.
         revision: branch to commit to; None for the default one.
         create_pr: open a pull request instead of committing.
+        base_license: the licence that the base's repository declares, where it can be seen.
     """
 
     repo_id: str
@@ -36,19 +37,29 @@ class Destination:
     exists: bool
     revision: str | None = None
     create_pr: bool = False
+    base_license: str | None = None
 
 
-def preflight(repo_id: str, private: bool = True, revision: str | None = None, create_pr: bool = False) -> Destination:
-    """Ask the Hub everything that would make the upload fail, in two requests. Nothing is created or sent.
+def preflight(
+    repo_id: str,
+    private: bool = True,
+    revision: str | None = None,
+    create_pr: bool = False,
+    base_model: str | None = None,
+    accept_license: bool = False,
+) -> Destination:
+    """Ask the Hub everything that would make the upload fail, in two or three requests. Nothing is created or sent.
 
     Args:
         repo_id: owner/name, or a name in the token's own namespace.
         private: the visibility that is wanted.
         revision: branch to commit to.
         create_pr: open a pull request, for which no right to write is needed.
+        base_model: Hub id of the base, whose terms hold for what is made of it.
+        accept_license: the user has read the terms of a gated or non-commercial base and may publish.
 
     Raises:
-        HubError: no token, no right, another visibility, no such place; or no answer.
+        HubError: no token, no right, another visibility, terms to be read first, no such place; or no answer.
     """
     _require_name(repo_id)
     if create_pr and revision is not None:
@@ -65,7 +76,7 @@ def preflight(repo_id: str, private: bool = True, revision: str | None = None, c
     if found is None:
         if create_pr:
             raise HubError(f"{repo_id}: create_pr needs a repository that exists, and there is none that this token can see.")
-        return Destination(repo_id, private, False, revision)
+        return Destination(repo_id, private, False, revision, False, _terms(hub, base_model, private, accept_license))
     is_private = bool(found.private)
     if private and not is_private and not create_pr:
         raise HubError(
@@ -77,7 +88,7 @@ def preflight(repo_id: str, private: bool = True, revision: str | None = None, c
             f"{repo_id} exists and is private; a public one was asked for. Nothing was sent. Leave --public out (hub_private_repo: true), "
             "or make it public on its settings page."
         )
-    return Destination(repo_id, is_private, True, revision, create_pr)
+    return Destination(repo_id, is_private, True, revision, create_pr, _terms(hub, base_model, is_private, accept_license))
 
 
 def _require_name(repo_id: str) -> None:
@@ -112,6 +123,41 @@ def _model_info(hub: HfApi, repo_id: str) -> Any:
         raise HubError(f"{repo_id} exists and was disabled on the Hub. Choose another name.") from None
     except RepositoryNotFoundError:
         return None
+
+
+def _terms(hub: HfApi, base_model: str | None, private: bool, accepted: bool) -> str | None:
+    """The base's licence; before anything is published, stop at terms that a person should have read.
+
+    Raises:
+        HubError: the base is gated or its licence non-commercial, the upload would be public, and nobody said that this is all right.
+    """
+    if base_model is None:
+        return None
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    def ask() -> Any:
+        try:
+            return hub.model_info(base_model)
+        except GatedRepoError:
+            return "gated"
+        except (RepositoryNotFoundError, HfHubHTTPError) as error:
+            if isinstance(error, RepositoryNotFoundError) or error.response.status_code < 429:
+                return None  # gone, or not ours to see: nothing is known of its terms
+            raise
+
+    base = call(ask, "looking at the base's terms", base_model)
+    card = getattr(base, "card_data", None)
+    licence = card.get("license") if card is not None else None
+    licence = licence if isinstance(licence, str) else None
+    gated = base == "gated" or bool(getattr(base, "gated", False))
+    restricted = licence is not None and ("-nc" in licence or "noncommercial" in licence.replace("-", ""))
+    if (gated or restricted) and not private and not accepted:
+        why = " and ".join(filter(None, ("gated" if gated else "", f"under {licence}" if restricted else "")))
+        raise HubError(
+            f"the base {base_model} is {why}: what is made of it may be published only under its terms. Nothing was sent. Read them on its page; then say so "
+            "with --accept_license (hub_accept_license: true), or push privately."
+        )
+    return licence
 
 
 def _require_namespace(me: dict[str, Any], namespace: str, repo_id: str) -> None:

@@ -126,7 +126,7 @@ def public_text(text: str, secrets: Iterable[str] = (), places: Iterable[str] = 
 
 
 def _last(path: str) -> str:
-    if path.rstrip("/\\") in {"~", str(Path.home())}:
+    if path.rstrip("/\\") in {"~", str(Path.home())} or re.fullmatch(r"(/home|/Users|[A-Za-z]:\\Users)[/\\][^/\\]+[/\\]?", path):
         return "~"  # its name would be the user's
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or "folder"
 

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmlite.errors import HubError, OutputError, PushFailed
-from llmlite.hub.card import base_of, is_ours, model_card, private_places, public_recipe, public_report
+from llmlite.hub.base import base_of
+from llmlite.hub.card import is_ours, model_card
 from llmlite.hub.client import ATTEMPTS, api, call
 from llmlite.hub.preflight import Destination, preflight
 from llmlite.hub.public import leak, places_of, public_text, result_files, secrets_of_this_machine
+from llmlite.hub.published import private_places, public_recipe, public_report
 from llmlite.report import Report, human_bytes
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ def push(
     base_model: str | None = None,
     replace: bool = False,
     verify: bool = False,
+    accept_license: bool = False,
 ) -> Pushed:
     """Upload a result.
 
@@ -76,6 +79,7 @@ def push(
         base_model: Hub id of the base, where the run only knew a folder.
         replace: delete weights in the repository that this result does not have, in the same commit; without it they are refused.
         verify: afterwards load folder and repository in a fresh process and compare their logits.
+        accept_license: publish what was made of a gated or non-commercial base.
 
     Raises:
         OutputError: the folder holds no finished result.
@@ -83,13 +87,16 @@ def push(
         PushFailed: the upload began and did not end well. Both end with the command to continue.
     """
     place = Path(folder.path if isinstance(folder, Report) else folder)
-    command = continue_command(place, repo_id, private, revision, create_pr, base_model, replace, verify)
+    flags = {"public": not private, "create_pr": create_pr, "replace": replace, "verify": verify, "accept_license": accept_license}
+    command = continue_command(place, repo_id, revision, base_model, **flags)
     report = _finished(place)
     _require_known_base(report, place, base_model, command)
     try:
-        destination = preflight(repo_id, private, revision, create_pr)
+        destination = preflight(repo_id, private, revision, create_pr, base_of(report, base_model), accept_license)
     except HubError as error:
         raise HubError(f"{error}\nNothing was sent, and {place} is whole. To try again:\n  {command}", error.status) from None
+    if report is not None and destination.base_license:
+        report.base.setdefault("license", destination.base_license)
     files = what_is_sent(place, report, destination.repo_id, base_model)
     try:
         pushed = _upload(destination, files, replace, report)
@@ -104,23 +111,12 @@ def push(
     return pushed
 
 
-def continue_command(
-    folder: Path,
-    repo_id: str,
-    private: bool = True,
-    revision: str | None = None,
-    create_pr: bool = False,
-    base_model: str | None = None,
-    replace: bool = False,
-    verify: bool = False,
-) -> str:
+def continue_command(folder: Path, repo_id: str, revision: str | None = None, base_model: str | None = None, **flags: bool) -> str:
     """The command line that pushes the same folder to the same place."""
     words = ["llmlite", "push", str(folder), repo_id]
-    words += [] if private else ["--public"]
     words += ["--revision", revision] if revision else []
     words += ["--base_model", base_model] if base_model else []
-    words += [flag for flag, given in (("--create_pr", create_pr), ("--replace", replace), ("--verify", verify)) if given]
-    return shlex.join(words)
+    return shlex.join([*words, *(f"--{name}" for name, given in flags.items() if given)])
 
 
 def _finished(folder: Path) -> Report | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmlite.errors import PushFailed
-from llmlite.hub.card import loading_snippet
+from llmlite.hub.base import loading_snippet
 
 __all__ = ["verified_difference"]
 

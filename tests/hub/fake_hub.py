@@ -22,6 +22,8 @@ LARGE = (".safetensors", ".png", "tokenizer.json")
 @dataclass
 class Repo:
     private: bool
+    gated: str | bool = False
+    licence: str | None = None
     branches: dict[str, str] = field(default_factory=dict)  # name -> commit
     commits: dict[str, dict[str, tuple[str, bytes]]] = field(default_factory=dict)  # commit -> path -> (large or small, content)
     large: dict[str, bytes] = field(default_factory=dict)
@@ -202,8 +204,9 @@ class _Handler(BaseHTTPRequestHandler):
         files = repo.commits[sha]
         match what:
             case "revision":
+                more = {"gated": repo.gated, "cardData": {"license": repo.licence} if repo.licence else {}}
                 return self._send(
-                    200, {"id": repo_id, "sha": sha, "private": repo.private, "siblings": [{"rfilename": p} for p in files], "tags": [], "downloads": 0}
+                    200, {"id": repo_id, "sha": sha, "private": repo.private, "siblings": [{"rfilename": p} for p in files], "tags": [], "downloads": 0, **more}
                 )
             case "tree":
                 folder = rest.removeprefix(name).strip("/")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 import yaml
 
 from llmlite.errors import OutputError
-from llmlite.hub.card import loading_snippet, model_card, write_card
+from llmlite.hub.base import loading_snippet
+from llmlite.hub.card import model_card, write_card
 from llmlite.hub.push import push, what_is_sent
 from llmlite.report import Report, Row
 
@@ -76,15 +78,29 @@ def test_only_a_data_set_of_the_hub_is_named_as_one(tmp_path: Path) -> None:
 
 def test_names_with_quotes_cannot_leave_the_string_they_stand_in() -> None:
     evil = 'x"); import os  #'
-    names: dict[str, Any] = {}
+    parsed = ast.parse(loading_snippet(evil, {"name": evil}, None, evil))
+    assert [node.names[0].name for node in ast.walk(parsed) if isinstance(node, ast.Import)] == []
+    literals = [node.value for node in ast.walk(parsed) if isinstance(node, ast.Constant)]
+    assert literals.count(evil) == 5  # the base, and place and revision of adapter and tokenizer
 
-    class Fake:
-        @staticmethod
-        def from_pretrained(name: str, **_: Any) -> str:
-            return name
 
-    lines = loading_snippet(evil, {"name": evil}, None, evil).replace("from transformers import", "#").replace("from peft import", "#")
-    exec(lines, names | {"AutoModelForCausalLM": Fake, "AutoTokenizer": Fake, "PeftModel": type("P", (), {"from_pretrained": lambda *a, **k: a})})
+def test_secrets_and_folders_planted_all_over_a_report_are_in_nothing_that_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token, key = "hf_" + "plantedplantedplanted", "planted-key-of-agatha"
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    planted = f"{token} {key} /home/agatha/x"
+    report = report_of(tmp_path, [{"step": "finetune", "note": planted, "teacher": "/home/agatha/teacher"}], train="/home/agatha/rows.jsonl")
+    report.environment |= {"cpu": planted, "cwd": "/home/agatha"}
+    report.evaluation["text"] = f"/home/agatha/rows.jsonl, held-out part {planted}"
+    report.rows[1].details.update(log=[planted], nested={"folder": "/home/agatha/run"})
+    report.loading = 'model = from_pretrained("/home/agatha/out")'
+    report.save()
+    assert "agatha" in (tmp_path / "report.json").read_text()
+    for name, content in what_is_sent(tmp_path, report, "me/x").items():
+        text = content.decode() if isinstance(content, bytes) else content.read_text()
+        assert not {secret for secret in (token, key, "agatha") if secret in text}, name
+    local = write_card(report).read_text()
+    assert not {secret for secret in (token, key, "agatha") if secret in local}
 
 
 def test_a_fence_in_the_recipe_does_not_end_the_card_s_fence(tmp_path: Path) -> None:

@@ -198,6 +198,23 @@ def test_what_is_no_repository_name_is_refused_before_any_request(hub: FakeHub, 
     assert hub.requests == []
 
 
+@pytest.mark.parametrize(("gated", "licence"), [("manual", "mit"), (False, "cc-by-nc-4.0")])
+def test_a_gated_or_non_commercial_base_is_not_published_unasked(gated: str | bool, licence: str, hub: FakeHub, full_model: Path) -> None:
+    base = hub.add("team/base", private=False)
+    base.gated, base.licence = gated, licence
+    with pytest.raises(HubError, match=r"the base team/base is .*--accept_license"):
+        push(full_model, "me/tiny", private=False, base_model="team/base")
+    assert "me/tiny" not in hub.repos
+    assert push(full_model, "me/kept", base_model="team/base").private
+    assert not push(full_model, "me/tiny", private=False, base_model="team/base", accept_license=True).private
+
+
+def test_a_base_with_open_terms_or_none_at_all_asks_nothing(hub: FakeHub, full_model: Path) -> None:
+    hub.add("team/base", private=False).licence = "apache-2.0"
+    assert preflight("me/tiny", private=False, base_model="team/base").base_license == "apache-2.0"
+    assert preflight("me/tiny", private=False, base_model="team/absent").base_license is None
+
+
 # Branches, pull requests, other contents ----------------------------------------------------------------------------------------------
 
 
