@@ -101,7 +101,7 @@ def loading_snippet(place: str, base: Mapping[str, Any] | None, base_model: str 
         lines.append(
             f"quantization_config = BitsAndBytesConfig({', '.join(f'{name}={_literal(value)}' for name, value in quantization.items() if name.isidentifier())})"
         )
-    name = _literal(base_model or base.get("hub_id") or base.get("name"))
+    name = _literal(base_model or base.get("hub_id") or base.get("name") or "BASE")
     options = ", quantization_config=quantization_config" if quantization else ""
     lines += [
         f'base = AutoModelForCausalLM.from_pretrained({name}, dtype="auto"{options})',

@@ -68,7 +68,7 @@ _LAST_LINE = "<!-- Written by llmlite from report.json. Remove this line to keep
 
 
 def _adapter_base(report: Report | None, folder: Path) -> dict[str, Any]:
-    if report is not None:
+    if report is not None and report.base:
         return report.base
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     return {"name": str(config.get("base_model_name_or_path") or "BASE")}

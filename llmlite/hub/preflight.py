@@ -78,12 +78,12 @@ def preflight(
             raise HubError(f"{repo_id}: create_pr needs a repository that exists, and there is none that this token can see.")
         return Destination(repo_id, private, False, revision, False, _terms(hub, base_model, private, accept_license))
     is_private = bool(found.private)
-    if private and not is_private and not create_pr:
+    if private and not is_private:
         raise HubError(
             f"{repo_id} exists and is public; a private one was asked for. Nothing was sent. Choose another name, make it private on its settings page, "
             "or say that public is meant: --public (hub_private_repo: false in a recipe)."
         )
-    if not private and is_private and not create_pr:
+    if not private and is_private:
         raise HubError(
             f"{repo_id} exists and is private; a public one was asked for. Nothing was sent. Leave --public out (hub_private_repo: true), "
             "or make it public on its settings page."

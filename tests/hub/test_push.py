@@ -226,7 +226,9 @@ def test_a_branch_is_made_and_the_default_one_left_alone(hub: FakeHub, full_mode
 
 def test_a_pull_request_goes_to_a_repository_of_others(hub: FakeHub, full_model: Path) -> None:
     hub.add("google/open", private=False)
-    pushed = push(full_model, "google/open", create_pr=True)
+    with pytest.raises(HubError, match="exists and is public"):  # everybody sees a pull request too
+        push(full_model, "google/open", create_pr=True)
+    pushed = push(full_model, "google/open", create_pr=True, private=False)
     assert pushed.url.endswith("/google/open/discussions/1")
     assert hub.files("google/open") == {}
     with pytest.raises(HubError, match="create_pr needs a repository that exists"):

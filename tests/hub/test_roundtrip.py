@@ -165,6 +165,16 @@ def test_a_full_model_comes_back_from_the_hub_and_verify_says_so(hub: FakeHub, f
     assert push(full_model, "me/tiny-full", verify=True).difference == 0.0
 
 
+def test_a_4_bit_model_comes_back_from_the_hub_still_in_4_bit(run: Report, hub: FakeHub) -> None:
+    pushed = push(run.path / "steps" / "01-quantize", "me/tiny-nf4", base_model=BASE, verify=True)
+    assert pushed.difference == 0.0
+    files = hub.files("me/tiny-nf4")
+    assert json.loads(files["config.json"])["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+    assert not {"manifest.json", "row.json"} & set(files)
+    card = yaml.safe_load(files["README.md"].decode().split("---\n")[1])
+    assert (card["base_model"], card["base_model_relation"]) == (BASE, "quantized")
+
+
 @pytest.mark.parametrize("difference", ["0.5", "NaN"])
 def test_verify_does_not_accept_other_logits(difference: str, hub: FakeHub, full_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer = subprocess.CompletedProcess([], 0, stdout=f'{{"difference": {difference}, "scale": 3.0}}\n', stderr="")
