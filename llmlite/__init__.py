@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llmlite.data.settings import Data as Data
     from llmlite.distillation.whitebox import DistillWhiteBox as DistillWhiteBox
     from llmlite.errors import LlmliteError as LlmliteError
+    from llmlite.hub.push import push as push
     from llmlite.models.load import Model as Model
     from llmlite.pipeline import check as check
     from llmlite.pruning.ffn import PruneFfn as PruneFfn
@@ -52,6 +53,7 @@ _HOMES = {
     "Report": "llmlite.report",
     "Step": "llmlite.step",
     "check": "llmlite.pipeline",
+    "push": "llmlite.hub.push",
 }
 
 __all__ = ["__version__", "run", *_HOMES]

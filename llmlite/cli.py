@@ -368,6 +368,34 @@ def _families_command(model: str | None) -> None:
         click.echo(f"{field.name}: {getattr(family, field.name)}")
 
 
+@_group.command("push", context_settings={"token_normalize_func": lambda name: name.replace("-", "_"), "max_content_width": 120})
+@click.argument("folder", metavar="DIR")
+@click.argument("repository", metavar="REPO")
+@click.option("--public", is_flag=True, help="Let everybody see it. Left out: private. An existing repository of the other kind is refused.")
+@click.option("--revision", metavar="BRANCH", help="Branch to upload to; made when it is not there.")
+@click.option("--create_pr", is_flag=True, help="Open a pull request instead of committing.")
+@click.option("--base_model", metavar="OWNER/NAME", help="Hub id of the base, where the run only knew a folder.")
+@click.option("--replace", is_flag=True, help="Delete weights in the repository that this result does not have, in the same commit.")
+@click.option("--accept_license", is_flag=True, help="With --public: you have read the terms of a gated or non-commercial base.")
+@click.option("--verify", is_flag=True, help="Afterwards load folder and repository in a fresh process and compare their logits.")
+def _push_command(folder: str, repository: str, public: bool, **options: Any) -> None:
+    """Upload a result (a run's folder, or any stock model or adapter) to the Hub: one commit, private unless --public.
+
+    Nothing that is there already is sent again, so the same command continues after a failure. The token comes from `hf auth login` or HF_TOKEN.
+    """
+    from llmlite.hub.push import push
+    from llmlite.report import human_bytes
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for name in ("httpx", "httpx2", "httpcore", "httpcore2", "filelock", "urllib3"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    pushed = push(folder, repository, private=not public, **options)
+    kind = "private" if pushed.private else "public"
+    click.echo(f"{pushed.url}\n{len(pushed.files)} files, {human_bytes(pushed.bytes)}, {kind}; every file there has the size and hash of the one here.")
+    if pushed.difference is not None:
+        click.echo(f"A fresh process loaded it from the Hub; the largest difference of a logit is {pushed.difference:.1e}.")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script `llmlite`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)

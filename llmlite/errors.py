@@ -12,10 +12,12 @@ __all__ = [
     "ConfigError",
     "DataError",
     "GateFailed",
+    "HubError",
     "Interrupted",
     "LlmliteError",
     "LoadError",
     "OutputError",
+    "PushFailed",
     "ResourceError",
     "RunError",
     "UnsupportedModel",
@@ -55,6 +57,19 @@ class LoadError(LlmliteError):
     """A model, tokenizer or adapter that is missing, broken or unsafe to load."""
 
 
+class HubError(LlmliteError):
+    """The Hub refuses, or the place asked for is not one to upload to. Nothing was sent.
+
+    Args:
+        message: the whole message.
+        status: the Hub's HTTP status, where it answered.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        self.status = status
+        super().__init__(message)
+
+
 class OutputError(LlmliteError):
     """An output folder that is in use, holds something else, or cannot be written."""
 
@@ -67,6 +82,10 @@ class RunError(LlmliteError):
     """A run that started and could not end well, for instance a saved folder whose reload gives other logits."""
 
     exit_code = 1
+
+
+class PushFailed(RunError):
+    """An upload that did not end well. The folder is untouched; the message ends with the command that continues."""
 
 
 class GateFailed(RunError):

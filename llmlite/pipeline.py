@@ -111,10 +111,45 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
         rows.append(_plan_row(name, model))
     if problems:
         raise ConfigError(recipe.name, problems)
+    if recipe.push_to_hub and context.is_main:
+        _check_push(recipe, context, model)
     # each step's checkpoint, the held-out distributions, and twice the trained state for the checkpoints of training
     disk = sum(row["disk_bytes"] + 8 * 2 * row["trained_parameters"] for row in rows[1:]) + rows[0]["disk_bytes"] // 2
     require_space(recipe.folder, int(disk))
     return Plan(tuple(rows), int(disk), max(row["peak_bytes"] for row in rows))
+
+
+def _check_push(recipe: Recipe, context: Run, result: ModelPlan) -> None:
+    """Ask the Hub now for what would fail after hours.
+
+    Raises:
+        ConfigError: an adapter whose base nobody else would have.
+        HubError: the Hub refuses.
+    """
+    from llmlite.hub.preflight import preflight
+
+    made_by = _made_before_adapter(recipe)
+    if result.adapters and made_by:
+        raise ConfigError(
+            recipe.name,
+            [
+                f"push_to_hub: the adapter would sit on a model that this run makes itself ({', '.join(made_by)}), which is not on the Hub. Run without "
+                "push_to_hub, push the folder of the step before the adapter, then: llmlite push DIR OWNER/NAME --base_model OWNER/BASE"
+            ],
+        )
+    preflight(
+        recipe.hub_model_id or "",
+        recipe.hub_private_repo,
+        recipe.hub_revision,
+        base_model=context.source.hub_id,
+        accept_license=recipe.hub_accept_license,
+    )
+
+
+def _made_before_adapter(recipe: Recipe) -> list[str]:
+    """Steps whose result an adapter sits on, besides quantizing, which anybody can do again while loading."""
+    names = [name_of_step(type(step)) or type(step).__name__ for step in recipe.steps[:-1]]
+    return [name for name in names if name != "quantize"]
 
 
 def _plan_row(name: str, model: ModelPlan) -> dict[str, Any]:
@@ -218,15 +253,18 @@ class _Pipeline:
         done = self._complete_steps()
         if done == len(self.recipe.steps) and (self.out / "report.json").is_file():
             log.info("%s is complete; nothing is done again", self.out)
+            self.report = Report.read(self.out)
             if self.context.is_main:
                 self._link_result()
+                self._push()
             self.context.wait()
-            return Report.read(self.out)
+            return self.report
         for index in range(done, len(self.recipe.steps)):
             self._step(index, reference)
         for index in range(done):
             self.report.rows.insert(1 + index, self._row(self._folder(index)))
         self._finish()
+        self._push()
         return self.report
 
     def _folder(self, index: int) -> Path:
@@ -396,6 +434,8 @@ class _Pipeline:
 
     def _finish(self) -> None:
         from llmlite.evaluation.reload import loading_lines, require_reload
+        from llmlite.hub.base import describe_base
+        from llmlite.hub.card import write_card
 
         last = len(self.recipe.steps) - 1
         if self.model is None:
@@ -407,7 +447,26 @@ class _Pipeline:
         self.report.loading = loading_lines(self.out, self._base_of(last) if _is_adapter(self.model) else None, dtype)
         log.info("reloading the result in a fresh process")
         self.report.reload_difference = require_reload(self.model, self.report.loading)
+        adapter = _is_adapter(self.model)
+        self.report.base = describe_base(self.context.source, self.model.config if adapter else None, _made_before_adapter(self.recipe) if adapter else None)
         self.report.save()
+        if self.context.is_main:
+            write_card(self.report)
+
+    def _push(self) -> None:
+        """Upload the result where that was asked for. A failed upload loses nothing: the run stays complete."""
+        from llmlite.hub.push import push
+
+        recipe = self.recipe
+        if recipe.push_to_hub and self.context.is_main:
+            pushed = push(
+                self.report,
+                recipe.hub_model_id or "",
+                private=recipe.hub_private_repo,
+                revision=recipe.hub_revision,
+                accept_license=recipe.hub_accept_license,
+            )
+            log.info("uploaded to %s: %d files, compared with the folder", pushed.url, len(pushed.files))
 
     def _link_result(self) -> None:
         """Let the folder itself hold the last step's files, without storing their bytes twice."""

@@ -29,7 +29,9 @@ R = TypeVar("R", bound="Recipe")
 _PARTS: dict[str, tuple[type[Any], str]] = {"model": (Model, "name"), "data": (Data, "train")}
 
 # What may change between a run and its continuation without changing what comes out.
-NOT_IN_FINGERPRINT = frozenset({"dry_run", "overwrite_output_dir", "output_dir", "push_to_hub", "hub_model_id"})
+NOT_IN_FINGERPRINT = frozenset(
+    {"dry_run", "overwrite_output_dir", "output_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_accept_license"}
+)
 
 
 def _model_of(value: Any) -> Any:
@@ -79,6 +81,12 @@ class Recipe:
     """Upload the result at the end. Nothing is uploaded unasked."""
     hub_model_id: str | None = None
     """Where to upload: owner/name."""
+    hub_private_repo: bool = True
+    """Whether only you can see the uploaded repository. An existing one of the other kind is refused, before anything is computed."""
+    hub_revision: str | None = None
+    """Branch to upload to; made when it is not there. Left out: the repository's default branch."""
+    hub_accept_license: bool = False
+    """Publish what is made of a gated or non-commercial base: you have read its terms. Private uploads need no such word."""
 
     @classmethod
     def expand_options(cls, options: dict[str, Any]) -> dict[str, Any]:

@@ -57,6 +57,8 @@ class Report:
     environment: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     loading: str = ""
+    base: dict[str, Any] = field(default_factory=dict)
+    """What the model card says of the base model. See `llmlite.hub.base.describe_base`."""
     reload_difference: float | None = None
 
     def to_json(self) -> dict[str, Any]:

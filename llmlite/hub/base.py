@@ -1,0 +1,116 @@
+"""The base of a result: what is known of it, and the lines that load a result on it with stock libraries.
+
+An adapter is worth nothing without its base, so the base is named by its Hub id, never by a folder, and the lines say how it was quantized
+when the adapter was trained.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from llmlite.models.load import Source
+    from llmlite.report import Report
+
+__all__ = ["base_of", "describe_base", "loading_snippet"]
+
+
+def describe_base(source: Source, config: PretrainedConfig | None, before_adapter: list[str] | None) -> dict[str, Any]:
+    """What the card needs to know of the base, to be kept in the report.
+
+    Args:
+        source: where the base was found.
+        config: the config of the model that an adapter sits on; None when the result is no adapter.
+        before_adapter: names of the steps that made that model from the base, bitsandbytes apart; None when the result is no adapter.
+
+    Returns:
+        Plain values: name, hub_id, revision (commit), weights, license and its kin, language; for adapters quantization_config and made_by.
+    """
+    known: dict[str, Any] = {"name": source.hub_id or Path(source.name).name, "hub_id": source.hub_id}
+    if source.hub_id and source.folder.parent.name == "snapshots":
+        known["revision"] = source.folder.name
+    elif source.hub_id:
+        from llmlite.models.load import packaged_licence
+
+        known |= {"weights": "a GGUF file from a package", "license": packaged_licence(source.hub_id)}
+    known |= _metadata_of(source.folder / "README.md")
+    if before_adapter is not None:
+        known |= {"made_by": before_adapter, "quantization_config": _bitsandbytes(config)}
+    return {key: value for key, value in known.items() if value not in (None, "", [])}
+
+
+def _metadata_of(readme: Path) -> dict[str, Any]:
+    """Licence and language that the base's own card declares."""
+    from huggingface_hub import ModelCard
+
+    try:
+        data = dict(ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.__dict__)
+    except (OSError, ValueError, TypeError):
+        return {}
+    return {key: data[key] for key in ("license", "license_name", "license_link", "language") if isinstance(data.get(key), str | list)}
+
+
+def _bitsandbytes(config: Any) -> dict[str, Any] | None:
+    """The arguments of `BitsAndBytesConfig` that give the base the adapter was trained on."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    values = settings if isinstance(settings, dict) else settings.to_dict()
+    wanted: tuple[str, ...]
+    if values.get("load_in_8bit"):
+        wanted = ("load_in_8bit", "llm_int8_threshold", "llm_int8_skip_modules")
+    else:
+        wanted = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "llm_int8_skip_modules")
+    return {name: values[name] for name in wanted if values.get(name) is not None}
+
+
+def base_of(report: Report | None, base_model: str | None = None) -> str | None:
+    """The Hub id of the base, for metadata and adapters; never a path."""
+    return base_model or ((report.base.get("hub_id") or None) if report is not None else None)
+
+
+def loading_snippet(place: str, base: Mapping[str, Any] | None, base_model: str | None = None, revision: str | None = None) -> str:
+    """The Python lines that load a result from the Hub with stock libraries.
+
+    Args:
+        place: repository, or folder.
+        base: what `describe_base` found, for an adapter; None for a whole model.
+        base_model: Hub id of an adapter's base, when it is not the one in `base`.
+        revision: branch or commit.
+    """
+    at = f", revision={_literal(revision)}" if revision else ""
+    place = _literal(place)
+    if base is None:
+        return (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained({place}{at}, dtype="auto")\n'
+            f"tokenizer = AutoTokenizer.from_pretrained({place}{at})"
+        )
+    quantization = base.get("quantization_config")
+    lines = [
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer{', BitsAndBytesConfig' if quantization else ''}",
+        "from peft import PeftModel",
+        "",
+    ]
+    if quantization:
+        lines.append(
+            f"quantization_config = BitsAndBytesConfig({', '.join(f'{name}={_literal(value)}' for name, value in quantization.items() if name.isidentifier())})"
+        )
+    name = _literal(base_model or base.get("hub_id") or base.get("name") or "BASE")
+    options = ", quantization_config=quantization_config" if quantization else ""
+    lines += [
+        f'base = AutoModelForCausalLM.from_pretrained({name}, dtype="auto"{options})',
+        f"model = PeftModel.from_pretrained(base, {place}{at})",
+        f"tokenizer = AutoTokenizer.from_pretrained({place}{at})",
+    ]
+    return "\n".join(lines)
+
+
+def _literal(value: Any) -> str:
+    """A Python literal; quoted, so that no name can end the string that it stands in."""
+    return json.dumps(value) if isinstance(value, str) else repr(value)

@@ -1,0 +1,144 @@
+"""The card, from a report: what its metadata say for each kind of result, and that nothing can break out of it."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llmlite.errors import OutputError
+from llmlite.hub.base import loading_snippet
+from llmlite.hub.card import model_card, write_card
+from llmlite.hub.push import push, what_is_sent
+from llmlite.report import Report, Row
+
+
+def report_of(
+    folder: Path, steps: list[dict[str, Any]], base: dict[str, Any] | None = None, train: str = "builtin:python-docs", adapter: bool = False
+) -> Report:
+    """A finished run of two rows, without running anything."""
+    (folder / ("adapter_config.json" if adapter else "config.json")).write_text("{}")
+    rows = [Row("base", 1000, 2000, 10.0), Row(steps[-1]["step"], 500, 1000, 12.5, kl=0.25, top1_agreement=0.9)]
+    base = {"name": "team/base", "hub_id": "team/base", "license": "mit"} if base is None else base
+    recipe = {"model": {"name": "team/base"}, "data": {"train": train}, "steps": steps, "seed": 3}
+    report = Report(folder, recipe, {"text": f"{train}, held-out part", "tokens": 7, "examples": 2}, {"device": "cpu"}, rows, base=base)
+    report.save()
+    return report
+
+
+def metadata(card: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(card.split("---\n")[1])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("steps", "adapter", "relation", "library"),
+    [
+        ([{"step": "quantize", "scheme": "nf4"}], False, "quantized", "transformers"),
+        ([{"step": "prune.heads", "keep": 0.5}, {"step": "quantize", "scheme": "nf4"}], False, "finetune", "transformers"),
+        ([{"step": "finetune", "learning_rate": 1e-4}], False, "finetune", "transformers"),
+        ([{"step": "quantize"}, {"step": "lora", "r": 4}], True, "adapter", "peft"),
+    ],
+)
+def test_the_relation_to_the_base_follows_from_the_steps(tmp_path: Path, steps: list[dict[str, Any]], adapter: bool, relation: str, library: str) -> None:
+    report = report_of(tmp_path, steps, adapter=adapter)
+    if steps[-1]["step"] == "quantize":
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}))
+    data = metadata(model_card(report, tmp_path, "me/x"))
+    assert (data["base_model"], data["base_model_relation"], data["library_name"], data["license"]) == ("team/base", relation, library, "mit")
+
+
+def test_a_base_that_was_a_local_folder_is_never_named_as_base_model(tmp_path: Path) -> None:
+    report = report_of(tmp_path, [{"step": "lora"}], base={"name": "tiny"}, adapter=True)
+    card = model_card(report, tmp_path, "me/x")
+    assert "base_model" not in metadata(card)
+    assert "`tiny` was a local folder" in card
+    assert metadata(model_card(report, tmp_path, "me/x", base_model="team/tiny"))["base_model"] == "team/tiny"
+
+
+def test_figures_and_changes_stand_in_the_table_and_missing_ones_are_named_as_not_measured(tmp_path: Path) -> None:
+    card = model_card(report_of(tmp_path, [{"step": "finetune"}]), tmp_path, "me/x")
+    assert "| perplexity | 10 | 12.5 | +25.0% |" in card
+    assert "| parameters | 1,000 | 500 | -50.0% |" in card
+    assert "| KL divergence from the base, nats a token |  | 0.2500 |  |" in card
+    assert "decode, tokens a second" not in card
+    assert "- speed\n- peak memory\n- anything on a GPU" in card
+
+
+def test_only_a_data_set_of_the_hub_is_named_as_one(tmp_path: Path) -> None:
+    steps = [{"step": "finetune", "learning_rate": 1e-4}]
+    assert metadata(model_card(report_of(tmp_path, steps, train="team/chats"), tmp_path))["datasets"] == ["team/chats"]
+    for name in ("builtin:python-docs", "/srv/x/chat.jsonl", "rows/chat.jsonl"):
+        assert "datasets" not in metadata(model_card(report_of(tmp_path, steps, train=name), tmp_path))
+
+
+def test_names_with_quotes_cannot_leave_the_string_they_stand_in() -> None:
+    evil = 'x"); import os  #'
+    parsed = ast.parse(loading_snippet(evil, {"name": evil}, None, evil))
+    assert [node.names[0].name for node in ast.walk(parsed) if isinstance(node, ast.Import)] == []
+    literals = [node.value for node in ast.walk(parsed) if isinstance(node, ast.Constant)]
+    assert literals.count(evil) == 5  # the base, and place and revision of adapter and tokenizer
+
+
+def test_secrets_and_folders_planted_all_over_a_report_are_in_nothing_that_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token, key = "hf_" + "plantedplantedplanted", "planted-key-of-agatha"
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    planted = f"{token} {key} /home/agatha/x"
+    report = report_of(tmp_path, [{"step": "finetune", "note": planted, "teacher": "/home/agatha/teacher"}], train="/home/agatha/rows.jsonl")
+    report.environment |= {"cpu": planted, "cwd": "/home/agatha"}
+    report.evaluation["text"] = f"/home/agatha/rows.jsonl, held-out part {planted}"
+    report.rows[1].details.update(log=[planted], nested={"folder": "/home/agatha/run"})
+    report.loading = 'model = from_pretrained("/home/agatha/out")'
+    report.save()
+    assert "agatha" in (tmp_path / "report.json").read_text()
+    for name, content in what_is_sent(tmp_path, report, "me/x").items():
+        text = content.decode() if isinstance(content, bytes) else content.read_text()
+        assert not {secret for secret in (token, key, "agatha") if secret in text}, name
+    local = write_card(report).read_text()
+    assert not {secret for secret in (token, key, "agatha") if secret in local}
+
+
+def test_a_fence_in_the_recipe_does_not_end_the_card_s_fence(tmp_path: Path) -> None:
+    card = model_card(report_of(tmp_path, [{"step": "finetune", "note": "```\n# not a heading\n```"}]), tmp_path)
+    fence = card.split("The whole recipe:\n\n")[1].split("yaml")[0]
+    assert len(fence) > 3
+    assert card.count(f"\n{fence}\n") == 1
+
+
+def test_a_card_that_a_person_took_over_is_kept(tmp_path: Path) -> None:
+    report = report_of(tmp_path, [{"step": "finetune"}])
+    file = write_card(report)
+    first = file.read_text()
+    write_card(report)
+    assert file.read_text() == first
+    assert what_is_sent(tmp_path, report, "me/x")["README.md"] != first.encode()  # written anew, with the repository's name
+    file.write_text("# My own words\n")
+    write_card(report)
+    assert file.read_text() == "# My own words\n"
+    assert what_is_sent(tmp_path, report, "me/x")["README.md"] == file
+
+
+def test_an_adapter_on_a_model_that_nobody_else_has_is_refused_without_its_base(tmp_path: Path) -> None:
+    report = report_of(
+        tmp_path, [{"step": "prune.heads"}, {"step": "lora"}], base={"name": "b", "hub_id": "team/base", "made_by": ["prune.heads"]}, adapter=True
+    )
+    with pytest.raises(OutputError, match=r"made itself \(prune.heads\).*(?s:.*)--base_model OWNER/NAME"):
+        push(report, "me/x")
+
+
+def test_the_base_s_folder_in_a_config_becomes_its_name_or_its_hub_id(tmp_path: Path) -> None:
+    report = report_of(tmp_path, [{"step": "lora"}], base={"name": "tiny"}, adapter=True)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/srv/agatha/tiny"}))
+
+    def named(base_model: str | None) -> str:
+        content = what_is_sent(tmp_path, report, "me/x", base_model)["adapter_config.json"]
+        assert isinstance(content, bytes)
+        return str(json.loads(content)["base_model_name_or_path"])
+
+    assert named(None) == "tiny"
+    assert named("team/tiny") == "team/tiny"
