@@ -137,6 +137,13 @@ def _check_push(recipe: Recipe, context: Run, result: ModelPlan) -> None:
                 "push_to_hub, push the folder of the step before the adapter, then: llmlite push DIR OWNER/NAME --base_model OWNER/BASE"
             ],
         )
+    if result.adapters and context.source.hub_id is None:
+        log.warning(
+            "the base %s is a local folder, so nobody could load the uploaded adapter from the Hub alone; if the base is there, push later with "
+            "llmlite push DIR %s --base_model OWNER/NAME",
+            context.base_name(),
+            recipe.hub_model_id,
+        )
     preflight(
         recipe.hub_model_id or "",
         recipe.hub_private_repo,
