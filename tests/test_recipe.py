@@ -44,7 +44,7 @@ def test_short_options_reach_steps_data_and_model() -> None:
 
 
 def test_other_data_leaves_the_limits_that_were_meant_for_the_offline_text() -> None:
-    assert llmlite.LoraInt4().data.max_train_rows == 256
+    assert llmlite.LoraInt4().data.max_train_rows == 176
     assert llmlite.LoraInt4(data="chat.jsonl").data.max_train_rows is None
     assert llmlite.LoraInt4(data="chat.jsonl", max_train_rows=5).data.max_train_rows == 5
 

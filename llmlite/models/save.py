@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -38,25 +37,28 @@ def save_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype, base_na
     Args:
         model: settled before, so that nothing is lost. An adapter is written by peft, in the type it was trained in.
         folder: written into.
-        dtype: see `storage_dtype`.
+        dtype: see `storage_dtype`. A model quantized by bitsandbytes keeps its embedding and norms in the type they are computed in.
         base_name: how an adapter names its base; peft would write the folder of this machine.
     """
     if hasattr(model, "peft_config"):
         _save_adapter(model, folder, base_name)
         return
-    dense = {id(parameter) for parameter in _dense_parameters(model).values()}
-    cast: dict[int, Tensor] = {}  # one tensor for each that is shared, so that tied weights are still seen as tied
-    state: dict[str, Any] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) in dense and tensor.dtype.itemsize > dtype.itemsize:
-            state[name] = cast.setdefault(id(tensor), tensor.detach().to(dtype))
-        else:
-            state[name] = tensor.detach() if isinstance(tensor, Tensor) else tensor
+    if getattr(model, "hf_quantizer", None) is not None:
+        # transformers 5.23 computes a checkpoint that is quantized already in the type its norms and embedding are stored in, whatever dtype= says;
+        # narrower ones would come back as another model
+        model.save_pretrained(folder)
+        return
+    wide = [parameter for parameter in _dense_parameters(model).values() if parameter.dtype.itemsize > dtype.itemsize]
+    values = [parameter.data for parameter in wide]
     computed_in = model.config.dtype
     try:
+        for parameter in wide:
+            parameter.data = parameter.data.to(dtype)
         model.config.dtype = dtype
-        model.save_pretrained(folder, state_dict=state)
+        model.save_pretrained(folder)
     finally:
+        for parameter, value in zip(wide, values, strict=True):
+            parameter.data = value
         model.config.dtype = computed_in
 
 

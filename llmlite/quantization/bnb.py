@@ -77,7 +77,7 @@ class Quantize(Step):
                     f"them, silently. Prune to multiples of {BLOCK_SIZE}, or set unaligned: skip to leave these layers in 16 bit."
                 ],
             )
-        size = expected_bytes(model.config, dtype=run.storage_dtype, scheme=self.scheme, double_quant=self.double_quant)
+        size = expected_bytes(model.config, dtype=run.compute_dtype, scheme=self.scheme, double_quant=self.double_quant)
         dense = expected_bytes(model.config, dtype=run.compute_dtype)
         notes = [f"{self.scheme}{' with double quantization' if self.scheme != 'int8' and self.double_quant else ''}"]
         if self.scheme == "int8":

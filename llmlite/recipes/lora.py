@@ -21,7 +21,7 @@ class Lora(Recipe):
 
     name: ClassVar[str] = "lora"
 
-    data: DataSettings = Data(max_train_rows=256)
+    data: DataSettings = Data(max_train_rows=176)
     steps: Steps = (LoraStep(per_device_train_batch_size=2),)
 
 

@@ -26,7 +26,7 @@ class LoraInt4(Recipe):
 
     name: ClassVar[str] = "lora_int4"
 
-    data: DataSettings = Data(max_train_rows=256)
+    data: DataSettings = Data(max_train_rows=176)
     steps: Steps = (Quantize(scheme="nf4", double_quant=True, calibrate=False, report_sequences=0), LoraStep(per_device_train_batch_size=2))
 
 

@@ -18,7 +18,7 @@ class QuantizeInt8(Recipe):
     In evaluation the inputs are rounded to 8 bits too, except features with outliers above --llm_int8_threshold; in training only the weights are. No data
     is needed; a few calibration rows measure what each layer loses.
 
-    With no option at all it quantizes SmolLM2-135M-Instruct, offline, in about a minute on two CPU cores.
+    With no option at all it quantizes SmolLM2-135M-Instruct, offline.
     """
 
     name: ClassVar[str] = "quantize_int8"

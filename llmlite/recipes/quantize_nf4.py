@@ -19,7 +19,7 @@ class QuantizeNf4(Recipe):
     What comes out is bitsandbytes' stock format: the same bytes, loaded by unmodified transformers. --calibrate false rounds to nearest instead, as
     `BitsAndBytesConfig` does, without data and in seconds.
 
-    With no option at all it quantizes SmolLM2-135M-Instruct on the Python documentation, offline, in a few minutes on two CPU cores.
+    With no option at all it quantizes SmolLM2-135M-Instruct on the Python documentation, offline.
     """
 
     name: ClassVar[str] = "quantize_nf4"
