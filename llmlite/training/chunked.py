@@ -121,7 +121,7 @@ def chunked_head_loss(
         keep_N: which tokens count, bool; the others are dropped before the matrix product. `None` keeps all.
         num_items_in_batch: what to divide by; `None` divides by the number of kept tokens.
         transform: from raw logits to logits.
-        chunk_tokens: tokens per matrix product. Measured on two cores at vocabulary 49,152: 256 beats 128 and 512.
+        chunk_tokens: tokens per matrix product. Measured at vocabulary 49,152: the products take 17 % longer than whole at 128, 5 % at 256, 3 % at 512.
         return_per_token: also return the loss of each token.
 
     Returns:
