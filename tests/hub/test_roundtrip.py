@@ -90,7 +90,7 @@ def run(hub: FakeHub, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger().addHandler(handler)
     logging.getLogger("llmlite").setLevel(logging.INFO)
-    options = {"max_length": 96, "evaluation_rows": 4, "r": 2, "per_device_train_batch_size": 2, "logging_steps": 1, "max_steps": 1}
+    options = {"max_length": 128, "evaluation_rows": 4, "r": 2, "per_device_train_batch_size": 2, "logging_steps": 1, "max_steps": 1}
     recipe = llmlite.LoraInt4(model=BASE, data=str(data), output_dir=str(home / "out"), push_to_hub=True, hub_model_id="me/tiny-lora", **options)
     report = recipe.run()
     logging.getLogger().removeHandler(handler)
