@@ -12,12 +12,12 @@ import json
 import math
 import os
 import platform
-import re
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from metrics.text import detokenised
 
 from llmlite.calibration.mixture import parse_mixture, shares
 from llmlite.calibration.sample import sampled_windows
@@ -27,17 +27,6 @@ from llmlite.models.load import Model, find, load_model, load_tokenizer
 from llmlite.models.size import size_of_model
 from llmlite.run import Run
 from llmlite.step import parse_step
-
-
-def detokenised(text: str) -> str:
-    """WikiText's tokenized text as people write it; other text comes out as it was."""
-    for mark, plain in ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), (" n't", "n't"), (" 's", "'s"), ("<unk>", "")):
-        text = text.replace(mark, plain)
-    if " ." in text:
-        text = re.sub(r" ([.,;:!?)\]])", r"\1", text)
-        text = re.sub(r"([(\[]) ", r"\1", text)
-        text = re.sub(r'" ([^"]*?) "', r'"\1"', text)
-    return text
 
 
 def stream(path: str, tokenizer: Any) -> torch.Tensor:

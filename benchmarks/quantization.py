@@ -13,13 +13,13 @@ import gc
 import json
 import os
 import platform
-import re
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from metrics.text import detokenised
 from safetensors import safe_open
 
 import llmlite
@@ -45,17 +45,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "fp4 calibrated": {"scheme": "fp4", "double_quant": False, "calibrate": True},
 }
 CORRECTED = " + correction"
-
-
-def detokenised(text: str) -> str:
-    """WikiText's tokenized text as people write it; other text comes out as it was."""
-    for mark, plain in ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), (" n't", "n't"), (" 's", "'s"), ("<unk>", "")):
-        text = text.replace(mark, plain)
-    if " ." in text:
-        text = re.sub(r" ([.,;:!?)\]])", r"\1", text)
-        text = re.sub(r"([(\[]) ", r"\1", text)
-        text = re.sub(r'" ([^"]*?) "', r'"\1"', text)
-    return text
 
 
 class _BenchRun(Run):

@@ -21,10 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+from metrics.process import measure
 
-from benchmarks.metrics.process import measure  # noqa: E402
+HERE = Path(__file__).parent
 
 
 def lora_int4(args: argparse.Namespace) -> dict[str, Any]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llmlite.errors import LlmliteError as LlmliteError
     from llmlite.hub.push import push as push
     from llmlite.models.load import Model as Model
-    from llmlite.pipeline import check as check
+    from llmlite.plan import check as check
     from llmlite.pruning.ffn import PruneFfn as PruneFfn
     from llmlite.pruning.heads import PruneHeads as PruneHeads
     from llmlite.pruning.hidden import PruneHidden as PruneHidden
@@ -52,7 +52,7 @@ _HOMES = {
     "Recipe": "llmlite.recipe",
     "Report": "llmlite.report",
     "Step": "llmlite.step",
-    "check": "llmlite.pipeline",
+    "check": "llmlite.plan",
     "push": "llmlite.hub.push",
 }
 

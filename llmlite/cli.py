@@ -148,7 +148,7 @@ def recipe_main(recipe: type[Recipe], arguments: Sequence[str] | None = None) ->
             raise ConfigError(error.where, [*problems, *error.problems]) from None
         if problems:
             raise ConfigError("the command line", problems)
-        _run(built, f"{command} {shlex.join(arguments)}".rstrip())
+        _run(built)
 
     description = (recipe.__doc__ or "").strip()
     shell = _RecipeCommand(
@@ -159,7 +159,7 @@ def recipe_main(recipe: type[Recipe], arguments: Sequence[str] | None = None) ->
         epilog=f"Several devices: accelerate launch -m llmlite.recipes.{recipe.name} [OPTIONS]",
         context_settings=_CONTEXT,
     )
-    with _exits(f"{command} {shlex.join(arguments)}".rstrip()):
+    with _exits(_continuing(command, arguments)):
         shell.main(arguments, prog_name=command, standalone_mode=False)
 
 
@@ -198,10 +198,11 @@ def _unknown_flag(name: str, known: Sequence[str]) -> str:
     return f"no option --{name}." + (f" Did you mean --{guess}?" if guess else " --help lists them.")
 
 
-def _run(recipe: Recipe, command: str) -> None:
+def _run(recipe: Recipe) -> None:
     from rich.console import Console
 
-    from llmlite.pipeline import check, run, size_line
+    from llmlite.pipeline import run
+    from llmlite.plan import check, size_line
     from llmlite.report import plan_table
     from llmlite.run import Run
 
@@ -239,19 +240,37 @@ def _show_samples(console: Any, report: Any) -> None:
     console.print(f"  expected  {samples[0][1]['expected']}\n", markup=False)
 
 
+def _continuing(command: str, arguments: Sequence[str]) -> str:
+    """The command that continues a run: the one given, without the flag that would start it afresh."""
+    kept: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word.partition("=")[0].replace("-", "_") != "__overwrite_output_dir":
+            kept.append(word)
+        elif "=" not in word and rest and not rest[0].startswith("--"):
+            rest.pop(0)
+    return f"{command} {shlex.join(kept)}".rstrip()
+
+
 def _is_main() -> bool:
     import os
 
     return os.environ.get("RANK", "0") == "0"
 
 
-def _hush() -> None:
-    """Silence what other libraries say harmlessly at import: bitsandbytes, for one, reports a kernel it cannot fetch."""
-    for name in ("bitsandbytes", "httpx", "httpcore", "filelock", "urllib3", "fsspec"):
+def _hush_loggers() -> None:
+    """Silence what other libraries log harmlessly: each request, and of bitsandbytes a kernel that it cannot fetch."""
+    for name in ("bitsandbytes", "httpx", "httpx2", "httpcore", "httpcore2", "filelock", "urllib3", "fsspec"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _hush() -> None:
+    """Silence other libraries' harmless messages, warnings and bars; the Trainer's bar stays."""
+    _hush_loggers()
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # the bars of its loading and saving; the Trainer's stays
+    transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module=r"(peft|transformers|bitsandbytes|torch)\.")
 
@@ -314,7 +333,7 @@ def _file_recipe(file: str, arguments: Sequence[str]) -> Recipe:
 @click.pass_context
 def _run_command(context: click.Context, file: str) -> None:
     """Run the recipe in a YAML file. Any option can follow: --seed 1, --steps.0.r 8, --data.max_length 1024, --dry_run."""
-    _run(_file_recipe(file, context.args), f"llmlite run {file} {shlex.join(context.args)}".rstrip())
+    _run(_file_recipe(file, context.args))
 
 
 @_group.command("check", context_settings={**_CONTEXT, "token_normalize_func": None})
@@ -322,7 +341,7 @@ def _run_command(context: click.Context, file: str) -> None:
 @click.pass_context
 def _check_command(context: click.Context, file: str) -> None:
     """Check a recipe and print its plan, in seconds and without loading weights."""
-    _run(dataclasses.replace(_file_recipe(file, context.args), dry_run=True), "")
+    _run(dataclasses.replace(_file_recipe(file, context.args), dry_run=True))
 
 
 @_group.command("steps")
@@ -387,8 +406,7 @@ def _push_command(folder: str, repository: str, public: bool, **options: Any) ->
     from llmlite.report import human_bytes
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for name in ("httpx", "httpx2", "httpcore", "httpcore2", "filelock", "urllib3"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    _hush_loggers()
     pushed = push(folder, repository, private=not public, **options)
     kind = "private" if pushed.private else "public"
     click.echo(f"{pushed.url}\n{len(pushed.files)} files, {human_bytes(pushed.bytes)}, {kind}; every file there has the size and hash of the one here.")
@@ -399,5 +417,5 @@ def _push_command(folder: str, repository: str, public: bool, **options: Any) ->
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script `llmlite`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    with _exits(f"llmlite {shlex.join(arguments)}"):
+    with _exits(_continuing("llmlite", arguments)):
         _group.main(arguments, prog_name="llmlite", standalone_mode=False)

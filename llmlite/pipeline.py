@@ -1,4 +1,4 @@
-"""Run a recipe: check, base, steps in order with a checkpoint after each, evaluation after each, one result, a report.
+"""Run a recipe: base, steps in order with a checkpoint after each, evaluation after each, one result, a report.
 
     OUT/                  the result: weights or adapter, tokenizer, recipe.yaml, report.json
     OUT/steps/00-base/    figures of the base and its distributions on the held-out tokens
@@ -21,147 +21,27 @@ import os
 import platform
 import shutil
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmlite.config import read_yaml, to_yaml
-from llmlite.errors import ConfigError, LlmliteError, OutputError, ResourceError
-from llmlite.recipe import NOT_IN_FINGERPRINT, Recipe
-from llmlite.report import Report, Row, human_bytes
+from llmlite.errors import LlmliteError, OutputError, ResourceError
+from llmlite.plan import check, claim, made_before_adapter
+from llmlite.recipe import Recipe
+from llmlite.report import Report, Row
 from llmlite.run import Run
-from llmlite.step import ModelPlan, Step, name_of_step
-from llmlite.storage import damage, folder_bytes, link_or_copy, locked, require_space, set_aside, telling, writing_folder
+from llmlite.step import Step, name_of_step
+from llmlite.storage import damage, folder_bytes, link_or_copy, locked, set_aside, telling, writing_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmlite.evaluation.quality import Reference
 
-__all__ = ["Plan", "check", "run"]
+__all__ = ["run"]
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a recipe will do, found without loading a weight.
-
-    Attributes:
-        rows: the base and each step: name, form, parameters, bytes, tokens, notes. See `ModelPlan`.
-        disk_bytes: bytes the run writes at most.
-        peak_bytes: peak memory of the hungriest step.
-    """
-
-    rows: tuple[dict[str, Any], ...]
-    disk_bytes: int
-    peak_bytes: int
-
-
-def check(recipe: Recipe, context: Run | None = None) -> Plan:
-    """Find everything that can be found in seconds: settings, data, architecture, the output folder, each step against what the one before leaves.
-
-    Args:
-        recipe: what to check.
-        context: a `Run` of this recipe, to be used on afterwards; it keeps what was read.
-
-    Raises:
-        ConfigError: every problem of the steps, together.
-        LlmliteError: model, data or output folder that cannot be used.
-    """
-    context = context or Run(recipe)
-    from llmlite.models.families import family_of
-    from llmlite.models.load import require_matching
-    from llmlite.models.size import expected_bytes, size_of_config
-
-    if recipe.push_to_hub and not recipe.hub_model_id:
-        raise ConfigError(recipe.name, ["push_to_hub needs hub_model_id: where to upload, as owner/name."])
-    _refuse_other_contents(recipe)
-    context.check_data()
-    config = context.config
-    family_of(config)
-    require_matching(context.tokenizer, config)
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest and recipe.data.max_length > longest:
-        raise ConfigError(
-            recipe.name, [f"max_length={recipe.data.max_length} should be at most {longest}, the longest sequence that {recipe.model.name} allows."]
-        )
-    dense = expected_bytes(config, dtype=context.compute_dtype)
-    model = ModelPlan(
-        config,
-        parameters=size_of_config(config).parameters,
-        disk_bytes=expected_bytes(config, dtype=context.storage_dtype),
-        peak_bytes=dense + (500_000_000 if context.device.type == "cpu" else 0),
-    )
-    rows = [_plan_row("base", model)]
-    problems: list[str] = []
-    for index, step in enumerate(recipe.steps):
-        name = name_of_step(type(step)) or type(step).__name__
-        if model.form not in step.takes:
-            problems.append(
-                f"steps[{index}] {name}: takes a model that is {' or '.join(sorted(step.takes))}; the step before leaves it {model.form}. "
-                "Prune and distil before quantizing; adapters come last."
-            )
-            continue
-        try:
-            model = step.check(model, context)
-        except ConfigError as error:
-            problems += [f"steps[{index}] {problem if problem.startswith(name) else f'{name}: {problem}'}" for problem in error.problems]
-            continue
-        rows.append(_plan_row(name, model))
-    if problems:
-        raise ConfigError(recipe.name, problems)
-    if recipe.push_to_hub and context.is_main:
-        _check_push(recipe, context, model)
-    # each step's checkpoint, the held-out distributions, and twice the trained state for the checkpoints of training
-    disk = sum(row["disk_bytes"] + 8 * 2 * row["trained_parameters"] for row in rows[1:]) + rows[0]["disk_bytes"] // 2
-    require_space(recipe.folder, int(disk))
-    return Plan(tuple(rows), int(disk), max(row["peak_bytes"] for row in rows))
-
-
-def _check_push(recipe: Recipe, context: Run, result: ModelPlan) -> None:
-    """Ask the Hub now for what would fail after hours.
-
-    Raises:
-        ConfigError: an adapter whose base nobody else would have.
-        HubError: the Hub refuses.
-    """
-    from llmlite.hub.preflight import preflight
-
-    made_by = _made_before_adapter(recipe)
-    if result.adapters and made_by:
-        raise ConfigError(
-            recipe.name,
-            [
-                f"push_to_hub: the adapter would sit on a model that this run makes itself ({', '.join(made_by)}), which is not on the Hub. Run without "
-                "push_to_hub, push the folder of the step before the adapter, then: llmlite push DIR OWNER/NAME --base_model OWNER/BASE"
-            ],
-        )
-    if result.adapters and context.source.hub_id is None:
-        log.warning(
-            "the base %s is a local folder, so nobody could load the uploaded adapter from the Hub alone; if the base is there, push later with "
-            "llmlite push DIR %s --base_model OWNER/NAME",
-            context.base_name(),
-            recipe.hub_model_id,
-        )
-    preflight(
-        recipe.hub_model_id or "",
-        recipe.hub_private_repo,
-        recipe.hub_revision,
-        base_model=context.source.hub_id,
-        accept_license=recipe.hub_accept_license,
-    )
-
-
-def _made_before_adapter(recipe: Recipe) -> list[str]:
-    """Steps whose result an adapter sits on, besides quantizing, which anybody can do again while loading."""
-    names = [name_of_step(type(step)) or type(step).__name__ for step in recipe.steps[:-1]]
-    return [name for name in names if name != "quantize"]
-
-
-def _plan_row(name: str, model: ModelPlan) -> dict[str, Any]:
-    row = {field.name: getattr(model, field.name) for field in dataclasses.fields(model) if field.name != "config"}
-    return {"step": name, **row}
 
 
 def run(recipe: Recipe, context: Run | None = None) -> Report:
@@ -183,67 +63,9 @@ def run(recipe: Recipe, context: Run | None = None) -> Report:
     out = recipe.folder
     with locked(out) if context.is_main else nullcontext():
         if context.is_main:
-            _claim(out, recipe)
+            claim(recipe)
         context.wait()
         return _Pipeline(recipe, context, out).run()
-
-
-def _refuse_other_contents(recipe: Recipe) -> None:
-    """Refuse an output folder that holds something else, or a run with other settings.
-
-    Raises:
-        OutputError: saying what is there and what to do; nothing was touched.
-    """
-    out = recipe.folder
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"output_dir: {out} is a file. Choose another --output_dir.")
-    strangers = _contents(out)
-    if not strangers:
-        return
-    if "recipe.yaml" not in strangers:
-        raise OutputError(f"output_dir: {out} holds something else ({', '.join(strangers[:5])}). Choose another --output_dir; nothing in it was touched.")
-    old, new = read_yaml(out / "recipe.yaml"), recipe.to_mapping()
-    changed = [key for key in {**old, **new} if key not in NOT_IN_FINGERPRINT and old.get(key) != new.get(key)]
-    if changed and not recipe.overwrite_output_dir:
-        raise OutputError(
-            f"output_dir: {out} holds a run with other settings ({_differences(old, new, changed)}). "
-            "Choose another --output_dir, or --overwrite_output_dir to start afresh in this one."
-        )
-
-
-def _contents(out: Path) -> list[str]:
-    return sorted(p.name for p in out.iterdir() if p.name != ".lock") if out.is_dir() else []
-
-
-def _claim(out: Path, recipe: Recipe) -> None:
-    """Make the folder this recipe's own: note the recipe in it, after removing an older run where that was asked for."""
-    with telling(out):
-        if recipe.overwrite_output_dir and _contents(out):
-            log.warning("starting afresh in %s", out)
-            for path in [out / name for name in _contents(out)]:
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
-        (out / "recipe.yaml").write_text(to_yaml({k: v for k, v in recipe.to_mapping().items() if k not in NOT_IN_FINGERPRINT}), encoding="utf-8")
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], keys: list[str]) -> str:
-    found: list[str] = []
-
-    def walk(path: str, before: Any, after: Any) -> None:
-        if isinstance(before, dict) and isinstance(after, dict):
-            for key in {**before, **after}:
-                walk(f"{path}.{key}", before.get(key), after.get(key))
-        elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-            for index, (one, other) in enumerate(zip(before, after, strict=True)):
-                walk(f"{path}.{index}", one, other)
-        elif before != after:
-            found.append(f"{path}: {before!r} there, {after!r} now")
-
-    for key in sorted(keys):
-        walk(key, old.get(key), new.get(key))
-    return "; ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
 
 
 class _Pipeline:
@@ -455,10 +277,9 @@ class _Pipeline:
         log.info("reloading the result in a fresh process")
         self.report.reload_difference = require_reload(self.model, self.report.loading)
         adapter = _is_adapter(self.model)
-        self.report.base = describe_base(self.context.source, self.model.config if adapter else None, _made_before_adapter(self.recipe) if adapter else None)
+        self.report.base = describe_base(self.context.source, self.model.config if adapter else None, made_before_adapter(self.recipe) if adapter else None)
         self.report.save()
-        if self.context.is_main:
-            write_card(self.report)
+        write_card(self.report)
 
     def _push(self) -> None:
         """Upload the result where that was asked for. A failed upload loses nothing: the run stays complete."""
@@ -500,23 +321,20 @@ def _logical_parameters(model: PreTrainedModel) -> int:
     return int(size_of_model(model).parameters + extra)
 
 
-class _memory_advice:  # noqa: N801 - used as a with-statement
+@contextmanager
+def _memory_advice(name: str) -> Iterator[None]:
     """Turn a failed allocation into what to lower."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
-        if error is None or isinstance(error, LlmliteError):
-            return
-        if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
-            raise ResourceError(
-                f"{self.name}: out of memory ({str(error).splitlines()[0][:120]}). Lower per_device_train_batch_size or max_length, or set "
-                "gradient_checkpointing: true. What was finished is kept; the same command continues."
-            ) from error
+    try:
+        yield
+    except LlmliteError:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)):
+            raise
+        raise ResourceError(
+            f"{name}: out of memory ({(str(error).splitlines() or ['MemoryError'])[0][:120]}). Lower per_device_train_batch_size or max_length, or set "
+            "gradient_checkpointing: true. What was finished is kept; the same command continues."
+        ) from error
 
 
 def _environment(context: Run) -> dict[str, Any]:
@@ -530,8 +348,3 @@ def _environment(context: Run) -> dict[str, Any]:
         "python": platform.python_version(),
         **versions,
     }
-
-
-def size_line(plan: Plan) -> str:
-    """The plan in one line."""
-    return f"disk {human_bytes(plan.disk_bytes)}, peak memory about {human_bytes(plan.peak_bytes)}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 import pydantic
 
-from llmlite.config import fingerprint, near, read_yaml, settings, to_mapping, unknown_option, validate
+from llmlite.config import near, read_yaml, settings, to_mapping, unknown_option, validate
 from llmlite.data.settings import Data
 from llmlite.errors import ConfigError
 from llmlite.models.load import Model
@@ -22,14 +22,14 @@ from llmlite.step import Step, name_of_step, parse_step, step_class
 if TYPE_CHECKING:
     from llmlite.report import Report
 
-__all__ = ["NOT_IN_FINGERPRINT", "DataSettings", "ModelSettings", "Recipe", "Steps"]
+__all__ = ["NOT_IN_IDENTITY", "DataSettings", "ModelSettings", "Recipe", "Steps"]
 
 R = TypeVar("R", bound="Recipe")
 
 _PARTS: dict[str, tuple[type[Any], str]] = {"model": (Model, "name"), "data": (Data, "train")}
 
 # What may change between a run and its continuation without changing what comes out.
-NOT_IN_FINGERPRINT = frozenset(
+NOT_IN_IDENTITY = frozenset(
     {"dry_run", "overwrite_output_dir", "output_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_accept_license"}
 )
 
@@ -158,14 +158,13 @@ class Recipe:
         return recipe, problems + more
 
     def to_mapping(self, defaults: bool = True) -> dict[str, Any]:
-        """Plain values, every default written out: what `recipe.yaml` holds."""
+        """Plain values, every default written out."""
         mapping: dict[str, Any] = to_mapping(self, name_of_step, defaults)
         return mapping
 
-    def fingerprint(self) -> str:
-        """Changes when anything changes that could change the result."""
-        mapping = self.to_mapping()
-        return fingerprint({key: value for key, value in mapping.items() if key not in NOT_IN_FINGERPRINT})
+    def identity(self) -> dict[str, Any]:
+        """The plain values that could change the result: what `recipe.yaml` in the output folder holds, and what a continuation must agree with."""
+        return {key: value for key, value in self.to_mapping().items() if key not in NOT_IN_IDENTITY}
 
     @property
     def folder(self) -> Path:
@@ -173,8 +172,8 @@ class Recipe:
         return Path(self.output_dir) if self.output_dir else Path("outputs") / self.name
 
     def check(self) -> Any:
-        """The plan, in seconds and without weights. See `llmlite.pipeline.check`."""
-        from llmlite.pipeline import check
+        """The plan, in seconds and without weights. See `llmlite.plan.check`."""
+        from llmlite.plan import check
 
         return check(self)
 

@@ -36,7 +36,6 @@ class Run:
     recipe: Recipe
     scratch: Path = Path()
     notes: dict[str, Any] = field(default_factory=dict)
-    base_folder: Path | None = None
 
     @cached_property
     def processes(self) -> PartialState:
@@ -107,6 +106,11 @@ class Run:
         """How an adapter should name its base: the Hub id where there is one, never a path of this machine that nobody else has."""
         return self.source.hub_id or Path(self.source.name).name
 
+    @property
+    def own_scratch(self) -> Path:
+        """A part of `scratch` that no other process writes: for what every process works out for itself."""
+        return self.scratch if self.is_main else self.scratch / f"process-{self.processes.process_index}"
+
     def note(self, **figures: Any) -> None:
         """Keep figures of the current step for its row in the report."""
         self.notes.update(figures)
@@ -161,7 +165,8 @@ class Run:
         """Calibration token ids, int64, (windows, tokens), made when first asked for."""
         from llmlite.calibration.sources import calibration_windows
 
-        return calibration_windows(self)
+        with self.processes.main_process_first():  # what it samples from the model is in the cache for the others
+            return calibration_windows(self)
 
     def columns(self) -> dict[str, Any]:
         """Which columns of the data are read, as `read_rows` takes them."""

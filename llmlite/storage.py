@@ -21,7 +21,7 @@ import filelock
 
 from llmlite.errors import OutputError, ResourceError
 
-__all__ = ["MANIFEST", "damage", "folder_bytes", "link_or_copy", "locked", "require_space", "seal", "set_aside", "write_json", "writing_folder"]
+__all__ = ["MANIFEST", "damage", "folder_bytes", "link_or_copy", "locked", "require_space", "seal", "set_aside", "write_json", "write_text", "writing_folder"]
 
 MANIFEST = "manifest.json"
 
@@ -108,9 +108,13 @@ def set_aside(folder: Path) -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text so that a reader sees the old file or the new one, never half of it."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False, encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.chmod(file.name, 0o644)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import models as token_models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from llmlite.models.families import FAMILIES
@@ -98,6 +101,30 @@ def logits_of(model: torch.nn.Module, ids_BT: torch.Tensor | None = None) -> tor
     return model(input_ids=ids_BT, use_cache=False).logits.float()
 
 
+_STOCK_RELOAD = """
+import sys, torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    ids, expected = torch.load(folder / "expected.pt")
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(folder)(input_ids=ids, use_cache=False).logits
+    print(folder.name, float((found - expected).abs().max()))
+assert "llmlite" not in sys.modules
+"""
+
+
+def require_stock_reload(models: dict[str, PreTrainedModel], folder: Path) -> None:
+    """Save all models, load them by stock transformers in one fresh process, and want the same logits, bit for bit."""
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        torch.save((token_ids(), logits_of(model)), folder / name / "expected.pt")
+    done = subprocess.run([sys.executable, "-c", _STOCK_RELOAD, str(folder)], capture_output=True, text=True, check=False, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [word for name in sorted(models) for word in (name, "0.0")]
+
+
 # A whole model folder, with a tokenizer and a chat template, as a user would have it -------------------------------------------------
 
 _CHATML = (
@@ -108,7 +135,7 @@ _CHATML = (
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer with 320 tokens whose padding token is its end token, as so often."""
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Tokenizer(token_models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()

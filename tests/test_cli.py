@@ -199,6 +199,13 @@ def test_import_and_help_do_not_import_torch(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("flag", [["--overwrite_output_dir"], ["--overwrite-output-dir", "true"], ["--overwrite_output_dir=true"]])
+def test_the_command_that_continues_does_not_start_afresh(flag: list[str]) -> None:
+    from llmlite.cli import _continuing
+
+    assert _continuing("llmlite", ["run", "a b.yaml", *flag, "--seed", "1"]) == "llmlite run 'a b.yaml' --seed 1"
+
+
 def test_torchrun_swallows_no_option_that_has_no_other_name() -> None:
     from torch.distributed.run import get_args_parser
 

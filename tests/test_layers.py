@@ -16,7 +16,7 @@ LAYERS = [
     {"training"},
     {"run", "report", "calibration", "evaluation", "hub"},
     {"pruning", "distillation", "quantization", "adapters"},
-    {"recipe", "pipeline"},
+    {"recipe", "plan", "pipeline"},
     {"recipes", "cli", "__main__", "__init__"},
 ]
 

@@ -91,8 +91,8 @@ def test_a_step_of_ones_own_is_named_by_its_path(tmp_path: Path, monkeypatch: py
     assert recipe.to_mapping()["steps"] == [{"step": "my_steps:Mine", "amount": 3}]
 
 
-def test_the_fingerprint_ignores_where_the_result_goes_and_nothing_else() -> None:
+def test_the_identity_ignores_where_the_result_goes_and_nothing_else() -> None:
     base = llmlite.LoraInt4()
-    assert base.fingerprint() == llmlite.LoraInt4(output_dir="elsewhere", dry_run=True).fingerprint()
-    assert base.fingerprint() != llmlite.LoraInt4(r=8).fingerprint()
-    assert base.fingerprint() != llmlite.LoraInt4(seed=1).fingerprint()
+    assert base.identity() == llmlite.LoraInt4(output_dir="elsewhere", dry_run=True).identity()
+    assert base.identity() != llmlite.LoraInt4(r=8).identity()
+    assert base.identity() != llmlite.LoraInt4(seed=1).identity()

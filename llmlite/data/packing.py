@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmlite.data.tokens import IGNORED, Encoded
+from llmlite.data.tokens import Encoded
 from llmlite.errors import DataError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     Ids = NDArray[np.int32]
 
-__all__ = ["calibration_windows", "chunks", "pack", "packed_dataset", "packing_holds", "padded_dataset"]
+__all__ = ["calibration_windows", "pack", "packed_dataset", "packing_holds", "padded_dataset"]
 
 
 def pack(lengths_N: Sequence[int], capacity: int, seed: int = 0) -> list[list[int]]:
@@ -85,35 +85,6 @@ def packed_dataset(encoded: Encoded, sequence_tokens: int, seed: int = 0) -> dat
 def padded_dataset(encoded: Encoded) -> datasets.Dataset:
     """One example a row, `input_ids` and `labels`, unpadded; the collator pads each batch."""
     return _dataset({"input_ids": encoded.input_ids, "labels": encoded.labels})
-
-
-def chunks(stream_T: Ids, sequence_tokens: int, *, leading: Sequence[int] = (), keep_rest: bool = True) -> datasets.Dataset:
-    """Plain text in fixed windows, for perplexity and for training on text without rows.
-
-    Args:
-        stream_T: ids, int32.
-        sequence_tokens: tokens of each window, `leading` included.
-        leading: put before every window (`leading_ids`: BOS where the tokenizer writes one; Gemma is lost without it), never predicted.
-        keep_rest: keep the shorter last window, if it has a token to predict.
-
-    Returns:
-        `input_ids` and `labels`. The first token of a window has no context and is not predicted, unless `leading` is that context.
-
-    Raises:
-        DataError: the stream has not one window with a token to predict.
-    """
-    step = sequence_tokens - len(leading)
-    if step < 1 or sequence_tokens < 2:
-        raise DataError(f"sequence_tokens={sequence_tokens} leaves no token to predict; it wants at least {max(2, len(leading) + 1)}.")
-    head = np.array(leading, dtype=np.int32)
-    windows = [np.concatenate([head, stream_T[start : start + step]]).astype(np.int32) for start in range(0, len(stream_T), step)]
-    if windows and len(windows[-1]) < (2 if keep_rest else sequence_tokens):
-        windows.pop()
-    if not windows:
-        raise DataError(f"the text has {len(stream_T)} tokens, less than one window of {sequence_tokens}. Give more text or shorter windows.")
-    ignored = max(1, len(head))
-    labels = [np.concatenate([np.full(ignored, IGNORED, dtype=np.int32), window[ignored:]]) for window in windows]
-    return _dataset({"input_ids": windows, "labels": labels})
 
 
 def calibration_windows(stream_T: Ids, sequences: int, sequence_tokens: int, seed: int = 0, *, leading: Sequence[int] = ()) -> torch.Tensor:

@@ -24,7 +24,6 @@ from llmlite.models.view import ModelView, unwrap
 __all__ = [
     "Size",
     "Zeros",
-    "bytes_on_disk",
     "count_zeros",
     "expected_bytes",
     "forward_flops_per_token",
@@ -39,7 +38,6 @@ Scheme = Literal["int8", "nf4", "fp4"]
 _BLOCKSIZE = 64  # weights that share one absmax; BitsAndBytesConfig offers no other
 _NESTED_BLOCKSIZE = 256  # absmax values that share one second-level absmax
 _OFFSET_DIGITS = 18  # typical length of the nested offset as JSON; the real one depends on the weights
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8", torch.uint8: "U8"}  # in file order
 
 
@@ -132,18 +130,6 @@ def _logical_parameters(view: ModelView) -> Iterator[tuple[int, int]]:
     for name, parameter in view.model.named_parameters():
         if not any(mark in name for mark in ("lora_", "modules_to_save", "ia3_")):
             yield id(parameter), packed.get(id(parameter), parameter.numel())
-
-
-def bytes_on_disk(folder: str | Path) -> int:
-    """Bytes of the weight files (safetensors, bin, gguf) that lie directly in a folder; tokenizer and JSON files do not count.
-
-    Raises:
-        LoadError: no weight file there.
-    """
-    files = [path for path in Path(folder).iterdir() if path.suffix in _WEIGHT_SUFFIXES] if Path(folder).is_dir() else []
-    if not files:
-        raise LoadError(f"{folder} holds no weight files ({', '.join(_WEIGHT_SUFFIXES)}), so there is nothing to measure.")
-    return sum(path.stat().st_size for path in files)
 
 
 def expected_bytes(config: Any, *, dtype: torch.dtype = torch.float32, scheme: Scheme | None = None, double_quant: bool = False) -> int:

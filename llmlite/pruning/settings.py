@@ -100,4 +100,4 @@ def walk_state(run: Run) -> Any:
     """Where a walk keeps what it did, or None outside of a pipeline."""
     from pathlib import Path
 
-    return None if run.scratch == Path() else run.scratch / "blocks"
+    return None if run.scratch == Path() else run.own_scratch / "blocks"

@@ -125,11 +125,11 @@ class Quantize(Step):
             model = self._load(run, folder, how)
             run.note(**error_report(layer_errors(dense, model, batches)))
             return model
-        errors = calibrate(dense, batches, self._scheme(ModelPlan(config)), run.scratch / "codes", run.scratch / "walk")
+        errors = calibrate(dense, batches, self._scheme(ModelPlan(config)), run.own_scratch / "codes", run.own_scratch / "walk")
         run.note(**error_report(errors))
         del dense
         model = self._load(run, folder, how)
-        write_calibrated(model, run.scratch / "codes", self.scheme)  # type: ignore[arg-type]  # never int8 here
+        write_calibrated(model, run.own_scratch / "codes", self.scheme)  # type: ignore[arg-type]  # never int8 here
         return model
 
     @property

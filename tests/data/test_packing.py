@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmlite.data.collate import PackedCollator, PaddedCollator
-from llmlite.data.packing import calibration_windows, chunks, pack, packed_dataset, packing_holds, padded_dataset
+from llmlite.data.packing import calibration_windows, pack, packed_dataset, packing_holds, padded_dataset
 from llmlite.data.tokens import IGNORED, Encoded
 from llmlite.errors import DataError
 
@@ -160,19 +160,6 @@ def test_packed_rows_restart_positions_and_never_train_a_first_token():
         assert all(row["labels"][at] == IGNORED for at in starts)
         for begin, end in itertools.pairwise([*starts, len(row["input_ids"])]):
             assert row["position_ids"][begin:end] == list(range(end - begin))
-
-
-def test_windows_cover_the_text_once():
-    stream = np.arange(3, 103, dtype=np.int32)
-    rows = chunks(stream, 16)
-    assert list(itertools.chain.from_iterable(rows["input_ids"])) == stream.tolist()
-    assert all(labels == [IGNORED, *ids[1:]] for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True))
-    assert len(chunks(stream, 16, keep_rest=False)) == 6
-    led = chunks(stream, 16, leading=[1])
-    assert all(ids[0] == 1 and labels == [IGNORED, *ids[1:]] for ids, labels in zip(led["input_ids"], led["labels"], strict=True))
-    assert [token for ids in led["input_ids"] for token in ids[1:]] == stream.tolist()
-    with pytest.raises(DataError, match="less than one window"):
-        chunks(stream[:10], 16, keep_rest=False)
 
 
 def test_calibration_windows_are_disjoint_stretches_of_the_text():

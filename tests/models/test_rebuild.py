@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from llmlite.errors import UnsupportedModel
 from llmlite.models.rebuild import rebuild
 from llmlite.models.slicing import take_ffn_channels, take_hidden, take_kv_groups, take_layers
 from llmlite.models.view import ModelView
-from tests.conftest import ALL_FAMILIES, build_tiny, logits_of, token_ids
+from tests.conftest import ALL_FAMILIES, build_tiny, logits_of, require_stock_reload, token_ids
 
 
 def prune_everything(model: PreTrainedModel) -> Any:
@@ -44,25 +42,7 @@ def test_live_equals_reloaded_by_stock_from_pretrained(name: str, dtype: torch.d
 
 
 def test_live_equals_reloaded_in_a_fresh_process(tmp_path: Path) -> None:
-    for name in ALL_FAMILIES:
-        small = prune_everything(build_tiny(name))
-        small.save_pretrained(tmp_path / name)
-        torch.save((token_ids(), logits_of(small)), tmp_path / name / "expected.pt")
-    script = """
-import sys, torch
-from pathlib import Path
-from transformers import AutoModelForCausalLM
-torch.set_num_threads(1)
-for folder in sorted(Path(sys.argv[1]).iterdir()):
-    ids, expected = torch.load(folder / "expected.pt")
-    with torch.no_grad():
-        found = AutoModelForCausalLM.from_pretrained(folder)(input_ids=ids, use_cache=False).logits
-    print(folder.name, float((found - expected).abs().max()))
-assert "llmlite" not in sys.modules
-"""
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [word for name in sorted(ALL_FAMILIES) for word in (name, "0.0")]
+    require_stock_reload({name: prune_everything(build_tiny(name)) for name in ALL_FAMILIES}, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "gpt2"])

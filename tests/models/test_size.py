@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from llmlite.errors import LoadError, UnsupportedModel
-from llmlite.models.size import Size, bytes_on_disk, count_zeros, expected_bytes, forward_flops_per_token, size_of_config, size_of_model
+from llmlite.models.size import Size, count_zeros, expected_bytes, forward_flops_per_token, size_of_config, size_of_model
 from llmlite.models.view import ModelView
+from llmlite.storage import folder_bytes
 from tests.conftest import ALL_FAMILIES, build_tiny, tiny_config, token_ids
 
 
@@ -38,7 +39,7 @@ def test_a_70b_llama_is_counted_from_its_config() -> None:
 def test_expected_bytes_are_the_bytes_that_were_saved(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = build_tiny(name, dtype=dtype)
     model.save_pretrained(tmp_path)
-    assert bytes_on_disk(tmp_path) == expected_bytes(model.config, dtype=dtype)
+    assert folder_bytes(tmp_path) == expected_bytes(model.config, dtype=dtype)
 
 
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -60,7 +61,7 @@ def test_expected_bytes_are_those_of_a_saved_bitsandbytes_model(name: str, dtype
     scheme, _, double = label.partition(" ")
     expected = expected_bytes(dense.config, dtype=dtype, scheme=scheme, double_quant=bool(double))  # type: ignore[arg-type]
     digits = 4 * len(list(ModelView(dense).linears())) + 64 if double else 0
-    assert abs(bytes_on_disk(tmp_path / "small") - expected) <= digits
+    assert abs(folder_bytes(tmp_path / "small") - expected) <= digits
 
 
 def test_bits_per_weight_approach_the_known_figures() -> None:
@@ -115,9 +116,8 @@ def test_zeros_in_the_file_are_the_zeros_of_the_model(name: str, tmp_path: Path)
 
 
 def test_a_folder_without_weights_is_an_error(tmp_path: Path) -> None:
-    for measure in (bytes_on_disk, count_zeros):
-        with pytest.raises(LoadError):
-            measure(tmp_path)
+    with pytest.raises(LoadError):
+        count_zeros(tmp_path)
 
 
 def test_size_of_an_unknown_architecture_is_refused() -> None:
