@@ -47,15 +47,15 @@ def lora_int4(args: argparse.Namespace) -> dict[str, Any]:
         variants = {
             "plain": ("lora_int4_plain.py", ["--batch", "8", "--checkpointing", "1"]),
             "plain, no checkpointing": ("lora_int4_plain.py", ["--batch", "8", "--checkpointing", "0"]),
-            "llmlite": ("lora_int4_llmlite.py", ["--batch", "2", "--checkpointing", "0"]),
-            "llmlite, checkpointing": ("lora_int4_llmlite.py", ["--batch", "2", "--checkpointing", "1"]),
+            "llmlite": ("lora_int4_llmlite.py", ["--batch", "1", "--accumulation", "2", "--checkpointing", "0"]),
+            "llmlite, checkpointing": ("lora_int4_llmlite.py", ["--batch", "1", "--accumulation", "2", "--checkpointing", "1"]),
         }
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
         for repeat in range(args.repeats):
             for name, (script, flags) in variants.items():
                 adapter = Path(place) / f"{name}-{repeat}"
                 shared = ["--model", folder, "--rows", str(rows), "--adapter", str(adapter), "--learning-rate", str(args.learning_rate)]
-                cost = measure(HERE / "methods" / script, [*shared, "--max-length", str(args.max_length), "--seed", str(args.seed), *flags], args.threads)
+                cost = measure(HERE / "methods" / script, [*shared, "--max-length", str(args.max_length), "--seed", str(args.seed + repeat), *flags], args.threads)
                 base = llmlite.recipes.LoraInt4().steps[0].load(run)
                 make_safe(base)
                 adapted = PeftModel.from_pretrained(base, adapter)

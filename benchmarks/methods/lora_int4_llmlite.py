@@ -20,6 +20,7 @@ parser.add_argument("--rows", type=Path, required=True)
 parser.add_argument("--adapter", type=Path, required=True)
 parser.add_argument("--learning-rate", type=float, required=True)
 parser.add_argument("--batch", type=int, required=True)
+parser.add_argument("--accumulation", type=int, default=1)
 parser.add_argument("--max-length", type=int, required=True)
 parser.add_argument("--checkpointing", type=int, default=0)
 parser.add_argument("--seed", type=int, default=0)
@@ -29,6 +30,7 @@ recipe = llmlite.LoraInt4(
     model=args.model,
     data=llmlite.Data(train=str(args.rows), max_length=args.max_length),
     per_device_train_batch_size=args.batch,
+    gradient_accumulation_steps=args.accumulation,
     learning_rate=args.learning_rate,
     gradient_checkpointing=bool(args.checkpointing),
     seed=args.seed,

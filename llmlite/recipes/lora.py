@@ -22,7 +22,7 @@ class Lora(Recipe):
     name: ClassVar[str] = "lora"
 
     data: DataSettings = Data(max_train_rows=176)
-    steps: Steps = (LoraStep(per_device_train_batch_size=2),)
+    steps: Steps = (LoraStep(per_device_train_batch_size=1, gradient_accumulation_steps=2),)
 
 
 if __name__ == "__main__":

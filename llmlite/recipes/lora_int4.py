@@ -27,7 +27,10 @@ class LoraInt4(Recipe):
     name: ClassVar[str] = "lora_int4"
 
     data: DataSettings = Data(max_train_rows=176)
-    steps: Steps = (Quantize(scheme="nf4", double_quant=True, calibrate=False, report_sequences=0), LoraStep(per_device_train_batch_size=2))
+    steps: Steps = (
+        Quantize(scheme="nf4", double_quant=True, calibrate=False, report_sequences=0),
+        LoraStep(per_device_train_batch_size=1, gradient_accumulation_steps=2),
+    )
 
 
 if __name__ == "__main__":

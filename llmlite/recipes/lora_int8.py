@@ -24,7 +24,7 @@ class LoraInt8(Recipe):
     name: ClassVar[str] = "lora_int8"
 
     data: DataSettings = Data(max_train_rows=176)
-    steps: Steps = (Quantize(scheme="int8", report_sequences=0), LoraStep(per_device_train_batch_size=2))
+    steps: Steps = (Quantize(scheme="int8", report_sequences=0), LoraStep(per_device_train_batch_size=1, gradient_accumulation_steps=2))
 
 
 if __name__ == "__main__":
