@@ -38,11 +38,13 @@ STEPS: dict[str, str] = {
 
 
 def _as_tuple(value: Any) -> Any:
+    if isinstance(value, str):
+        return tuple(name.strip() for name in value.split(",") if name.strip())
     return tuple(value) if isinstance(value, list) else value
 
 
 Names = Annotated[tuple[str, ...], pydantic.BeforeValidator(_as_tuple)]
-"""A list of names in YAML or Python."""
+"""A list of names in YAML or Python; on the command line, or for one name, also `q_proj` or `q_proj,v_proj`."""
 
 
 @dataclasses.dataclass(frozen=True)
