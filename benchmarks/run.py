@@ -55,7 +55,9 @@ def lora_int4(args: argparse.Namespace) -> dict[str, Any]:
             for name, (script, flags) in variants.items():
                 adapter = Path(place) / f"{name}-{repeat}"
                 shared = ["--model", folder, "--rows", str(rows), "--adapter", str(adapter), "--learning-rate", str(args.learning_rate)]
-                cost = measure(HERE / "methods" / script, [*shared, "--max-length", str(args.max_length), "--seed", str(args.seed + repeat), *flags], args.threads)
+                cost = measure(
+                    HERE / "methods" / script, [*shared, "--max-length", str(args.max_length), "--seed", str(args.seed + repeat), *flags], args.threads
+                )
                 base = llmlite.recipes.LoraInt4().steps[0].load(run)
                 make_safe(base)
                 adapted = PeftModel.from_pretrained(base, adapter)

@@ -118,7 +118,12 @@ def _wanted(item: Any) -> str:
             return f"be below {context['lt']}"
         case "less_than_equal":
             return f"be at most {context['le']}"
-    return re.sub(r"^Input should (be )?", "be ", str(item["msg"])).replace("a valid integer", "a whole number").replace("a valid ", "a ").replace("a tuple", "a list")
+    return (
+        re.sub(r"^Input should (be )?", "be ", str(item["msg"]))
+        .replace("a valid integer", "a whole number")
+        .replace("a valid ", "a ")
+        .replace("a tuple", "a list")
+    )
 
 
 def field_doc(cls: type[Any], name: str) -> str:

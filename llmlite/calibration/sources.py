@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +33,8 @@ def calibration_windows(run: Run, mixture: str | None = None) -> Tensor:
     Raises:
         DataError: a source cannot be read, or holds no text.
     """
+    from llmlite.data.tokens import leading_ids
+
     data, seed = run.recipe.data, run.recipe.seed
     parts = parse_mixture(mixture or run.calibration)
     found = []
@@ -43,7 +45,7 @@ def calibration_windows(run: Run, mixture: str | None = None) -> Tensor:
             found.append(_sampled(run, count))
         else:
             stream_T = _stream(run, source)
-            found.append(windows_of(stream_T, count, data.max_length, seed))
+            found.append(windows_of(stream_T, count, data.max_length, seed, leading=leading_ids(run.tokenizer)))
             if len(found[-1]) < count:
                 log.warning("calibration: %s has only %d windows of %d tokens; %d were asked for", source, len(found[-1]), data.max_length, count)
     width = min(part.shape[1] for part in found)
@@ -51,19 +53,21 @@ def calibration_windows(run: Run, mixture: str | None = None) -> Tensor:
     return windows_NT[torch.randperm(len(windows_NT), generator=torch.Generator().manual_seed(seed))]
 
 
-def windows_of(stream_T: Tensor, count: int, tokens: int, seed: int) -> Tensor:
+def windows_of(stream_T: Tensor, count: int, tokens: int, seed: int, *, leading: Sequence[int] = ()) -> Tensor:
     """`count` windows of a run of ids, drawn without overlap; all of them when there are fewer. A text shorter than one window is one short window.
 
     Args:
         stream_T: ids, int64.
         count: at most so many.
-        tokens: width.
+        tokens: width, `leading` included.
         seed: of the draw.
+        leading: ids at the start of each window. Gemma and its like give other numbers altogether without their first token.
     """
-    tokens = min(tokens, len(stream_T))
-    windows_NT = stream_T[: len(stream_T) // tokens * tokens].view(-1, tokens)
-    chosen = torch.randperm(len(windows_NT), generator=torch.Generator().manual_seed(seed))[:count]
-    return windows_NT[chosen.sort().values]
+    stride = max(1, min(tokens - len(leading), len(stream_T)))
+    windows_NT = stream_T[: len(stream_T) // stride * stride].view(-1, stride)
+    chosen = torch.randperm(len(windows_NT), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    head_NT = torch.tensor(leading, dtype=stream_T.dtype).expand(len(chosen), -1)
+    return torch.cat([head_NT, windows_NT[chosen]], dim=1)
 
 
 def _stream(run: Run, source: str) -> Tensor:

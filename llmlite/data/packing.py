@@ -21,17 +21,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmlite.data.tokens import Encoded
-from llmlite.errors import DataError
 
 if TYPE_CHECKING:
     import datasets
-    import torch
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
     Ids = NDArray[np.int32]
 
-__all__ = ["calibration_windows", "pack", "packed_dataset", "packing_holds", "padded_dataset"]
+__all__ = ["pack", "packed_dataset", "packing_holds", "padded_dataset"]
 
 
 def pack(lengths_N: Sequence[int], capacity: int, seed: int = 0) -> list[list[int]]:
@@ -85,28 +83,6 @@ def packed_dataset(encoded: Encoded, sequence_tokens: int, seed: int = 0) -> dat
 def padded_dataset(encoded: Encoded) -> datasets.Dataset:
     """One example a row, `input_ids` and `labels`, unpadded; the collator pads each batch."""
     return _dataset({"input_ids": encoded.input_ids, "labels": encoded.labels})
-
-
-def calibration_windows(stream_T: Ids, sequences: int, sequence_tokens: int, seed: int = 0, *, leading: Sequence[int] = ()) -> torch.Tensor:
-    """Windows drawn from anywhere in the text, no two overlapping.
-
-    Returns:
-        int64, (N, sequence_tokens) with N = `sequences`, or fewer when the text does not hold as many; the caller says so.
-
-    Raises:
-        DataError: the text is shorter than one window.
-    """
-    import torch
-
-    step = sequence_tokens - len(leading)
-    available = len(stream_T) // step if step > 0 else 0
-    if available < 1:
-        raise DataError(f"the calibration text has {len(stream_T)} tokens, less than one window of {sequence_tokens}. Give more text or shorter windows.")
-    generator = random.Random(seed)
-    phase = generator.randint(0, len(stream_T) - available * step)
-    chosen = sorted(generator.sample(range(available), min(sequences, available)))
-    head = np.array(leading, dtype=np.int64)
-    return torch.from_numpy(np.stack([np.concatenate([head, stream_T[phase + at * step : phase + (at + 1) * step]]) for at in chosen]).astype(np.int64))
 
 
 def packing_holds(model: PreTrainedModel, tolerance: float = 1e-2) -> bool:

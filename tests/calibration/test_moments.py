@@ -64,3 +64,7 @@ def test_windows_do_not_overlap_and_are_all_there_when_few() -> None:
     assert torch.equal(drawn, windows_of(stream, 4, 10, 0))
     assert not torch.equal(drawn, windows_of(stream, 4, 10, 1))
     assert windows_of(stream[:7], 4, 10, 0).tolist() == [list(range(7))]
+    led = windows_of(stream, 99, 10, 0, leading=[7])
+    assert led.shape == (11, 10)
+    assert (led[:, 0] == 7).all()
+    assert led[:, 1:].flatten().tolist() == list(range(99))

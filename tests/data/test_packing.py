@@ -12,9 +12,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmlite.data.collate import PackedCollator, PaddedCollator
-from llmlite.data.packing import calibration_windows, pack, packed_dataset, packing_holds, padded_dataset
+from llmlite.data.packing import pack, packed_dataset, packing_holds, padded_dataset
 from llmlite.data.tokens import IGNORED, Encoded
-from llmlite.errors import DataError
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -160,21 +159,6 @@ def test_packed_rows_restart_positions_and_never_train_a_first_token():
         assert all(row["labels"][at] == IGNORED for at in starts)
         for begin, end in itertools.pairwise([*starts, len(row["input_ids"])]):
             assert row["position_ids"][begin:end] == list(range(end - begin))
-
-
-def test_calibration_windows_are_disjoint_stretches_of_the_text():
-    stream = np.arange(1000, dtype=np.int32)
-    windows = calibration_windows(stream, 20, 32, seed=1)
-    assert windows.shape == (20, 32)
-    assert windows.dtype == torch.int64
-    assert (windows[:, 1:] - windows[:, :-1] == 1).all()
-    assert windows.unique().numel() == windows.numel()
-    assert torch.equal(windows, calibration_windows(stream, 20, 32, seed=1))
-    assert not torch.equal(windows, calibration_windows(stream, 20, 32, seed=2))
-    assert calibration_windows(stream, 100, 32).shape == (31, 32)
-    assert (calibration_windows(stream, 4, 32, leading=[5])[:, 0] == 5).all()
-    with pytest.raises(DataError, match="less than one window"):
-        calibration_windows(stream[:10], 4, 32)
 
 
 def test_batches_of_prepared_rows_come_from_their_own_collator(make_tokenizer: Callable):
