@@ -18,6 +18,8 @@ from llmlite.storage import require_space, telling, write_text
 
 __all__ = ["Plan", "check", "claim", "made_before_adapter", "size_line"]
 
+_MEASURING_BYTES = 4 * 4 * 256  # for each token of the vocabulary: four tables of logits of the 256 tokens that are measured at a time
+
 log = logging.getLogger(__name__)
 
 
@@ -50,7 +52,7 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
     context = context or Run(recipe)
     from llmlite.models.families import family_of
     from llmlite.models.load import require_matching
-    from llmlite.models.size import expected_bytes, size_of_config
+    from llmlite.models.size import expected_bytes, runtime_bytes, size_of_config
 
     if recipe.push_to_hub and not recipe.hub_model_id:
         raise ConfigError(recipe.name, ["push_to_hub needs hub_model_id: where to upload, as owner/name."])
@@ -69,7 +71,7 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
         config,
         parameters=size_of_config(config).parameters,
         disk_bytes=expected_bytes(config, dtype=context.storage_dtype),
-        peak_bytes=dense + (500_000_000 if context.device.type == "cpu" else 0),
+        peak_bytes=dense + runtime_bytes(context.device) + _MEASURING_BYTES * int(config.get_text_config().vocab_size),
     )
     rows = [_plan_row("base", model)]
     problems: list[str] = []

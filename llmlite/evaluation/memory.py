@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import resource
 import sys
 from collections.abc import Iterator
@@ -9,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Peak", "measured_peak", "resident_bytes"]
+__all__ = ["Peak", "give_back", "measured_peak", "resident_bytes"]
 
 
 @dataclass
@@ -28,6 +31,7 @@ def measured_peak(device_type: str = "cpu") -> Iterator[Peak]:
     its start. On CUDA it is what the allocator held at most.
     """
     peak = Peak()
+    give_back()
     if device_type == "cuda":
         import torch
 
@@ -49,6 +53,13 @@ def measured_peak(device_type: str = "cpu") -> Iterator[Peak]:
 def resident_bytes() -> int:
     """Bytes of this process in memory now; 0 where the system does not tell."""
     return _status_bytes("VmRSS") or 0
+
+
+def give_back() -> None:
+    """Free what nothing uses, and let the C library return the pages to the system: it would keep those of a model that is gone."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library: the pages come back when it likes
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _reset_high_water() -> None:

@@ -29,12 +29,14 @@ __all__ = [
     "forward_flops_per_token",
     "linear_shapes",
     "meta_model",
+    "runtime_bytes",
     "size_of_config",
     "size_of_model",
 ]
 
 Scheme = Literal["int8", "nf4", "fp4"]
 
+_RUNTIME_BYTES = 500_000_000  # Python, torch, transformers, bitsandbytes and the allocator, before any weight
 _BLOCKSIZE = 64  # weights that share one absmax; BitsAndBytesConfig offers no other
 _NESTED_BLOCKSIZE = 256  # absmax values that share one second-level absmax
 _OFFSET_DIGITS = 18  # typical length of the nested offset as JSON; the real one depends on the weights
@@ -190,6 +192,11 @@ def _safetensors_bytes(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) 
         header[name] = {"dtype": _SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     return 8 + math.ceil(len(json.dumps(header, separators=(",", ":"))) / 8) * 8 + offset
+
+
+def runtime_bytes(device: torch.device) -> int:
+    """What a process needs before any weight, counted where weights lie in the process's own memory: on a CPU."""
+    return _RUNTIME_BYTES if device.type == "cpu" else 0
 
 
 def forward_flops_per_token(config: Any, *, context_tokens: int = 0) -> int:

@@ -71,7 +71,7 @@ def calibration_tokens(run: Run) -> int:
 def planned(model: ModelPlan, config: Any, run: Run, *, calibrated: bool, notes: tuple[str, ...], form: str | None = None) -> ModelPlan:
     """The plan after a pruning step, counted from the new config."""
     from llmlite.models.families import family_of
-    from llmlite.models.size import expected_bytes, size_of_config
+    from llmlite.models.size import expected_bytes, runtime_bytes, size_of_config
 
     tokens = calibration_tokens(run) if calibrated else 0
     family = family_of(config)
@@ -81,7 +81,7 @@ def planned(model: ModelPlan, config: Any, run: Run, *, calibrated: bool, notes:
         2 * expected_bytes(model.config, dtype=run.compute_dtype)
         + 2 * 4 * tokens * family.width(model.config)
         + (40 * width**2 if calibrated else 0)
-        + 500_000_000
+        + runtime_bytes(run.device)
     )
     return dataclasses.replace(
         model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from llmlite.models.families import family_of
-from llmlite.models.size import expected_bytes
+from llmlite.models.size import expected_bytes, runtime_bytes
 
 if TYPE_CHECKING:
     from llmlite.run import Run
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 __all__ = ["training_peak_bytes"]
 
 _CHUNK_TOKENS = 256
-_RUNTIME_BYTES = 500_000_000  # Python, torch, transformers, bitsandbytes and the allocator, before any weight
 
 
 def training_peak_bytes(model: ModelPlan, trained_parameters: int, step: TrainingStep, run: Run) -> int:
@@ -40,4 +39,4 @@ def training_peak_bytes(model: ModelPlan, trained_parameters: int, step: Trainin
     head = 2 * _CHUNK_TOKENS * 4 * int(model.config.vocab_size)
     scheme: Any = model.form if model.form in {"int8", "nf4", "fp4"} else None
     weights = expected_bytes(model.config, dtype=run.compute_dtype, scheme=scheme, double_quant=True)
-    return weights + 16 * trained_parameters + activations + head + (_RUNTIME_BYTES if run.device.type == "cpu" else 0)
+    return weights + 16 * trained_parameters + activations + head + runtime_bytes(run.device)
