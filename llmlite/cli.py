@@ -21,7 +21,7 @@ from typing import Any
 import click
 
 from llmlite import __version__
-from llmlite.config import field_doc, near, parse_flag, read_yaml, to_yaml
+from llmlite.config import field_doc, near, parse_flag, read_yaml, to_mapping, to_yaml
 from llmlite.data.settings import Data
 from llmlite.errors import ConfigError, Interrupted, LlmliteError
 from llmlite.models.load import Model
@@ -225,6 +225,12 @@ def _run(recipe: Recipe) -> None:
         return
     _show_samples(console, report)
     console.print(report.table())
+    merged = report.rows[-1].details.get("perplexity_merged")
+    if merged is not None:
+        before = report.rows[-1].details["perplexity_before_merge"]
+        console.print(
+            f"Merged into 16-bit weights in {report.path / 'merged'}: perplexity {before:.4g} -> {merged:.4g} ({merged / before - 1:+.2%})", soft_wrap=True
+        )
     console.print(f"\nThe result is in {report.path}; a fresh process loaded it with the same logits (largest difference {report.reload_difference:.1e}):\n")
     console.print(report.loading + "\n", markup=False, soft_wrap=True)
 
@@ -362,8 +368,8 @@ def _steps_command(name: str | None) -> None:
 
 def _step_help(name: str, cls: type[Step]) -> str:
     lines = [f"# {(cls.__doc__ or '').strip().splitlines()[0]}", f"- step: {name}"]
-    for field in dataclasses.fields(cls):
-        value = to_yaml({field.name: list(getattr(cls, field.name)) if isinstance(getattr(cls, field.name), tuple) else getattr(cls, field.name)}).strip()
+    for field in sorted(dataclasses.fields(cls), key=lambda field: field.name == "gate"):
+        value = to_yaml({field.name: to_mapping(getattr(cls, field.name))}).strip()
         lines.append(f"  {value.replace(chr(10), ' ')}  # {field_doc(cls, field.name)}")
     return "\n".join(lines)
 

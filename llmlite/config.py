@@ -128,8 +128,11 @@ def _wanted(item: Any) -> str:
 
 def field_doc(cls: type[Any], name: str) -> str:
     """The documentation of a field: the string under it, on one line; empty for an unknown field."""
-    info = getattr(cls, "__pydantic_fields__", {}).get(name)
-    return " ".join((info.description or "").split()) if info else ""
+    for owner in cls.__mro__:  # the text stands in the class that declares the field, which may be a base
+        info = vars(owner).get("__pydantic_fields__", {}).get(name)
+        if info and info.description:
+            return " ".join(info.description.split())
+    return ""
 
 
 def describe_field(cls: type[Any], path: str) -> str:

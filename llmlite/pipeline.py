@@ -26,7 +26,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmlite.errors import LlmliteError, OutputError, ResourceError
+from llmlite.errors import GateFailed, LlmliteError, OutputError, ResourceError
+from llmlite.gate import COLLAPSE
 from llmlite.plan import check, claim, made_before_adapter
 from llmlite.recipe import Recipe
 from llmlite.report import Report, Row
@@ -83,15 +84,18 @@ class _Pipeline:
         if done == len(self.recipe.steps) and (self.out / "report.json").is_file():
             log.info("%s is complete; nothing is done again", self.out)
             self.report = Report.read(self.out)
+            for index, row in enumerate(self.report.rows[1:]):
+                self._gate(index, row)
             if self.context.is_main:
                 self._link_result()
                 self._push()
             self.context.wait()
             return self.report
-        for index in range(done, len(self.recipe.steps)):
-            self._step(index, reference)
-        for index in range(done):
-            self.report.rows.insert(1 + index, self._row(self._folder(index)))
+        for index in range(len(self.recipe.steps)):
+            if index >= done:
+                self._step(index, reference)
+            self.report.rows.append(self._row(self._folder(index)))
+            self._gate(index, self.report.rows[-1])
         self._finish()
         self._push()
         return self.report
@@ -224,8 +228,28 @@ class _Pipeline:
                     shutil.move(extra, temporary / extra.name)
             shutil.rmtree(scratch, ignore_errors=True)
         self.context.wait()
-        self.report.rows.append(self._row(folder))
         self.model = model
+
+    def _gate(self, index: int, row: Row) -> None:
+        """Stop when a step's figures cross its gate; without a gate, warn of a collapse.
+
+        Raises:
+            GateFailed: the step's folder stays, so that a looser gate continues behind it.
+        """
+        step, base = self.recipe.steps[index], self.report.rows[0]
+        gate = step.gate or self.recipe.gate
+        crossed = (gate or COLLAPSE).crossed(base.perplexity, row.perplexity, row.kl, row.top1_agreement)
+        if not crossed:
+            return
+        if not gate:
+            log.warning("%s: the model is far from its base: %s. To stop at such a step, set a gate.", row.name, "; ".join(crossed))
+            return
+        good = self._folder(index - 1) if index else None
+        raise GateFailed(
+            f"gate: step {index + 1}, {row.name}, went too far: {'; '.join(crossed)}.\n"
+            + (f"The last good model is in {good}. " if good else f"The last good model is the base, {self.recipe.model.name}. ")
+            + f"Try: {step.advice}. Or loosen the gate: the same command then continues behind this step."
+        )
 
     def _apply(self, index: int, step: Step) -> PreTrainedModel:
         if index == 0:

@@ -16,6 +16,7 @@ import pydantic
 from llmlite.config import near, read_yaml, settings, to_mapping, unknown_option, validate
 from llmlite.data.settings import Data
 from llmlite.errors import ConfigError
+from llmlite.gate import Gate, GateSettings
 from llmlite.models.load import Model
 from llmlite.step import Step, name_of_step, parse_step, step_class
 
@@ -30,7 +31,7 @@ _PARTS: dict[str, tuple[type[Any], str]] = {"model": (Model, "name"), "data": (D
 
 # What may change between a run and its continuation without changing what comes out.
 NOT_IN_IDENTITY = frozenset(
-    {"dry_run", "overwrite_output_dir", "output_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_accept_license"}
+    {"gate", "dry_run", "overwrite_output_dir", "output_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_accept_license"}
 )
 
 
@@ -73,6 +74,9 @@ class Recipe:
     """Seed of everything random."""
     max_steps: Annotated[int, pydantic.Field(ge=1)] | None = None
     """Optimizer steps of every training step, instead of what the steps say."""
+    gate: GateSettings = Gate()
+    """Limits that stop the run (exit code 3) when a step's result crosses one, for instance {perplexity_increase: 0.05, kl: 0.1, agreement: 0.9}. A step's
+    own gate replaces it. It may be changed when a stopped run is continued."""
     dry_run: bool = False
     """Print the plan (parameters, bytes, memory, tokens, disk) and stop; no weights are loaded."""
     overwrite_output_dir: bool = False
@@ -164,7 +168,8 @@ class Recipe:
 
     def identity(self) -> dict[str, Any]:
         """The plain values that could change the result: what `recipe.yaml` in the output folder holds, and what a continuation must agree with."""
-        return {key: value for key, value in self.to_mapping().items() if key not in NOT_IN_IDENTITY}
+        mapping = {key: value for key, value in self.to_mapping().items() if key not in NOT_IN_IDENTITY}
+        return mapping | {"steps": [{key: value for key, value in step.items() if key not in NOT_IN_IDENTITY} for step in mapping["steps"]]}
 
     @property
     def folder(self) -> Path:
@@ -215,7 +220,10 @@ def _assign_path(merged: dict[str, Any], path: list[str], value: Any) -> str | N
         if isinstance(place, list):
             if not part.isdigit() or int(part) >= len(place):
                 return f"no step '{so_far}'. There are {len(place)} steps, numbered from 0."
-            place = place[int(part)]
+            step = place[int(part)]
+            place[int(part)] = place = {"step": step} if isinstance(step, str) else step
+            if isinstance(place, dict) and path[depth + 1] == "gate":
+                place.setdefault("gate", {})  # a mapping that YAML seldom writes out
         elif isinstance(place, dict) and isinstance(place.get(part), dict | list):
             place = place[part]
         else:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import pydantic
 
 from llmlite.config import near, settings, validate
+from llmlite.gate import Gate, GateSettings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -80,6 +81,12 @@ class Step:
 
     takes: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
     """Forms of model the step can work on. See `ModelPlan.form`."""
+
+    advice: ClassVar[str] = "ask less of this step"
+    """What to try when its result is too far from the base."""
+
+    gate: GateSettings = Gate()
+    """Limits for this step's result, instead of the recipe's gate."""
 
     def check(self, model: ModelPlan, run: Run) -> ModelPlan:
         """Say what the step will leave behind.

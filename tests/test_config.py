@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmlite.adapters.lora import Lora
-from llmlite.config import fingerprint, near, parse_flag, read_yaml, to_yaml
+from llmlite.config import field_doc, fingerprint, near, parse_flag, read_yaml, to_yaml
 from llmlite.errors import ConfigError
 from llmlite.quantization.bnb import Quantize
+from llmlite.step import STEPS, step_class
 
 
 def test_all_problems_of_one_call_are_reported_together() -> None:
@@ -94,3 +96,9 @@ def test_a_fingerprint_depends_on_values_and_not_on_their_order() -> None:
 def test_no_near_name_is_suggested_when_none_is_near() -> None:
     assert near("zzz", ["learning_rate", "scheme"]) is None
     assert near("learning-rat", ["learning_rate", "scheme"]) == "learning_rate"
+
+
+def test_every_option_of_every_step_has_a_documentation() -> None:
+    for name in STEPS:
+        cls = step_class(name)
+        assert [field.name for field in dataclasses.fields(cls) if not field_doc(cls, field.name)] == [], name

@@ -11,7 +11,7 @@ import llmlite
 
 PACKAGE = Path(llmlite.__file__).parent
 LAYERS = [
-    {"config", "errors", "storage", "step", "py.typed"},
+    {"config", "errors", "gate", "storage", "step", "py.typed"},
     {"models", "data", "evaluation.memory"},
     {"training"},
     {"run", "report", "calibration", "evaluation", "hub"},

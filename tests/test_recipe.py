@@ -88,7 +88,7 @@ def test_a_step_of_ones_own_is_named_by_its_path(tmp_path: Path, monkeypatch: py
     monkeypatch.syspath_prepend(tmp_path)
     recipe = Recipe.from_options(("x.yaml", {"steps": [{"step": "my_steps:Mine", "amount": 3}]}))
     assert recipe.steps[0].amount == 3
-    assert recipe.to_mapping()["steps"] == [{"step": "my_steps:Mine", "amount": 3}]
+    assert recipe.identity()["steps"] == [{"step": "my_steps:Mine", "amount": 3}]
 
 
 def test_the_identity_ignores_where_the_result_goes_and_nothing_else() -> None:

@@ -7,13 +7,13 @@ Source: Muralidharan et al. 2024 (Minitron), arXiv:2407.14679, section 2.2 (impo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from llmlite.config import settings
 from llmlite.errors import ConfigError, UnsupportedModel
-from llmlite.pruning.settings import Keep, planned, require_plain
+from llmlite.pruning.settings import ADVICE, Keep, planned, require_plain
 from llmlite.step import ModelPlan, Step
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ __all__ = ["PruneHidden", "hidden_scores"]
 @settings
 class PruneHidden(Step):
     """Take dimensions out of the residual stream. Wants training afterwards."""
+
+    advice: ClassVar[str] = ADVICE
 
     keep: Keep = 0.9
     """Share of the hidden dimensions that stays."""

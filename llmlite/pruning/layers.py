@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from llmlite.config import settings
 from llmlite.errors import ConfigError, UnsupportedModel
-from llmlite.pruning.settings import Keep, planned, require_plain
+from llmlite.pruning.settings import ADVICE, Keep, planned, require_plain
 from llmlite.step import ModelPlan, Step
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 @settings
 class PruneLayers(Step):
     """Take whole decoder blocks away."""
+
+    advice: ClassVar[str] = ADVICE
 
     keep: Keep = 0.9
     """Share of the layers that stays."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,14 +14,17 @@ from llmlite.step import ModelPlan, Step
 if TYPE_CHECKING:
     from llmlite.run import Run
 
-__all__ = ["Keep", "UnitStep", "calibration_tokens", "compensated", "planned", "require_plain", "walk_state"]
+__all__ = ["ADVICE", "Keep", "UnitStep", "calibration_tokens", "compensated", "planned", "require_plain", "walk_state"]
 
+ADVICE = "keep more, calibrate on text nearer to yours, or train what is left before measuring it (recipes/*_heal.yaml)"
 Keep = Annotated[float, Field(gt=0, le=1)]
 
 
 @settings
 class UnitStep(Step):
     """Base of the steps that take inputs away from output projections: FFN channels from `down`, heads from `o`."""
+
+    advice: ClassVar[str] = ADVICE
 
     score: Literal["flap", "wanda", "magnitude", "taylor", "obs"] = "flap"
     """How units are judged: flap (how much of the output fluctuates with it), wanda (weight times input norm), magnitude, taylor (weight times gradient),

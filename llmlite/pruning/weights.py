@@ -8,14 +8,14 @@ Sources: magnitude, arXiv:1506.02626; Wanda, arXiv:2306.11695; SparseGPT, arXiv:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import pydantic
 from pydantic import Field
 
 from llmlite.config import settings
 from llmlite.errors import ConfigError
-from llmlite.pruning.settings import planned, require_plain, walk_state
+from llmlite.pruning.settings import ADVICE, planned, require_plain, walk_state
 from llmlite.step import ModelPlan, Step
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ Sparsity = Annotated[Annotated[float, Field(ge=0, lt=1)] | str, pydantic.BeforeV
 @settings
 class PruneWeights(Step):
     """Set weights of the decoder's projections to zero; later training keeps the zeros."""
+
+    advice: ClassVar[str] = ADVICE
 
     sparsity: Sparsity = 0.5
     """Share of zeros in every projection, or N:M: N zeros in every M neighbouring inputs, such as 2:4."""

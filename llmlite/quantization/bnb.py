@@ -36,6 +36,8 @@ BLOCK_SIZE = 64  # weights that share one scale; transformers fixes it
 class Quantize(Step):
     """Store the linear layers of the decoder blocks in 8 or 4 bits. Embeddings, norms and lm_head stay as they are."""
 
+    advice: ClassVar[str] = "calibrate: true with more calibration_sequences, scheme: int8, a step correct behind it, or skip for the worst layers"
+
     takes: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
 
     scheme: Literal["int8", "nf4", "fp4"] = "nf4"

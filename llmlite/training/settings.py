@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,8 @@ NonNegative = Annotated[float, Field(ge=0)]
 @settings
 class TrainingStep(Step):
     """Base of the steps that train."""
+
+    advice: ClassVar[str] = "a lower learning_rate, fewer steps, or data nearer to what the base was trained on"
 
     learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Peak learning rate of AdamW. None: the step's own choice."""

@@ -158,7 +158,7 @@ def test_the_plan_says_what_the_run_then_measures(finished: Report, model_folder
     plan = recipe(model_folder, pairs_file, tmp_path / "x").check()
     assert [row["parameters"] for row in plan.rows] == [row.parameters for row in finished.rows]
     assert plan.rows[1]["disk_bytes"] == pytest.approx(finished.rows[1].bytes_on_disk, rel=0.01)
-    assert plan.rows[2]["tokens"] == 4 * 2 * 64
+    assert plan.rows[2]["tokens"] == 4 * 2 * 2 * 64  # steps, rows, accumulated, tokens of a row
 
 
 @pytest.mark.parametrize("preset", ["Lora", "LoraInt8"])

@@ -1,0 +1,64 @@
+"""Quality gates: how far a step's result may be from the base before the run stops.
+
+A gate is checked on the held-out text after each step. Perplexity alone can look healthy while the model answers differently, so divergence and
+agreement have limits of their own (Dutta et al. 2024, arXiv:2407.09141).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import pydantic
+
+from llmlite.config import settings, validate
+
+__all__ = ["COLLAPSE", "Gate", "GateSettings"]
+
+
+@settings
+class Gate:
+    """Limits on what a step may cost, each against the base on the held-out text. A limit left out is not checked."""
+
+    perplexity_increase: Annotated[float, pydantic.Field(ge=0)] | None = None
+    """Most that perplexity may rise, as a share: 0.05 lets 20 become 21."""
+    kl: Annotated[float, pydantic.Field(ge=0)] | None = None
+    """Most that the KL divergence from the base may be, in nats a token."""
+    agreement: Annotated[float, pydantic.Field(ge=0, le=1)] | None = None
+    """Least share of tokens whose most likely next token is the base's."""
+
+    def crossed(self, base_perplexity: float, perplexity: float, kl: float | None, agreement: float | None) -> list[str]:
+        """A phrase for each limit that these figures cross; none when all hold. What is no number crosses every limit on it."""
+        found = []
+        increase = perplexity / base_perplexity - 1
+        if self.perplexity_increase is not None and not increase <= self.perplexity_increase:
+            shown = f"{increase:+.1%}" if math.isfinite(increase) else "without bound"
+            found.append(f"perplexity {base_perplexity:.4g} -> {perplexity:.4g} ({shown}; limit {self.perplexity_increase:+.1%})")
+        if self.kl is not None and kl is not None and not kl <= self.kl:
+            found.append(f"KL to the base {kl:.4g} nats a token (limit {self.kl:.4g})")
+        if self.agreement is not None and agreement is not None and not agreement >= self.agreement:
+            found.append(f"top-1 agreement with the base {agreement:.1%} (limit {self.agreement:.1%})")
+        return found
+
+    def __bool__(self) -> bool:
+        """Whether anything is checked."""
+        return any(getattr(self, field.name) is not None for field in dataclasses.fields(self))
+
+
+COLLAPSE = Gate(perplexity_increase=1.0, kl=1.0, agreement=0.5)
+"""What is warned of when no gate was set: a model this far from its base has hardly survived."""
+
+
+def _gate_of(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return Gate() if value is None else value
+    gate, problems = validate(Gate, value, "")
+    if gate is None:
+        raise ValueError("be right: " + " ".join(problems))
+    return gate
+
+
+GateSettings = Annotated[Gate, pydantic.BeforeValidator(_gate_of)]
+"""A `Gate`, or a mapping of its limits."""
