@@ -350,6 +350,26 @@ def _check_command(context: click.Context, file: str) -> None:
     _run(dataclasses.replace(_file_recipe(file, context.args), dry_run=True))
 
 
+@_group.command("compare")
+@click.argument("folders", metavar="DIR DIR ...", nargs=-1, required=True)
+@click.option("--html", metavar="FILE", help="Also write a page with plots.")
+def _compare_command(folders: tuple[str, ...], html: str | None) -> None:
+    """Put finished runs side by side: quality against bytes and speed, with the Pareto front."""
+    from rich.console import Console
+
+    from llmlite.html.compare import compare
+    from llmlite.storage import write_text
+
+    found = compare(folders)
+    console = Console(highlight=False)
+    for warning in found.warnings:
+        console.print(f"Note: {warning}", markup=False)
+    console.print(found.table())
+    if html:
+        write_text(Path(html), found.page())
+        console.print(f"The page with plots: {html}", markup=False)
+
+
 @_group.command("steps")
 @click.argument("name", required=False)
 def _steps_command(name: str | None) -> None:

@@ -287,6 +287,7 @@ class _Pipeline:
 
     def _finish(self) -> None:
         from llmlite.evaluation.reload import loading_lines, require_reload
+        from llmlite.html.page import write_page
         from llmlite.hub.base import describe_base
         from llmlite.hub.card import write_card
 
@@ -304,6 +305,7 @@ class _Pipeline:
         self.report.base = describe_base(self.context.source, self.model.config if adapter else None, made_before_adapter(self.recipe) if adapter else None)
         self.report.save()
         write_card(self.report)
+        write_page(self.report)
 
     def _push(self) -> None:
         """Upload the result where that was asked for. A failed upload loses nothing: the run stays complete."""

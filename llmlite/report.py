@@ -74,20 +74,17 @@ class Report:
     @classmethod
     def read(cls, folder: Path | str) -> Report:
         """Read the report of a finished run."""
-        values = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
-        values["rows"] = [Row(**row) for row in values["rows"]]
-        return cls(path=Path(folder), **values)
+        return cls.of(Path(folder), json.loads((Path(folder) / "report.json").read_text(encoding="utf-8")))
 
-    def table(self) -> Table:
-        """A column for the base and for each step, a row for each figure; changes are against the base."""
-        from rich.table import Table
+    @classmethod
+    def of(cls, path: Path, values: dict[str, Any]) -> Report:
+        """A report from its plain values; `path` is the folder of the result."""
+        return cls(path=path, **(values | {"rows": [Row(**row) for row in values["rows"]]}))
 
-        table = Table(title=f"{self.path}", title_justify="left")
-        table.add_column("")
+    def lines(self) -> dict[str, list[str]]:
+        """The figures as text: a name, then a cell for the base and for each step; changes are against the base."""
         base = self.rows[0].perplexity if self.rows else 1.0
-        for row in self.rows:
-            table.add_column(row.name, justify="right", no_wrap=True)
-        lines: dict[str, list[str]] = {
+        return {
             "parameters": [f"{row.parameters:,}" for row in self.rows],
             "on disk": [human_bytes(row.bytes_on_disk) for row in self.rows],
             "perplexity": [f"{row.perplexity:.4g}" for row in self.rows],
@@ -99,7 +96,16 @@ class Report:
             "peak memory": ["" if row.peak_memory_bytes is None else human_bytes(row.peak_memory_bytes) for row in self.rows],
             "seconds": [f"{row.seconds:.0f}" for row in self.rows],
         }
-        for name, cells in lines.items():
+
+    def table(self) -> Table:
+        """`lines` for a terminal: a column for the base and for each step, a row for each figure."""
+        from rich.table import Table
+
+        table = Table(title=f"{self.path}", title_justify="left")
+        table.add_column("")
+        for row in self.rows:
+            table.add_column(row.name, justify="right", no_wrap=True)
+        for name, cells in self.lines().items():
             table.add_row(name, *cells)
         return table
 

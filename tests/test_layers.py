@@ -14,7 +14,7 @@ LAYERS = [
     {"config", "errors", "gate", "storage", "step", "py.typed"},
     {"models", "data", "evaluation.memory"},
     {"training"},
-    {"run", "report", "calibration", "evaluation", "hub"},
+    {"run", "report", "calibration", "evaluation", "html", "hub"},
     {"pruning", "distillation", "quantization", "adapters"},
     {"recipe", "plan", "pipeline"},
     {"recipes", "cli", "__main__", "__init__"},

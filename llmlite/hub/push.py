@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmlite.errors import HubError, OutputError, PushFailed
+from llmlite.html.page import PAGE, run_page
 from llmlite.hub.base import base_of
 from llmlite.hub.card import is_ours, model_card
 from llmlite.hub.client import ATTEMPTS, api, call
@@ -172,7 +173,9 @@ def what_is_sent(folder: Path, report: Report | None, repo_id: str, base_model: 
     is_adapter = "adapter_config.json" in files
     if report is not None:
         files["recipe.yaml"] = public_recipe(report).encode()
-        files["report.json"] = _json(public_report(report, repo_id, is_adapter, base_model))
+        values = public_report(report, repo_id, is_adapter, base_model)
+        files["report.json"] = _json(values)
+        files[PAGE] = run_page(Report.of(folder, values)).encode()
     card = folder / "README.md"
     if not card.is_file() or is_ours(card.read_text(encoding="utf-8")):
         files["README.md"] = model_card(report, folder, repo_id, base_model).encode()
