@@ -105,6 +105,7 @@ def test_a_run_ends_on_the_hub_with_adapter_tokenizer_card_recipe_and_report(run
         "adapter_model.safetensors",
         "chat_template.jinja",
         "recipe.yaml",
+        "report.html",
         "report.json",
         "tokenizer.json",
         "tokenizer_config.json",
