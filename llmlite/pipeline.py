@@ -188,6 +188,7 @@ class _Pipeline:
         from llmlite.evaluation.sample import sample
         from llmlite.evaluation.speed import measure_speed
         from llmlite.models.save import settle
+        from llmlite.quantization.safety import packed_generation
 
         step, folder = self.recipe.steps[index], self._folder(index)
         name = name_of_step(type(step)) or type(step).__name__
@@ -204,8 +205,9 @@ class _Pipeline:
         seconds = time.perf_counter() - started
         log.info("step %d of %d: %s took %.0f s; measuring", index + 1, len(self.recipe.steps), name, seconds)
         quality = measure_quality(model, self.context.evaluation_batches(), reference)
-        speed = measure_speed(model)
-        self.context.note(sample=sample(model, self.context.tokenizer, self.context.evaluation_data.rows))
+        with packed_generation(model):  # as stock transformers runs it
+            speed = measure_speed(model)
+            self.context.note(sample=sample(model, self.context.tokenizer, self.context.evaluation_data.rows))
         row = Row(
             name,
             _logical_parameters(model),

@@ -22,6 +22,7 @@ from llmlite.quantization.nf4 import (
     refine,
     search_scales,
 )
+from llmlite.quantization.safety import make_safe
 from llmlite.quantization.stock_format import pack, read_codes, unpack, write_codes
 
 SCHEMES = ("nf4", "fp4")
@@ -186,7 +187,9 @@ def _stock_layer(weight_OI: Tensor, scheme: str, double_quant: bool, storage: to
     layer.weight = bnb.nn.Params4bit(
         weight_OI.clone(), requires_grad=False, quant_type=scheme, compress_statistics=double_quant, quant_storage=storage, module=layer
     )
-    return layer.to("cpu").eval()
+    layer = layer.to("cpu").eval()
+    make_safe(layer)
+    return layer
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.float32])
