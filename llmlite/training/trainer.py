@@ -145,9 +145,11 @@ def train(model: PreTrainedModel, step: TrainingStep, run: Run, make_loss: LossM
     if run.is_main:
         _require_same_rows(folder, data.fingerprint(), checkpoint)
     stop = StopRequest()
+    arguments = trainer_arguments(step, run, folder)
     trainer = LiteTrainer(
         model=model,
-        args=trainer_arguments(step, run, folder),
+        args=arguments,
+        optimizers=(step.optimizer(model, arguments.learning_rate), None),
         train_dataset=data.dataset,
         data_collator=data.collator(flatten="flash" in str(model.config._attn_implementation)),
         callbacks=[SealCheckpoints(), stop, _StopAtNan(), KeepZeros()],
