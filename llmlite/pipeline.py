@@ -198,6 +198,7 @@ class _Pipeline:
     # steps ----------------------------------------------------------------------------------------------------------------------------
 
     def _step(self, index: int, reference: Reference) -> None:
+        from llmlite.evaluation.energy import measured_energy
         from llmlite.evaluation.memory import measured_peak
         from llmlite.evaluation.quality import measure_quality
         from llmlite.evaluation.sample import sample
@@ -213,10 +214,12 @@ class _Pipeline:
             scratch.mkdir(parents=True, exist_ok=True)
         self.context.scratch, self.context.notes = scratch, {}
         started = time.perf_counter()
-        with measured_peak(self.context.device.type) as peak, _memory_advice(name):
+        device = self.context.device.type
+        with measured_energy(device, estimate=self.recipe.estimate_energy) as energy, measured_peak(device) as peak, _memory_advice(name):
             model = self._apply(index, step)
             if not is_adapted(model):
                 settle(model, self.context.storage_dtype)
+        self.context.note(energy=energy.to_json())
         seconds = time.perf_counter() - started
         log.info("step %d of %d: %s took %.0f s; measuring", index + 1, len(self.recipe.steps), name, seconds)
         quality = measure_quality(model, self.context.evaluation_batches(), reference)
