@@ -60,6 +60,8 @@ class Report:
     base: dict[str, Any] = field(default_factory=dict)
     """What the model card says of the base model. See `llmlite.hub.base.describe_base`."""
     reload_difference: float | None = None
+    expected: dict[str, float] = field(default_factory=dict)
+    """What `llmlite shrink` expected of the result: kl, perplexity, bytes_on_disk."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, without the folder's place."""
@@ -96,6 +98,17 @@ class Report:
             "peak memory": ["" if row.peak_memory_bytes is None else human_bytes(row.peak_memory_bytes) for row in self.rows],
             "seconds": [f"{row.seconds:.0f}" for row in self.rows],
         }
+
+    def expectation(self) -> str:
+        """Expected beside obtained, in a sentence; empty where nothing was expected."""
+        if not self.expected or not self.rows:
+            return ""
+        last = self.rows[-1]
+        return (
+            f"Expected KL {self.expected['kl']:.4f}, obtained {last.kl or 0:.4f}; "
+            f"perplexity {self.expected['perplexity']:.4g}, obtained {last.perplexity:.4g}; "
+            f"{human_bytes(self.expected['bytes_on_disk'])} on disk, obtained {human_bytes(last.bytes_on_disk)}."
+        )
 
     def table(self) -> Table:
         """`lines` for a terminal: a column for the base and for each step, a row for each figure."""

@@ -45,6 +45,7 @@ def run_page(report: Report) -> str:
         cards=_cards(base, this),
         steps=[_step(step) for step in report.recipe.get("steps") or []],
         conditions=_conditions(report),
+        expectation=report.expectation(),
         table=[["", *(row.name for row in report.rows)], *([name.strip(), *cells] for name, cells in report.lines().items())],
         groups=_groups(report) if plots.available() else [],
         samples=samples if len(samples) > 1 else [],
