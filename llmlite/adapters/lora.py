@@ -1,21 +1,18 @@
-"""The step `lora`: train a low-rank adapter on a frozen base, in 16/32 bit or on a bitsandbytes base (QLoRA).
+"""The step `lora`: train a low-rank adapter on a frozen base, in 16/32 bit or on a bitsandbytes base (QLoRA), by cross entropy on the text.
 
-    h = W x + (alpha / r) B A x,    A: (r, in), B: (out, r), W frozen
-
-Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; on a 4-bit base Dettmers et al. 2023, arXiv:2305.14314.
+Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; on a 4-bit base Dettmers et al. 2023, arXiv:2305.14314. Its shape: `llmlite.adapters.options`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
+from llmlite.adapters.options import LoraOptions, lora_learning_rate
 from llmlite.config import settings
 from llmlite.errors import ConfigError
-from llmlite.step import ModelPlan, Names
-from llmlite.training.settings import PositiveInt, TrainingStep
+from llmlite.step import ModelPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,25 +23,13 @@ __all__ = ["Lora"]
 
 
 @settings
-class Lora(TrainingStep):
+class Lora(LoraOptions):
     """Train a LoRA adapter on the frozen model."""
 
     takes: ClassVar[frozenset[str]] = frozenset({"dense", "sparse", "int8", "nf4", "fp4"})
 
     learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Peak learning rate of AdamW. None: by the model's width, 1.3e-3 at 576, 2.9e-4 at 4,096; adapters want about ten times that of full training."""
-    r: PositiveInt = 16
-    """Rank of the adapter: rows of A, columns of B."""
-    lora_alpha: Annotated[float, Field(gt=0)] = 32
-    """The adapter's output is scaled by lora_alpha / r."""
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the adapter's inputs set to zero in training."""
-    target_modules: Names = ("all-linear",)
-    """Layers that get an adapter: all-linear (every linear layer of the decoder blocks), or names such as q_proj."""
-    init_lora_weights: Literal["default", "gaussian", "quantization_error"] = "default"
-    """quantization_error starts as the low-rank correction of what the quantize step broke, from calibration text; the others start as the base."""
-    merge: bool = False
-    """Also write merged/: the adapter added into the (dequantized) base it was trained against, in 16 bit."""
 
     def check(self, model: ModelPlan, run: Run) -> ModelPlan:
         """See `Step.check`.
@@ -52,24 +37,9 @@ class Lora(TrainingStep):
         Raises:
             ConfigError: target modules that match nothing, or a second adapter.
         """
-        from llmlite.training.memory import training_peak_bytes
-
         if model.adapters:
             raise ConfigError("lora", ["the model already carries an adapter. Merge it first, or train one adapter with more steps."])
-        if self.init_lora_weights == "quantization_error":
-            self._require_quantize_step(model, run)
-        shapes = self._target_shapes(model)
-        trained = sum(self.r * (out_features + in_features) for out_features, in_features in shapes.values())
-        return dataclasses.replace(
-            model,
-            adapters=True,
-            parameters=model.parameters + trained,
-            trained_parameters=trained,
-            disk_bytes=4 * trained,
-            peak_bytes=training_peak_bytes(model, trained, self, run),
-            tokens=run.training_tokens(self),
-            notes=(f"rank {self.r} on {len(shapes)} layers",),
-        )
+        return self.adapter_plan(model, run, "lora")
 
     def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
         """Attach, train, and merge if asked."""
@@ -83,49 +53,5 @@ class Lora(TrainingStep):
         return adapted
 
     def peak_learning_rate(self, hidden_size: int) -> float:
-        """The learning rate as asked, else 5e-4 (2000 / hidden_size)^0.781.
-
-        Source: Schulman and Thinking Machines Lab 2025, "LoRA Without Regret", the fit for Llama models.
-        """
-        return self.learning_rate or 5e-4 * (2000 / hidden_size) ** 0.781
-
-    def attach(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
-        """A peft model with fresh adapters, ready to train."""
-        import peft
-        import torch
-
-        from llmlite.adapters.initialise import initialise_for_run
-
-        torch.manual_seed(run.recipe.seed)
-        init = True if self.init_lora_weights in {"default", "quantization_error"} else self.init_lora_weights
-        config = peft.LoraConfig(
-            r=self.r,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            target_modules=sorted(self._target_shapes(ModelPlan(model.config))),
-            init_lora_weights=init,
-            task_type="CAUSAL_LM",
-        )
-        adapted: PreTrainedModel = peft.get_peft_model(model, config)
-        if self.init_lora_weights == "quantization_error":
-            initialise_for_run(adapted, run)
-        return adapted
-
-    def _require_quantize_step(self, model: ModelPlan, run: Run) -> None:
-        from llmlite.quantization.bnb import Quantize
-
-        if model.form not in {"int8", "nf4", "fp4"} or not any(isinstance(step, Quantize) for step in run.recipe.steps):
-            raise ConfigError("lora", ["init_lora_weights=quantization_error corrects what a quantize step of this recipe broke; there is none before it."])
-
-    def _target_shapes(self, model: ModelPlan) -> dict[str, tuple[int, int]]:
-        from llmlite.models.size import linear_shapes
-
-        shapes = linear_shapes(model.config)
-        if self.target_modules == ("all-linear",):
-            return shapes
-        wanted = {name: shape for name, shape in shapes.items() if any(name == t or name.endswith(f".{t}") for t in self.target_modules)}
-        unmatched = [t for t in self.target_modules if not any(name == t or name.endswith(f".{t}") for name in shapes)]
-        if unmatched:
-            known = sorted({name.rpartition(".")[2] for name in shapes})
-            raise ConfigError("lora", [f"target_modules {', '.join(map(repr, unmatched))} match no layer of this model. It has: {', '.join(known)}."])
-        return wanted
+        """The learning rate as asked, else `lora_learning_rate`."""
+        return self.learning_rate or lora_learning_rate(hidden_size)
