@@ -66,7 +66,7 @@ def align(student_ids: Sequence[int], student: PreTrainedTokenizerBase, teacher:
         student_ids: one example, T ids.
         student, teacher: fast tokenizers.
     """
-    text, ends = _text_with_ends(student_ids, student, {str(token) for token in teacher.all_special_tokens})
+    text, ends = _text_with_ends(student_ids, student, set(_specials(teacher).values()))
     encoded = teacher(text, return_offsets_mapping=True, verbose=False)
     place_of_end = {int(end): place for place, (start, end) in enumerate(encoded["offset_mapping"]) if end > start}  # the last token that ends there
     return Alignment(list(encoded["input_ids"]), [place_of_end.get(end, -1) for end in ends])
@@ -77,14 +77,20 @@ def _text_with_ends(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, shar
     from tokenizers.decoders import DecodeStream
 
     backend = tokenizer.backend_tokenizer
-    special = set(tokenizer.all_special_ids)
+    special = _specials(tokenizer)
     stream = DecodeStream(skip_special_tokens=False)
     text, ends = "", []
     for token in ids:
-        if token in special and str(tokenizer.convert_ids_to_tokens(token)) not in shared_specials:
+        if token in special and special[token] not in shared_specials:
             ends.append(-1)
             continue
         piece = stream.step(backend, int(token))
         text += piece or ""
         ends.append(len(text) if piece else -1)
     return text, ends
+
+
+def _specials(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Id -> text of every special token, those of chat templates too, which `all_special_tokens` may leave out."""
+    named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=False))
+    return named | {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
