@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from llmlite.adapters.bottleneck import Bottleneck as Bottleneck
+    from llmlite.adapters.ia3 import Ia3 as Ia3
+    from llmlite.adapters.load import load_adapter as load_adapter
     from llmlite.adapters.lora import Lora as Lora
+    from llmlite.adapters.merge import Merge as Merge
+    from llmlite.adapters.prefix import Prefix as Prefix
     from llmlite.data.settings import Data as Data
     from llmlite.distillation.whitebox import DistillWhiteBox as DistillWhiteBox
     from llmlite.errors import LlmliteError as LlmliteError
@@ -31,8 +36,13 @@ if TYPE_CHECKING:
     from llmlite.training.finetune import Finetune as Finetune
 
 _HOMES = {
+    "Bottleneck": "llmlite.adapters.bottleneck",
     "Correct": "llmlite.adapters.correct",
     "DistillWhiteBox": "llmlite.distillation.whitebox",
+    "Ia3": "llmlite.adapters.ia3",
+    "Merge": "llmlite.adapters.merge",
+    "Prefix": "llmlite.adapters.prefix",
+    "load_adapter": "llmlite.adapters.load",
     "Finetune": "llmlite.training.finetune",
     "Data": "llmlite.data.settings",
     "LlmliteError": "llmlite.errors",

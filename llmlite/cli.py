@@ -21,7 +21,7 @@ from typing import Any
 import click
 
 from llmlite import __version__
-from llmlite.config import field_doc, near, parse_flag, read_yaml, to_mapping, to_yaml
+from llmlite.config import default_of, field_doc, near, parse_flag, read_yaml, to_mapping, to_yaml
 from llmlite.data.settings import Data
 from llmlite.errors import ConfigError, Interrupted, LlmliteError
 from llmlite.models.load import Model
@@ -47,7 +47,7 @@ def _options_of(cls: type[Any], defaults: Any, taken: set[str], skip: frozenset[
         if field.name in taken or field.name in skip:
             continue
         taken.add(field.name)
-        value = getattr(defaults, field.name)
+        value = default_of(field) if defaults is cls else getattr(defaults, field.name)
         bare: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if _admits(hints[field.name], bool) else {}
         shown = _shown(value)
         options.append(
@@ -63,7 +63,7 @@ def _options_of(cls: type[Any], defaults: Any, taken: set[str], skip: frozenset[
 
 
 def _shown(value: Any) -> str:
-    if value is None or isinstance(value, Model | Data):
+    if value is None or value == {} or isinstance(value, Model | Data):
         return ""
     if isinstance(value, tuple):
         return ", ".join(map(str, value))
@@ -389,7 +389,7 @@ def _steps_command(name: str | None) -> None:
 def _step_help(name: str, cls: type[Step]) -> str:
     lines = [f"# {(cls.__doc__ or '').strip().splitlines()[0]}", f"- step: {name}"]
     for field in sorted(dataclasses.fields(cls), key=lambda field: field.name == "gate"):
-        value = to_yaml({field.name: to_mapping(getattr(cls, field.name))}).strip()
+        value = to_yaml({field.name: to_mapping(default_of(field))}).strip()
         lines.append(f"  {value.replace(chr(10), ' ')}  # {field_doc(cls, field.name)}")
     return "\n".join(lines)
 

@@ -23,6 +23,7 @@ import yaml
 from llmlite.errors import ConfigError
 
 __all__ = [
+    "default_of",
     "describe_field",
     "field_doc",
     "fingerprint",
@@ -266,12 +267,16 @@ def to_mapping(value: Any, name_of: Callable[[type[Any]], str | None] = lambda _
     return str(value) if isinstance(value, Path) else value
 
 
-def _is_default(item: Any, field: dataclasses.Field[Any]) -> bool:
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The value a field has when nobody sets it; `dataclasses.MISSING` for a field that must be set."""
     default = field.default
     if isinstance(default, pydantic.fields.FieldInfo):
-        default = default.get_default(call_default_factory=True, validated_data={})
-    elif field.default_factory is not dataclasses.MISSING:
-        default = field.default_factory()
+        return default.get_default(call_default_factory=True, validated_data={})
+    return default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _is_default(item: Any, field: dataclasses.Field[Any]) -> bool:
+    default = default_of(field)
     return bool(default is not dataclasses.MISSING and type(item) is type(default) and item == default)
 
 

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmlite.errors import GateFailed, LlmliteError, OutputError, ResourceError
 from llmlite.gate import COLLAPSE
+from llmlite.models.adapted import adapter_parameters, is_adapted
 from llmlite.plan import check, claim, made_before_adapter
 from llmlite.recipe import Recipe
 from llmlite.report import Report, Row
@@ -200,7 +201,7 @@ class _Pipeline:
         started = time.perf_counter()
         with measured_peak(self.context.device.type) as peak, _memory_advice(name):
             model = self._apply(index, step)
-            if not _is_adapter(model):
+            if not is_adapted(model):
                 settle(model, self.context.storage_dtype)
         seconds = time.perf_counter() - started
         log.info("step %d of %d: %s took %.0f s; measuring", index + 1, len(self.recipe.steps), name, seconds)
@@ -224,7 +225,7 @@ class _Pipeline:
         if self.context.is_main:
             with writing_folder(folder) as temporary:
                 self._save(model, temporary)
-                size = folder_bytes(temporary) + (folder_bytes(self._base_of(index)) if _is_adapter(model) else 0)
+                size = folder_bytes(temporary) + (folder_bytes(self._base_of(index)) if is_adapted(model) else 0)
                 _write_row(temporary, dataclasses.replace(row, bytes_on_disk=size))
                 for extra in sorted(scratch.glob("keep/*")):  # what the step wants beside its weights, for instance a merged model
                     shutil.move(extra, temporary / extra.name)
@@ -279,12 +280,12 @@ class _Pipeline:
 
         folder = self._folder(index)
         if (folder / "adapter_config.json").is_file():
-            import peft
+            from llmlite.adapters.load import load_adapter
 
             while index and (self._folder(index - 1) / "adapter_config.json").is_file():
                 index -= 1
             base = self._reload(index - 1) if index else self.context.load_base()
-            return peft.PeftModel.from_pretrained(base, folder, is_trainable=True)
+            return load_adapter(base, folder, is_trainable=True)
         model = load_model(folder, self.recipe.model, self.context.device)
         make_safe(model)
         return model
@@ -304,10 +305,10 @@ class _Pipeline:
             return
         self._link_result()
         dtype = str(self.context.compute_dtype).removeprefix("torch.")
-        self.report.loading = loading_lines(self.out, self._base_of(last) if _is_adapter(self.model) else None, dtype)
+        self.report.loading = loading_lines(self.out, self._base_of(last) if is_adapted(self.model) else None, dtype)
         log.info("reloading the result in a fresh process")
         self.report.reload_difference = require_reload(self.model, self.report.loading)
-        adapter = _is_adapter(self.model)
+        adapter = is_adapted(self.model)
         self.report.base = describe_base(self.context.source, self.model.config if adapter else None, made_before_adapter(self.recipe) if adapter else None)
         self.report.save()
         write_card(self.report)
@@ -341,16 +342,11 @@ def _write_row(folder: Path, row: Row) -> None:
     (folder / "row.json").write_text(json.dumps(dataclasses.asdict(row), indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def _is_adapter(model: PreTrainedModel) -> bool:
-    return hasattr(model, "peft_config") and hasattr(model, "base_model")
-
-
 def _logical_parameters(model: PreTrainedModel) -> int:
     """Numbers that the weights stand for: a packed 4-bit byte counts as two. Adapters are included."""
     from llmlite.models.size import size_of_model
 
-    extra = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name)
-    return int(size_of_model(model).parameters + extra)
+    return int(size_of_model(model).parameters + adapter_parameters(model))
 
 
 @contextmanager

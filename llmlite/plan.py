@@ -83,6 +83,11 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
                 "Prune and distil before quantizing; adapters come last."
             )
             continue
+        if model.adapters and not step.takes_adapters:
+            problems.append(
+                f"steps[{index}] {name}: the model already carries an adapter. Put a step 'merge' before this one, or do it before the adapter is trained."
+            )
+            continue
         try:
             model = step.check(model, context)
         except ConfigError as error:

@@ -24,10 +24,14 @@ __all__ = ["STEPS", "ModelPlan", "Names", "Step", "name_of_step", "parse_step", 
 
 # Short name -> where the class lives. Imported when used, so that a recipe pays only for what it names.
 STEPS: dict[str, str] = {
+    "bottleneck": "llmlite.adapters.bottleneck:Bottleneck",
     "correct": "llmlite.adapters.correct:Correct",
     "distill.whitebox": "llmlite.distillation.whitebox:DistillWhiteBox",
     "finetune": "llmlite.training.finetune:Finetune",
+    "ia3": "llmlite.adapters.ia3:Ia3",
     "lora": "llmlite.adapters.lora:Lora",
+    "merge": "llmlite.adapters.merge:Merge",
+    "prefix": "llmlite.adapters.prefix:Prefix",
     "prune.ffn": "llmlite.pruning.ffn:PruneFfn",
     "prune.heads": "llmlite.pruning.heads:PruneHeads",
     "prune.hidden": "llmlite.pruning.hidden:PruneHidden",
@@ -81,6 +85,9 @@ class Step:
 
     takes: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
     """Forms of model the step can work on. See `ModelPlan.form`."""
+
+    takes_adapters: ClassVar[bool] = False
+    """Whether the model may carry a peft adapter."""
 
     advice: ClassVar[str] = "ask less of this step"
     """What to try when its result is too far from the base."""

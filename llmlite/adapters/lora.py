@@ -1,21 +1,28 @@
-"""The step `lora`: train a low-rank adapter on a frozen base, in 16/32 bit or on a bitsandbytes base (QLoRA), by cross entropy on the text.
+"""The step `lora`: train a low-rank adapter on a frozen base, in 16/32 bit or on a bitsandbytes base (QLoRA).
 
-Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; on a 4-bit base Dettmers et al. 2023, arXiv:2305.14314. Its shape: `llmlite.adapters.options`.
+    h = W x + (alpha / r) B A x,    A: (r, in), B: (out, r), W frozen
+
+Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; on a 4-bit base Dettmers et al. 2023, arXiv:2305.14314. Variants by peft's names: rsLoRA divides alpha by
+sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732); DoRA trains the size of each output row apart from its direction (Liu et al. 2024, arXiv:2402.09353);
+LoRA+ lets B learn faster than A (Hayou et al. 2024, arXiv:2402.12354).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from llmlite.adapters.options import LoraOptions, lora_learning_rate
-from llmlite.config import settings
+from llmlite.adapters.settings import AdapterStep, target_shapes
+from llmlite.config import near, settings
 from llmlite.errors import ConfigError
-from llmlite.step import ModelPlan
+from llmlite.step import ModelPlan, Names
+from llmlite.training.settings import PositiveInt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from llmlite.run import Run
 
@@ -23,35 +30,133 @@ __all__ = ["Lora"]
 
 
 @settings
-class Lora(LoraOptions):
+class Lora(AdapterStep):
     """Train a LoRA adapter on the frozen model."""
 
-    takes: ClassVar[frozenset[str]] = frozenset({"dense", "sparse", "int8", "nf4", "fp4"})
+    label: ClassVar[str] = "lora"
 
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Peak learning rate of AdamW. None: by the model's width, 1.3e-3 at 576, 2.9e-4 at 4,096; adapters want about ten times that of full training."""
+    r: PositiveInt = 16
+    """Rank of the adapter: rows of A, columns of B."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 32
+    """The adapter's output is scaled by lora_alpha / r."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's inputs set to zero in training."""
+    target_modules: Names = ("all-linear",)
+    """Layers that get an adapter: all-linear (every linear layer of the decoder blocks), or names such as q_proj, or roles such as down."""
+    rank_pattern: dict[str, PositiveInt] = dataclasses.field(default_factory=dict)
+    """Other ranks for some of these layers, by name or role: {down_proj: 32, q: 8}."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead, which keeps large ranks learning (rsLoRA)."""
+    use_dora: bool = False
+    """Train the size of each output row apart from its direction (DoRA): often better at small ranks, a fifth to a third slower."""
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = None
+    """Learn B with this many times the learning rate of A (LoRA+; its authors use 16). None: the same rate."""
+    modules_to_save: Names = ()
+    """Modules trained whole and saved with the adapter, such as embed_tokens and lm_head when the vocabulary means something new."""
+    init_lora_weights: Literal["default", "gaussian", "orthogonal", "quantization_error"] = "default"
+    """quantization_error starts as the low-rank correction of what the quantize step broke, from calibration text; the others start as the base."""
 
     def check(self, model: ModelPlan, run: Run) -> ModelPlan:
         """See `Step.check`.
 
         Raises:
-            ConfigError: target modules that match nothing, or a second adapter.
+            ConfigError: targets that match nothing, or options that do not go together.
         """
-        if model.adapters:
-            raise ConfigError("lora", ["the model already carries an adapter. Merge it first, or train one adapter with more steps."])
-        return self.adapter_plan(model, run, "lora")
+        problems = []
+        if self.init_lora_weights == "quantization_error":
+            problems += self._without_quantize_step(model, run)
+            if self.use_dora:
+                problems.append("use_dora measures row sizes at the start, which init_lora_weights=quantization_error changes. Choose one of the two.")
+        if self.init_lora_weights == "orthogonal" and (odd := sorted({rank for rank in (self.r, *self.rank_pattern.values()) if rank % 2})):
+            problems.append(f"init_lora_weights=orthogonal needs even ranks, got {', '.join(map(str, odd))}.")
+        if self.use_dora and model.form == "int8":  # seen with peft 0.21.2 and bitsandbytes 0.50.2: a copy of the layer takes the scales with it
+            problems.append("use_dora does not train on an int8 base: bitsandbytes loses the layers' scales there. Use scheme: nf4, or leave use_dora out.")
+        if problems:
+            raise ConfigError("lora", problems)
+        return super().check(model, run)
 
-    def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
-        """Attach, train, and merge if asked."""
-        from llmlite.adapters.merge import write_merged
-        from llmlite.training.trainer import train
+    def added_parameters(self, config: PretrainedConfig) -> tuple[int, str]:
+        """r (out + in) for each layer, a size for each row with DoRA, and the modules that are trained whole."""
+        shapes = target_shapes(config, self.target_modules, "lora")
+        ranks = self._ranks(config)
+        added = sum(ranks.get(name, self.r) * (out_features + in_features) for name, (out_features, in_features) in shapes.items())
+        if self.use_dora:
+            added += sum(out_features for out_features, _ in shapes.values())
+        whole = self._whole_modules(config)
+        kind = "DoRA rank" if self.use_dora else "rank"
+        note = f"{kind} {self.r} on {len(shapes)} layers" + (f", {', '.join(whole)} trained whole" if whole else "")
+        return added + sum(whole.values()), note
 
-        adapted = self.attach(model, run)
-        train(adapted, self, run)
-        if self.merge and run.is_main:
-            write_merged(adapted, run)
+    def peft_config(self, config: PretrainedConfig) -> Any:
+        """`peft.LoraConfig` with whole layer names, so that it means the same on every family."""
+        import peft
+
+        whole = list(self._whole_modules(config))
+        return peft.LoraConfig(
+            r=self.r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=sorted(target_shapes(config, self.target_modules, "lora")),
+            rank_pattern=self._ranks(config),
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            modules_to_save=whole or None,
+            ensure_weight_tying=bool(whole) and bool(getattr(config, "tie_word_embeddings", False)),
+            init_lora_weights=True if self.init_lora_weights in {"default", "quantization_error"} else self.init_lora_weights,
+            task_type="CAUSAL_LM",
+        )
+
+    def attach(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
+        """A peft model with a fresh adapter, ready to train."""
+        from llmlite.adapters.initialise import initialise_for_run
+
+        adapted = super().attach(model, run)
+        if self.init_lora_weights == "quantization_error":
+            initialise_for_run(adapted, run)
         return adapted
 
-    def peak_learning_rate(self, hidden_size: int) -> float:
-        """The learning rate as asked, else `lora_learning_rate`."""
-        return self.learning_rate or lora_learning_rate(hidden_size)
+    def optimizer(self, model: PreTrainedModel, learning_rate: float) -> torch.optim.Optimizer | None:
+        """AdamW with two rates where LoRA+ is asked for."""
+        if self.loraplus_lr_ratio is None:
+            return None
+        import torch
+        from peft.optimizers import create_loraplus_optimizer
+
+        made: torch.optim.Optimizer = create_loraplus_optimizer(
+            model, torch.optim.AdamW, lr=learning_rate, loraplus_lr_ratio=self.loraplus_lr_ratio, loraplus_weight_decay=self.weight_decay
+        )
+        return made
+
+    def _ranks(self, config: PretrainedConfig) -> dict[str, int]:
+        """`rank_pattern` by whole layer names."""
+        targeted = target_shapes(config, self.target_modules, "lora")
+        ranks: dict[str, int] = {}
+        for target, rank in self.rank_pattern.items():
+            named = [name for name in target_shapes(config, (target,), "lora") if name in targeted]
+            if not named:
+                raise ConfigError("lora", [f"rank_pattern: '{target}' names layers that target_modules leaves out."])
+            ranks |= dict.fromkeys(named, rank)
+        return ranks
+
+    def _whole_modules(self, config: PretrainedConfig) -> dict[str, int]:
+        """Name and parameters of each of `modules_to_save`."""
+        from llmlite.models.size import meta_model
+
+        if not self.modules_to_save:
+            return {}
+        sizes: dict[str, int] = {}
+        for path, module in meta_model(config).named_modules():
+            if path and any(True for _ in module.parameters()):
+                sizes[path.rpartition(".")[2]] = sum(parameter.numel() for parameter in module.parameters())
+        unknown = [name for name in self.modules_to_save if name not in sizes]
+        if unknown:
+            guesses = [f"'{name}'" + (f" (did you mean '{guess}'?)" if (guess := near(name, sizes)) else "") for name in unknown]
+            raise ConfigError("lora", [f"modules_to_save: no module {', '.join(guesses)} in this model."])
+        return {name: sizes[name] for name in self.modules_to_save}
+
+    def _without_quantize_step(self, model: ModelPlan, run: Run) -> list[str]:
+        from llmlite.quantization.bnb import Quantize
+
+        if model.form not in {"int8", "nf4", "fp4"} or not any(isinstance(step, Quantize) for step in run.recipe.steps):
+            return ["init_lora_weights=quantization_error corrects what a quantize step of this recipe broke; there is none before it."]
+        return []

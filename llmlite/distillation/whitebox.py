@@ -12,20 +12,21 @@ Source: Hinton et al. 2015, arXiv:1503.02531, section 2; the divergences name th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import pydantic
 from pydantic import Field
 
-from llmlite.adapters.options import LoraOptions, lora_learning_rate
-from llmlite.config import settings
+from llmlite.adapters.settings import AdapterStep
+from llmlite.config import settings, validate
 from llmlite.errors import ConfigError
-from llmlite.step import ModelPlan
-from llmlite.training.settings import NonNegative, PositiveInt
+from llmlite.step import ModelPlan, step_class
+from llmlite.training.settings import NonNegative, PositiveInt, TrainingStep
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from llmlite.distillation.cache import TeacherCache
@@ -47,11 +48,33 @@ LayerMap = Annotated[tuple[tuple[Annotated[int, Field(ge=0)], Annotated[int, Fie
 """Pairs of a student layer and a teacher layer, each numbered from 0."""
 
 
+def _adapter_of(value: Any) -> Any:
+    options = {"step": value} if isinstance(value, str) else value
+    if not isinstance(options, Mapping):
+        return value
+    name = str(options.get("step", "lora"))
+    cls = step_class(name)
+    if not issubclass(cls, AdapterStep):
+        raise ValueError(f"name an adapter's step, such as lora; '{name}' is none")
+    adapter, problems = validate(cls, {key: item for key, item in options.items() if key != "step"}, name)
+    if adapter is None:
+        raise ValueError("be right: " + " ".join(problems))
+    misplaced = [f.name for f in dataclasses.fields(TrainingStep) if getattr(adapter, f.name) != getattr(cls(), f.name)]
+    if misplaced:
+        raise ValueError(f"say only what the adapter is; {', '.join(misplaced)} belong to the step around it")
+    return adapter
+
+
+Adapter = Annotated[AdapterStep | None, pydantic.BeforeValidator(_adapter_of)]
+"""A step that trains an adapter, as its name or a mapping with `step:`; what it says of training is not used here."""
+
+
 @settings
-class DistillWhiteBox(LoraOptions):
-    """Train the model, or a LoRA adapter on it, towards a teacher whose weights are at hand."""
+class DistillWhiteBox(TrainingStep):
+    """Train the model, or an adapter on it, towards a teacher whose weights are at hand."""
 
     takes: ClassVar[frozenset[str]] = frozenset({"dense", "sparse", "int8", "nf4", "fp4"})
+    takes_adapters: ClassVar[bool] = True
 
     learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Peak learning rate of AdamW. None: 1e-4 for all weights; for adapters by the model's width, 1.3e-3 at 576, 2.9e-4 at 4,096."""
@@ -94,8 +117,9 @@ class DistillWhiteBox(LoraOptions):
     """Share of the batches whose answers the student writes itself while the teacher says what it would have said (GKD)."""
     on_policy_tokens: PositiveInt = 128
     """Longest answer the student writes, in tokens; never longer than the one in the text."""
-    lora: bool = False
-    """Train a new LoRA adapter on the frozen model instead of all weights. A model that comes with an adapter has that one trained."""
+    adapter: Adapter = None
+    """Train a new adapter on the frozen model instead of all weights: lora, or with its options {step: lora, r: 32}; any step that trains an adapter will do. A
+    model that comes with an adapter has that one trained."""
 
     # Before any weight is loaded -------------------------------------------------------------------------------------------------------
 
@@ -112,7 +136,7 @@ class DistillWhiteBox(LoraOptions):
         problems = [*self._problems_of_losses(), *self._problems_of_cache(), *self._problems_of_student(model), *self._problems_of_teacher(model, teacher, run)]
         if problems:
             raise ConfigError("distill.whitebox", problems)
-        what = "the adapter" if model.adapters else "a new adapter" if self.lora else "all weights"
+        what = "the adapter" if model.adapters else "a new adapter" if self.adapter else "all weights"
         notes = [f"{self.ce_weight:g} CE + {self.kd_weight:g} {self.divergence} to {self.teacher}, {what}"]
         notes += [f"{self.hidden_weight:g} hidden states ({self.hidden_loss})"] if self.hidden_weight else []
         notes += [f"{self.attention_weight:g} attention maps"] if self.attention_weight else []
@@ -130,7 +154,7 @@ class DistillWhiteBox(LoraOptions):
             notes.append(f"the teacher's {'last hidden states' if self.cache == 'hidden' else f'{self.cache_top_k} likeliest tokens'} kept on disk")
         else:
             peak = plan.peak_bytes + teacher_bytes
-        return dataclasses.replace(plan, peak_bytes=peak, notes=(*notes, *(note for note in plan.notes if note.startswith("rank"))))
+        return dataclasses.replace(plan, peak_bytes=peak, notes=(*notes, *plan.notes))
 
     def teacher_model(self, run: Run) -> TeacherModel:
         """The teacher as the settings say."""
@@ -143,10 +167,11 @@ class DistillWhiteBox(LoraOptions):
         from llmlite.training.finetune import full_training_plan
         from llmlite.training.memory import training_peak_bytes
 
-        if self.lora:
-            return self.adapter_plan(model, run, "distill.whitebox")
+        if self.adapter:
+            shape = dataclasses.replace(self.adapter, **{name: getattr(self, name) for name in ("per_device_train_batch_size", "gradient_checkpointing")})
+            return dataclasses.replace(shape.check(model, run), tokens=run.training_tokens(self))
         if not model.adapters:
-            return full_training_plan(self, model, run)
+            return dataclasses.replace(full_training_plan(self, model, run), notes=())
         trained = model.parameters - size_of_config(model.config).parameters
         peak = training_peak_bytes(model, trained, self, run)
         return dataclasses.replace(model, trained_parameters=trained, peak_bytes=peak, tokens=run.training_tokens(self), notes=())
@@ -181,10 +206,10 @@ class DistillWhiteBox(LoraOptions):
         return []
 
     def _problems_of_student(self, model: ModelPlan) -> list[str]:
-        if self.lora and model.adapters:
-            return ["lora=true, but the model already carries an adapter; without it, that one is trained."]
-        if model.form in {"int8", "nf4", "fp4"} and not (self.lora or model.adapters):
-            return [f"the weights are {model.form} and cannot be trained themselves. Set lora: true, or distil before quantizing."]
+        if self.adapter and model.adapters:
+            return ["adapter: the model already carries an adapter. Leave the option out and that one is trained, or put a step 'merge' before."]
+        if model.form in {"int8", "nf4", "fp4"} and not (self.adapter or model.adapters):
+            return [f"the weights are {model.form} and cannot be trained themselves. Set adapter: lora, or distil before quantizing."]
         return []
 
     def _problems_of_teacher(self, model: ModelPlan, teacher: TeacherModel, run: Run) -> list[str]:
@@ -224,22 +249,26 @@ class DistillWhiteBox(LoraOptions):
     def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
         """Attach an adapter if asked, get the teacher's signals, train."""
         from llmlite.adapters.merge import write_merged
+        from llmlite.models.adapted import is_adapted, is_adapter_parameter
         from llmlite.training.finetune import train_all_weights
         from llmlite.training.trainer import train
 
-        student = self.attach(model, run) if self.lora else model
-        if not hasattr(student, "peft_config"):
+        student = self.adapter.attach(model, run) if self.adapter else model
+        if not is_adapted(student):
             with self._taught(student, run) as (make_loss, companion):
                 return train_all_weights(student, self, run, make_loss, companion)
         for name, parameter in student.named_parameters():
-            if "lora_" in name:
-                parameter.requires_grad_(True)
-        rate = self.learning_rate or lora_learning_rate(run.config.get_text_config().hidden_size)
+            parameter.requires_grad_(is_adapter_parameter(name))
+        rate = (self.adapter or AdapterStep()).peak_learning_rate(run.config.get_text_config().hidden_size)
         with self._taught(student, run) as (make_loss, companion):
-            train(student, dataclasses.replace(self, learning_rate=rate), run, make_loss, companion)
-        if self.merge and run.is_main:
+            train(student, dataclasses.replace(self, learning_rate=self.learning_rate or rate), run, make_loss, companion)
+        if self.adapter and self.adapter.merge and run.is_main:
             write_merged(student, run)
         return student
+
+    def optimizer(self, model: PreTrainedModel, learning_rate: float) -> torch.optim.Optimizer | None:
+        """The adapter's own optimizer, if it has one (LoRA+)."""
+        return self.adapter.optimizer(model, learning_rate) if self.adapter else None
 
     def peak_learning_rate(self, hidden_size: int) -> float:
         """The learning rate as asked, else 1e-4."""

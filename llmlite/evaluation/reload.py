@@ -18,9 +18,9 @@ from llmlite.errors import RunError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["loading_lines", "reload_difference", "require_reload"]
+__all__ = ["adapter_loader", "loading_lines", "reload_difference", "require_reload"]
 
-# No llmlite in here: this is what a stranger would run.
+# No llmlite in here but what the lines name: this is what a stranger would run.
 _SCRIPT = """
 import json, sys
 import torch
@@ -52,11 +52,21 @@ def loading_lines(folder: Path | str, base: Path | str | None = None, dtype: str
     options = f', dtype="{dtype}"' if dtype else ""
     if base is None:
         return f'from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("{folder}"{options})'
+    loader, load = adapter_loader(Path(folder))
     return (
-        "from transformers import AutoModelForCausalLM; from peft import PeftModel\n"
+        f"from transformers import AutoModelForCausalLM; {loader}\n"
         f'base = AutoModelForCausalLM.from_pretrained("{base}"{options})\n'
-        f'model = PeftModel.from_pretrained(base, "{folder}")'
+        f'model = {load}(base, "{folder}")'
     )
+
+
+def adapter_loader(folder: Path) -> tuple[str, str]:
+    """The import, and the name of the function, that put an adapter on its base: peft's, or for a kind that peft does not have llmlite's."""
+    config = folder / "adapter_config.json"
+    kind = json.loads(config.read_text(encoding="utf-8")).get("peft_type") if config.is_file() else None
+    if kind == "BOTTLENECK":
+        return "from llmlite import load_adapter", "load_adapter"
+    return "from peft import PeftModel", "PeftModel.from_pretrained"
 
 
 @torch.no_grad()

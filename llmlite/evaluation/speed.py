@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from llmlite.models.view import unwrap
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -45,6 +47,7 @@ def measure_speed(model: PreTrainedModel, prompt_tokens: int = 256, new_tokens: 
     prompt_tokens = max(1, min(prompt_tokens, longest - new_tokens))
     generator = torch.Generator().manual_seed(0)
     prompt_BT = torch.randint(0, min(1000, model.config.vocab_size), (1, prompt_tokens), generator=generator).to(device)
+    inner = unwrap(model)  # a prefix would set its own keys and values again at every token
     prefill, decode = [], []
     for repeat in range(repeats + 1):
         started = _now(device)
@@ -52,7 +55,7 @@ def measure_speed(model: PreTrainedModel, prompt_tokens: int = 256, new_tokens: 
         read = _now(device)
         token_BT = output.logits[:, -1:].argmax(-1)
         for _ in range(new_tokens):
-            output = model(input_ids=token_BT, past_key_values=output.past_key_values, use_cache=True)
+            output = inner(input_ids=token_BT, past_key_values=output.past_key_values, use_cache=True)
             token_BT = output.logits[:, -1:].argmax(-1)
         written = _now(device)
         if repeat:

@@ -79,7 +79,7 @@ def loading_snippet(place: str, base: Mapping[str, Any] | None, base_model: str 
 
     Args:
         place: repository, or folder.
-        base: what `describe_base` found, for an adapter; None for a whole model.
+        base: what `describe_base` found, for an adapter; None for a whole model. Its ``loader`` is `llmlite.evaluation.reload.adapter_loader`'s answer.
         base_model: Hub id of an adapter's base, when it is not the one in `base`.
         revision: branch or commit.
     """
@@ -92,9 +92,10 @@ def loading_snippet(place: str, base: Mapping[str, Any] | None, base_model: str 
             f"tokenizer = AutoTokenizer.from_pretrained({place}{at})"
         )
     quantization = base.get("quantization_config")
+    loader, load = base.get("loader") or ("from peft import PeftModel", "PeftModel.from_pretrained")
     lines = [
         f"from transformers import AutoModelForCausalLM, AutoTokenizer{', BitsAndBytesConfig' if quantization else ''}",
-        "from peft import PeftModel",
+        loader,
         "",
     ]
     if quantization:
@@ -105,7 +106,7 @@ def loading_snippet(place: str, base: Mapping[str, Any] | None, base_model: str 
     options = ", quantization_config=quantization_config" if quantization else ""
     lines += [
         f'base = AutoModelForCausalLM.from_pretrained({name}, dtype="auto"{options})',
-        f"model = PeftModel.from_pretrained(base, {place}{at})",
+        f"model = {load}(base, {place}{at})",
         f"tokenizer = AutoTokenizer.from_pretrained({place}{at})",
     ]
     return "\n".join(lines)

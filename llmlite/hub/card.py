@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmlite.config import to_yaml
+from llmlite.evaluation.reload import adapter_loader
 from llmlite.hub.base import base_of, loading_snippet
 from llmlite.hub.published import hub_dataset, published
 from llmlite.report import Report, Row, human_bytes
@@ -68,10 +69,11 @@ _LAST_LINE = "<!-- Written by llmlite from report.json. Remove this line to keep
 
 
 def _adapter_base(report: Report | None, folder: Path) -> dict[str, Any]:
+    loader = adapter_loader(folder)
     if report is not None and report.base:
-        return report.base
+        return {**report.base, "loader": loader}
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    return {"name": str(config.get("base_model_name_or_path") or "BASE")}
+    return {"name": str(config.get("base_model_name_or_path") or "BASE"), "loader": loader}
 
 
 def _metadata(report: Report | None, folder: Path, title: str, is_adapter: bool, base_model: str | None) -> str:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from llmlite.errors import PushFailed
+from llmlite.evaluation.reload import adapter_loader
 from llmlite.hub.base import loading_snippet
 
 __all__ = ["verified_difference"]
 
-# No llmlite in here: this is what a stranger would run.
+# No llmlite in here but what the lines name: this is what a stranger would run.
 _SCRIPT = """
 import json, sys
 import torch
@@ -48,7 +49,7 @@ def verified_difference(folder: Path, repo_id: str, commit: str, base: Mapping[s
         PushFailed: it does not load, or gives other logits.
     """
     config = folder / "adapter_config.json"
-    known = dict(base) if config.is_file() else None
+    known: dict[str, Any] | None = {**base, "loader": adapter_loader(folder)} if config.is_file() else None
     if known is not None and "name" not in known:
         known["name"] = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
     lines = [loading_snippet(str(folder.absolute()), known, base_model), loading_snippet(repo_id, known, base_model, commit)]

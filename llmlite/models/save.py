@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmlite.models.adapted import is_adapter_parameter
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -80,5 +82,5 @@ def _dense_parameters(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and not hasattr(parameter, "quant_state") and "lora_" not in name
+        if parameter.is_floating_point() and not hasattr(parameter, "quant_state") and not is_adapter_parameter(name)
     }

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from llmlite.errors import LoadError
+from llmlite.models.adapted import is_adapter_parameter
 from llmlite.models.view import ModelView, unwrap
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "count_zeros",
     "expected_bytes",
     "forward_flops_per_token",
+    "linear_roles",
     "linear_shapes",
     "meta_model",
     "runtime_bytes",
@@ -108,6 +110,11 @@ def linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
     return dict(_SHAPES[key])
 
 
+def linear_roles(config: Any) -> dict[str, str]:
+    """Dotted name -> role in the families table (q, k, v, qkv, o, gate, up, gate_up, down) of every projection, from the config alone."""
+    return {linear.name: linear.role for linear in ModelView(meta_model(config)).linears()}
+
+
 def size_of_model(model: nn.Module) -> Size:
     """Parameters of a live model; those that bitsandbytes packed count as the numbers they stand for, those of adapters do not count.
 
@@ -130,7 +137,7 @@ def _logical_parameters(view: ModelView) -> Iterator[tuple[int, int]]:
     """(id, number of weights) of each distinct parameter of the base model."""
     packed = {id(linear.base.weight): linear.in_features * linear.out_features for linear in view.linears() if linear.quantized}
     for name, parameter in view.model.named_parameters():
-        if not any(mark in name for mark in ("lora_", "modules_to_save", "ia3_")):
+        if not is_adapter_parameter(name):
             yield id(parameter), packed.get(id(parameter), parameter.numel())
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llmlite.errors import UnsupportedModel
 from llmlite.models.families import Family, family_of
 
-__all__ = ["BlockView", "LinearView", "ModelView", "unwrap"]
+__all__ = ["BlockView", "LinearView", "ModelView", "base_layer", "unwrap"]
 
 
 def unwrap(model: Any) -> Any:
@@ -37,7 +37,7 @@ def unwrap(model: Any) -> Any:
         model = inner
 
 
-def _base_layer(module: Any) -> Any:
+def base_layer(module: Any) -> Any:
     """The layer under a PEFT wrapper (LoRA, modules_to_save)."""
     while True:
         if hasattr(module, "base_layer"):
@@ -67,7 +67,7 @@ class LinearView:
     @property
     def base(self) -> Any:
         """The layer itself, under any PEFT wrapper: nn.Linear, Conv1D, bitsandbytes Linear4bit or Linear8bitLt."""
-        return _base_layer(self.module)
+        return base_layer(self.module)
 
     @property
     def conv1d(self) -> bool:
@@ -202,7 +202,7 @@ class ModelView:
     @property
     def tied(self) -> bool:
         """True when the output head and the input embedding are one tensor."""
-        return _base_layer(self.head).weight is _base_layer(self.embedding).weight
+        return base_layer(self.head).weight is base_layer(self.embedding).weight
 
     @property
     def quantized(self) -> bool:

@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 PRESETS = {
+    "BottleneckAdapter": "bottleneck_adapter",
     "LoraInt4": "lora_int4",
     "LoraInt8": "lora_int8",
     "Lora": "lora",

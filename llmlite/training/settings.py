@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from llmlite.config import settings
 from llmlite.step import Names, Step
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["TrainingStep"]
 
@@ -55,3 +58,12 @@ class TrainingStep(Step):
             hidden_size: width of the model, for steps whose choice depends on it.
         """
         return self.learning_rate or 5e-5
+
+    def optimizer(self, model: Any, learning_rate: float) -> torch.optim.Optimizer | None:
+        """An optimizer of the step's own; None for the Trainer's AdamW.
+
+        Args:
+            model: what will be trained.
+            learning_rate: the peak learning rate.
+        """
+        return None

@@ -211,9 +211,11 @@ def train(
     if run.is_main:
         _require_same_rows(folder, data.fingerprint(), checkpoint)
     stop = StopRequest()
+    arguments = trainer_arguments(step, run, folder)
     trainer = LiteTrainer(
         model=model,
-        args=trainer_arguments(step, run, folder),
+        args=arguments,
+        optimizers=(step.optimizer(model, arguments.learning_rate), None),
         train_dataset=data.dataset.add_column("row", list(range(len(data.dataset)))),
         data_collator=_Numbered(data.collator(flatten="flash" in str(model.config._attn_implementation))),
         callbacks=[*(companion.callbacks() if companion else ()), SealCheckpoints(), stop, _StopAtNan(), KeepZeros()],

@@ -65,7 +65,13 @@ def run_of(model: Path, data: Path, step: Any, scratch: Path) -> Run:
 def test_projections_are_trained_with_the_student_and_gone_afterwards(model_folder, pairs_file, wide_teacher, tmp_path, lora, monkeypatch):
     """Stopped after two of four steps and continued, the student ends where an undisturbed run ends."""
     step = llmlite.DistillWhiteBox(
-        teacher=str(wide_teacher), hidden_weight=1.0, attention_weight=0.5, max_steps=4, save_steps=2, per_device_train_batch_size=2, lora=lora, r=4
+        teacher=str(wide_teacher),
+        hidden_weight=1.0,
+        attention_weight=0.5,
+        max_steps=4,
+        save_steps=2,
+        per_device_train_batch_size=2,
+        adapter=llmlite.Lora(r=4) if lora else None,
     )
 
     def trained(name: str) -> dict[str, torch.Tensor]:

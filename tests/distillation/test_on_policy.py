@@ -74,7 +74,9 @@ def test_the_share_is_as_asked_and_the_same_after_a_resume():
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_student_learns_from_its_own_answers(model_folder: Path, pairs_file: Path, tmp_path: Path, lora: bool) -> None:
-    step = llmlite.DistillWhiteBox(on_policy=1.0, on_policy_tokens=6, max_steps=2, learning_rate=1e-3, lora=lora, logging_steps=1)
+    step = llmlite.DistillWhiteBox(
+        on_policy=1.0, on_policy_tokens=6, max_steps=2, learning_rate=1e-3, adapter=llmlite.Lora() if lora else None, logging_steps=1
+    )
     recipe = llmlite.Recipe(model=str(model_folder), data=llmlite.Data(train=str(pairs_file), max_length=64, evaluation_rows=6), steps=[step])
     recipe.check()
     run = Run(recipe, scratch=tmp_path)

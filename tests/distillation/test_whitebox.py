@@ -102,10 +102,10 @@ def test_every_problem_of_the_losses_comes_at_once(model_folder: Path, pairs_fil
 
 def test_quantized_weights_are_refused_without_an_adapter_and_taken_with_one(model_folder: Path, pairs_file: Path) -> None:
     quantize = llmlite.Quantize(scheme="int8", report_sequences=0)
-    assert "Set lora: true" in problems_of(model_folder, pairs_file, quantize, llmlite.DistillWhiteBox())
-    assert "already carries an adapter" in problems_of(model_folder, pairs_file, llmlite.Lora(), llmlite.DistillWhiteBox(lora=True))
+    assert "Set adapter: lora" in problems_of(model_folder, pairs_file, quantize, llmlite.DistillWhiteBox())
+    assert "already carries an adapter" in problems_of(model_folder, pairs_file, llmlite.Lora(), llmlite.DistillWhiteBox(adapter="lora"))
     data = llmlite.Data(train=str(pairs_file), max_length=64)
-    plan = llmlite.Recipe(model=str(model_folder), data=data, steps=[quantize, llmlite.DistillWhiteBox(lora=True, r=4, max_steps=1)]).check()
+    plan = llmlite.Recipe(model=str(model_folder), data=data, steps=[quantize, llmlite.DistillWhiteBox(adapter=llmlite.Lora(r=4), max_steps=1)]).check()
     assert plan.rows[2]["adapters"]
     assert "rank 4 on 21 layers" in plan.rows[2]["notes"]
 
@@ -160,7 +160,7 @@ def test_an_adapter_is_distilled_on_a_quantized_base_then_trained_further_and_re
         steps=[
             Noise(),
             llmlite.Quantize(scheme="nf4", calibrate=False, report_sequences=0),
-            llmlite.DistillWhiteBox(lora=True, r=8, **options),
+            llmlite.DistillWhiteBox(adapter=llmlite.Lora(r=8), **options),
             llmlite.DistillWhiteBox(**options),
         ],
         output_dir=str(tmp_path / "out"),
@@ -172,7 +172,7 @@ def test_an_adapter_is_distilled_on_a_quantized_base_then_trained_further_and_re
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert "02-quantize" in report.loading
     before = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
-    assert before["steps"][2]["lora"] is True
+    assert before["steps"][2]["adapter"]["step"] == "lora"
 
 
 def test_options_reach_the_losses_from_yaml(model_folder: Path, tmp_path: Path) -> None:

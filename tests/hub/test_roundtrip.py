@@ -176,6 +176,15 @@ def test_a_4_bit_model_comes_back_from_the_hub_still_in_4_bit(run: Report, hub: 
     assert (card["base_model"], card["base_model_relation"]) == (BASE, "quantized")
 
 
+def test_a_bottleneck_adapter_comes_back_by_the_one_line_on_its_card(run: Report, hub: FakeHub, pairs_file: Path, tmp_path: Path) -> None:
+    options = {"model": BASE, "data": str(pairs_file), "max_length": 64, "evaluation_rows": 4, "max_steps": 1}
+    report = llmlite.recipes.BottleneckAdapter(output_dir=str(tmp_path / "out"), bottleneck_size=8, **options).run()
+    assert push(report.path, "me/tiny-bottleneck", verify=True).difference == 0.0
+    card = hub.files("me/tiny-bottleneck")["README.md"].decode()
+    assert 'model = load_adapter(base, "me/tiny-bottleneck")' in card
+    assert yaml.safe_load(card.split("---\n")[1])["base_model_relation"] == "adapter"
+
+
 @pytest.mark.parametrize("difference", ["0.5", "NaN"])
 def test_verify_does_not_accept_other_logits(difference: str, hub: FakeHub, full_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer = subprocess.CompletedProcess([], 0, stdout=f'{{"difference": {difference}, "scale": 3.0}}\n', stderr="")

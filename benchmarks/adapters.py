@@ -1,0 +1,86 @@
+"""Kinds of adapters on the same base, rows and steps: numbers trained, memory, time, held-out perplexity, beside full finetuning.
+
+    python benchmarks/adapters.py
+
+Every row is a whole run of the offline model on the Python documentation in a fresh process; ratios are to LoRA at rank 16.
+Writes benchmarks/results/adapters.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from metrics.process import measure
+
+HERE = Path(__file__).parent
+BATCH = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine"}
+ROWS: dict[str, dict[str, Any]] = {
+    "lora, r 16": {"step": "lora", "r": 16},
+    "lora, r 4": {"step": "lora", "r": 4, "lora_alpha": 8},
+    "lora, r 64": {"step": "lora", "r": 64, "lora_alpha": 128},
+    "lora+, r 16": {"step": "lora", "r": 16, "loraplus_lr_ratio": 16, "learning_rate": 2e-4},
+    "rslora, r 64": {"step": "lora", "r": 64, "lora_alpha": 16, "use_rslora": True},
+    "dora, r 16": {"step": "lora", "r": 16, "use_dora": True},
+    "ia3": {"step": "ia3"},
+    "bottleneck, pfeiffer": {"step": "bottleneck"},
+    "bottleneck, houlsby": {"step": "bottleneck", "placement": "houlsby", "bottleneck_size": 32},
+    "bottleneck, parallel": {"step": "bottleneck", "placement": "parallel"},
+    "all weights": {"step": "finetune"},
+}
+
+
+def one(args: argparse.Namespace) -> None:
+    """One row in this process."""
+    import llmlite
+    from llmlite.step import parse_step
+
+    step, problems = parse_step({**ROWS[args.row], **BATCH}, 0)
+    assert step is not None, problems
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = llmlite.Recipe(steps=[step], output_dir=folder, seed=args.seed, data=llmlite.Data(max_train_rows=args.examples))
+        report = recipe.run()
+    base, row = report.rows
+    answer = {
+        "trained": report.rows[1].details.get("trained_tokens"),
+        "numbers": row.parameters - base.parameters or row.parameters,
+        "perplexity_before": base.perplexity,
+        "perplexity": row.perplexity,
+        "train_seconds": row.seconds,
+        "peak_bytes": row.peak_memory_bytes,
+    }
+    Path(args.answer).write_text(json.dumps(answer))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("answer", nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("--row", choices=ROWS, help="only this one, in this process")
+    parser.add_argument("--examples", type=int, default=96)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    if args.row:
+        one(args)
+        return
+    table: dict[str, dict[str, Any]] = {}
+    for name in ROWS:
+        cost = measure(Path(__file__), ["--row", name, "--examples", str(args.examples), "--seed", str(args.seed)], args.threads)
+        table[name] = {**cost.answer, "peak_bytes": cost.peak_bytes}
+        first = table["lora, r 16"]
+        table[name] |= {
+            "time_ratio": table[name]["train_seconds"] / first["train_seconds"],
+            "memory_ratio": table[name]["peak_bytes"] / first["peak_bytes"],
+        }
+        print(f"{name:22s}", json.dumps({key: round(value, 3) if isinstance(value, float) else value for key, value in table[name].items()}), flush=True)
+        result = {"machine": platform.machine(), "python": platform.python_version(), "examples": args.examples, "seed": args.seed, "table": table}
+        (HERE / "results" / "adapters.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
