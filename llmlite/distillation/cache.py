@@ -15,6 +15,7 @@ Shapes: N tokens of a batch, M tokens of a shard, B rows of a batch, K likeliest
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -136,12 +137,14 @@ class TeacherCache:
             teacher = load()
             if "head" in missing and run.is_main:
                 self._write_head(teacher.model)
-            shards = [int(part) for part in missing if part != "head"]
-            for done, shard in enumerate(shards[run.processes.process_index :: run.processes.num_processes]):
+            shards = [int(part) for part in missing if part != "head"][run.processes.process_index :: run.processes.num_processes]
+            for done, shard in enumerate(shards):
                 tensors = self._shard(teacher, shard, rows_per_batch)
                 with writing_folder(folder / f"{shard:04d}") as temporary:
                     save_file(tensors, temporary / "signals.safetensors")
                 log.info("teacher: part %d of %d", done + 1, len(shards))
+            del teacher
+            gc.collect()  # its weights are not needed again
         run.wait()
 
     def read(self, device: torch.device) -> CachedTeacher:

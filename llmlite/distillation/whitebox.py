@@ -12,6 +12,7 @@ Source: Hinton et al. 2015, arXiv:1503.02531, section 2; the divergences name th
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from llmlite.training.trainer import Companion, LossMaker
 
 __all__ = ["DistillWhiteBox"]
+
+log = logging.getLogger(__name__)
 
 Divergence = Literal["forward_kl", "reverse_kl", "generalised_jsd", "skewed_forward_kl", "skewed_reverse_kl", "total_variation", "logit_mse", "uld"]
 _OPTIONS = {"beta": ("generalised_jsd",), "alpha": ("skewed_forward_kl", "skewed_reverse_kl")}
@@ -227,6 +230,10 @@ class DistillWhiteBox(TrainingStep):
                 problems.append(f"divergence=uld aligns characters and needs fast tokenizers; the {' and the '.join(slow)} has none.")
         else:
             found = compare(run.tokenizer, teacher.tokenizer, int(config.vocab_size)) if not teacher.is_base else None
+            for index, ours, theirs in found.renamed[:4] if found else ():
+                log.warning("distill.whitebox: the special token %d is %s to the student and %s to the teacher", index, ours, theirs)
+            if found and found.missing:
+                log.warning("distill.whitebox: the teacher was never taught %d tokens of the student, first %s", len(found.missing), found.missing[0])
             if found and found.problem:
                 problems.append(
                     f"teacher '{self.teacher}' and student: {found.problem}. What one learns from the other by ids would be nonsense; "
@@ -281,10 +288,10 @@ class DistillWhiteBox(TrainingStep):
         options = {name: getattr(self, name) for name in _OPTIONS if getattr(self, name) is not None}
         return lambda inputs, labels_N: Distillation(
             teacher.signal(inputs, labels_N),
-            labels_N,
+            labels_N if "rows" in inputs else None,
             divergence=self.divergence,
             temperature=self.temperature,
-            ce_weight=self.ce_weight if "rows" in inputs else 0.0,
+            ce_weight=self.ce_weight,
             kd_weight=self.kd_weight,
             **options,
         )

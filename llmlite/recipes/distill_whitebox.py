@@ -23,7 +23,7 @@ class DistillWhiteBox(Recipe):
 
     name: ClassVar[str] = "distill_whitebox"
 
-    data: DataSettings = Data(calibration="builtin:python-docs", calibration_sequences=8, max_train_rows=320)
+    data: DataSettings = Data(calibration="builtin:python-docs", calibration_sequences=8, max_train_rows=240)
     steps: Steps = (
         PruneLayers(keep=0.8, greedy_windows=2),
         DistillWhiteBoxStep(per_device_train_batch_size=1, gradient_accumulation_steps=2),

@@ -75,8 +75,7 @@ class LiteTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the tokens of the optimizer step for us
         self.make_loss, self.companion = make_loss, companion or Companion()
         self.place = (-1, 0)  # optimizer step, forward pass of it
-        self.parts: dict[str, Tensor] = {}
-        self.logged_step = 0
+        self.parts: dict[str, tuple[Tensor, Tensor]] = {}  # name -> sum and number of its tokens since the last line of the log
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """Called by the Trainer for each forward pass; see `llmlite.training.chunked`."""
@@ -98,28 +97,27 @@ class LiteTrainer(Trainer):  # type: ignore[misc]
             num_items_in_batch=num_items_in_batch,
             transform=transform,
         )
-        loss, parts = found.loss, dict(found.parts)
-        count = num_items_in_batch if num_items_in_batch is not None else keep_N.sum().clamp(min=1)
+        tokens = keep_N.sum()
+        loss = found.loss
+        count = (tokens.clamp(min=1) if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)).to(loss.device)
+        sums = {name: value.to(loss.device) * count for name, value in found.parts.items()}
         for name, (weight, total) in self.companion.losses(inputs, keep_N).items():
-            parts[name] = total.detach() / count
+            sums[name] = total.detach().to(loss.device)
             loss = loss + weight * total.to(loss.device) / count
-        self._note(parts)
+        for name, total in sums.items():
+            before = self.parts.get(name, (0.0, 0))
+            self.parts[name] = (before[0] + total, before[1] + tokens)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the count is over all processes; DDP averages their gradients
         return (loss, None) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Called by the Trainer; adds the parts of the loss where there are several, each unweighted and as a mean over the steps since the last line."""
-        steps = self.state.global_step - self.logged_step
-        if "loss" in logs and steps > 0:
+        """Called by the Trainer; adds the parts of the loss where there are several, unweighted means over their tokens since the last line."""
+        if "loss" in logs:
             if len(self.parts) > 1:
-                logs = {**logs, **{name: float(value) / steps for name, value in self.parts.items()}}
-            self.parts, self.logged_step = {}, self.state.global_step
+                logs = {**logs, **{name: float(total) / max(int(tokens), 1) for name, (total, tokens) in self.parts.items()}}
+            self.parts = {}
         super().log(logs, *args, **kwargs)
-
-    def _note(self, parts: dict[str, Tensor]) -> None:
-        for name, value in parts.items():
-            self.parts[name] = self.parts[name] + value if name in self.parts else value
 
 
 @dataclass(frozen=True)

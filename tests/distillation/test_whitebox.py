@@ -11,12 +11,13 @@ import yaml
 
 import llmlite
 from llmlite.config import settings
+from llmlite.distillation.inner import InnerLosses, InnerWeights
 from llmlite.errors import ConfigError
 from llmlite.recipe import Recipe
 from llmlite.recipes.distill_whitebox import DistillWhiteBox as Preset
 from llmlite.run import Run
 from llmlite.step import ModelPlan, Step
-from tests.conftest import build_tokenizer, save_tiny
+from tests.conftest import build_tiny, build_tokenizer, save_tiny
 from tests.distillation.test_uld import other_tokenizer
 
 
@@ -185,6 +186,27 @@ def test_options_reach_the_losses_from_yaml(model_folder: Path, tmp_path: Path) 
     teacher = save_signal(6)
     assert step.loss_with(teacher)({"rows": torch.zeros(1)}, torch.zeros(4, dtype=torch.int64)).options == {"beta": 0.3}
     assert Recipe.from_options(("again", Recipe.from_file(file).to_mapping())).steps[0] == step
+
+
+@pytest.mark.parametrize("on_policy", [0.0, 1.0])
+def test_the_log_shows_the_parts_of_the_loss(model_folder: Path, pairs_file: Path, tmp_path: Path, on_policy: float) -> None:
+    from llmlite.distillation.on_policy import OnPolicy
+    from llmlite.distillation.teacher import LiveTeacher
+    from llmlite.training.trainer import train
+
+    teacher = LiveTeacher(build_tiny("llama", vocab_size=320, seed=5))
+    step = llmlite.DistillWhiteBox(
+        max_steps=3, logging_steps=1, gradient_accumulation_steps=2, per_device_train_batch_size=2, ce_weight=0.25, kd_weight=0.5, hidden_weight=2.0
+    )
+    run = Run(Recipe(model=str(model_folder), data=llmlite.Data(train=str(pairs_file), max_length=64), steps=[step]), scratch=tmp_path)
+    student = run.load_base()
+    inner = InnerLosses(student, teacher.model, ((0, 0),), InnerWeights(hidden=2.0))
+    teacher.watching = inner.watching_teacher
+    history = train(student, step, run, step.loss_with(teacher), OnPolicy(on_policy, 4, (2,), 2, inner))
+    assert len(history) == 3
+    for entry in history:
+        ce = 0.0 if on_policy else 0.25 * entry["ce"]
+        assert entry["loss"] == pytest.approx(ce + 0.5 * entry["forward_kl"] + 2.0 * entry["hidden"], rel=1e-3)
 
 
 def save_signal(vocabulary: int) -> Any:
