@@ -156,17 +156,16 @@ class TeacherCache:
 
     def _shard(self, teacher: LiveTeacher, shard: int, rows_per_batch: int) -> dict[str, Tensor]:
         """Entries of the rows of a shard, in order, and how many each row has."""
-        dataset, collate = self.data.dataset, self.data.collator()
+        dataset = self.data.dataset
+        collate = self.data.collator(flatten="flash" in str(teacher.model.config._attn_implementation))
         rows = range(shard * _ROWS_PER_SHARD, min((shard + 1) * _ROWS_PER_SHARD, len(dataset)))
-        counts, parts = [], []
+        counts = [sum(label != IGNORE_INDEX for label in dataset[row]["labels"][1:]) for row in rows]
+        parts = []
         for start in range(rows.start, rows.stop, rows_per_batch):
             batch = collate([dataset[row] for row in range(start, min(start + rows_per_batch, rows.stop))])
-            labels_BT = next_token_labels(batch.pop("labels"))
-            keep_BT = labels_BT != IGNORE_INDEX
-            signal = teacher.signal(batch, labels_BT.reshape(-1))
-            counts.append(keep_BT.sum(1))
-            parts.append(self._entries(signal, keep_BT.reshape(-1).nonzero().flatten()))
-        return {"counts": torch.cat(counts), **{name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}}
+            labels_N = next_token_labels(batch.pop("labels")).reshape(-1)
+            parts.append(self._entries(teacher.signal(batch, labels_N), (labels_N != IGNORE_INDEX).nonzero().flatten()))
+        return {"counts": torch.tensor(counts), **{name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}}
 
     def _entries(self, signal: HiddenTeacher, rows_K: Tensor) -> dict[str, Tensor]:
         if self.kind == "hidden":

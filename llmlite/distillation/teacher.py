@@ -23,6 +23,7 @@ from torch import Tensor
 from llmlite.data.collate import PaddedCollator, examples_of
 from llmlite.distillation.objective import HiddenTeacher, TeacherSignal
 from llmlite.distillation.uld import align
+from llmlite.errors import UnsupportedModel
 from llmlite.training.backbone import hidden_and_head
 from llmlite.training.token_loss import IGNORE_INDEX
 
@@ -184,10 +185,23 @@ class TeacherModel:
         return compute_dtype(self.run.device, self.settings.dtype)
 
     def expected_bytes(self) -> int:
-        """Bytes of its weights in memory."""
+        """Bytes of its weights in memory; of an architecture that is not in the families table, those of its files."""
+        from llmlite.models.load import weight_files
         from llmlite.models.size import expected_bytes
 
-        return expected_bytes(self.config, dtype=self.compute_dtype, scheme=self.quantization, double_quant=True)
+        try:
+            return expected_bytes(self.config, dtype=self.compute_dtype, scheme=self.quantization, double_quant=True)
+        except UnsupportedModel:
+            return sum(size for _, size, _ in weight_files(self.source(weights=False).folder))
+
+    def packs(self) -> bool:
+        """Whether it keeps packed examples apart by their positions, as far as is known."""
+        from llmlite.models.families import family_of
+
+        try:
+            return family_of(self.config).packs_by_position
+        except UnsupportedModel:
+            return False
 
     def load(self) -> PreTrainedModel:
         """The model, frozen, in eval mode."""

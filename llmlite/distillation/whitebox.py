@@ -239,6 +239,8 @@ class DistillWhiteBox(TrainingStep):
                     f"teacher '{self.teacher}' and student: {found.problem}. What one learns from the other by ids would be nonsense; "
                     "divergence: uld compares across tokenizers."
                 )
+            if run.recipe.data.packing and run.packs and not teacher.packs():
+                problems.append(f"teacher '{self.teacher}' ({teacher.config.model_type}) does not keep packed examples apart. Set packing: false.")
             if longest and run.recipe.data.max_length > longest:
                 problems.append(f"max_length={run.recipe.data.max_length} should be at most {longest}, the longest sequence that the teacher allows.")
         if self.hidden_weight or self.attention_weight:

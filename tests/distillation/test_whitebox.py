@@ -122,6 +122,21 @@ def test_a_teacher_with_another_tokenizer_is_refused_unless_the_loss_is_made_for
     assert all(parameter.isfinite().all() for parameter in student.parameters())
 
 
+def test_a_teacher_of_another_family_teaches_unless_it_would_mix_packed_examples(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
+    teachers = {family: save_tiny(tmp_path / family, family) for family in ("qwen3", "opt", "mixtral")}
+    for family, problem in (("qwen3", None), ("opt", "does not keep packed examples apart"), ("mixtral", "does not keep packed examples apart")):
+        for packing in (True, False):
+            data = llmlite.Data(train=str(pairs_file), max_length=64, packing=packing)
+            recipe = llmlite.Recipe(model=str(model_folder), data=data, steps=[llmlite.DistillWhiteBox(teacher=str(teachers[family]), max_steps=1)])
+            if packing and problem:
+                with pytest.raises(ConfigError, match=problem):
+                    recipe.check()
+                continue
+            recipe.check()
+            run = Run(recipe, scratch=tmp_path / f"{family}-{packing}")
+            assert recipe.steps[0].apply(run.load_base(), run) is not None
+
+
 def test_a_padded_teacher_and_the_same_one_unpadded_teach_the_same(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
     """Rows of the embedding beyond the student's vocabulary change nothing, live or from a cache."""
     from transformers import AutoModelForCausalLM
