@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from llmlite.evaluation.quality import Reference
 
-__all__ = ["run"]
+__all__ = ["load_result", "run"]
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,20 @@ def run(recipe: Recipe, context: Run | None = None) -> Report:
             claim(recipe)
         context.wait()
         return _Pipeline(recipe, context, out).run()
+
+
+def load_result(folder: Path | str) -> tuple[PreTrainedModel, Run]:
+    """The model that a finished run left, in eval mode, and the run itself: its base, data and tokenizer.
+
+    Raises:
+        LlmliteError: the folder holds no run, or a damaged one.
+    """
+    out = Path(folder)
+    if not (out / "recipe.yaml").is_file() or not (out / "report.json").is_file():
+        raise OutputError(f"{out} holds no finished run (no recipe.yaml with report.json).")
+    recipe = Recipe.from_file(out / "recipe.yaml", output_dir=str(out))
+    context = Run(recipe)
+    return _Pipeline(recipe, context, out).result().eval(), context
 
 
 class _Pipeline:
@@ -289,6 +303,10 @@ class _Pipeline:
         model = load_model(folder, self.recipe.model, self.context.device)
         make_safe(model)
         return model
+
+    def result(self) -> PreTrainedModel:
+        """What the last step left, read from its folder."""
+        return self._reload(len(self.recipe.steps) - 1)
 
     # the result -----------------------------------------------------------------------------------------------------------------------
 
