@@ -286,7 +286,9 @@ class _Pipeline:
         self.context.tokenizer.save_pretrained(folder)
 
     def _base_of(self, index: int) -> Path:
-        """The folder of the model on which the adapter of step `index` sits."""
+        """The folder of the model on which the adapter of step `index` sits: adapters of the steps before are the same one, trained less."""
+        while index and (self._folder(index - 1) / "adapter_config.json").is_file():
+            index -= 1
         return self._folder(index - 1) if index else self.context.source.folder
 
     def _reload(self, index: int) -> PreTrainedModel:
@@ -297,6 +299,8 @@ class _Pipeline:
         if (folder / "adapter_config.json").is_file():
             from llmlite.adapters.load import load_adapter
 
+            while index and (self._folder(index - 1) / "adapter_config.json").is_file():
+                index -= 1
             base = self._reload(index - 1) if index else self.context.load_base()
             return load_adapter(base, folder, is_trainable=True)
         model = load_model(folder, self.recipe.model, self.context.device)

@@ -129,7 +129,7 @@ class Quantize(Step):
         from llmlite.quantization.error import error_report, layer_errors
 
         config = dense.config if dense is not None else run.config
-        how = self._quantization_config(ModelPlan(config), run)
+        how = self.bitsandbytes_config(ModelPlan(config), run)
         if dense is None or not self._sequences(run):
             return self._load(run, folder, how)
         batches = self._calibration_batches(run)
@@ -172,7 +172,8 @@ class Quantize(Step):
         make_safe(model)
         return model
 
-    def _quantization_config(self, model: ModelPlan, run: Run) -> BitsAndBytesConfig:
+    def bitsandbytes_config(self, model: ModelPlan, run: Run) -> BitsAndBytesConfig:
+        """How transformers is told to load such a model quantized."""
         from transformers import BitsAndBytesConfig
 
         # transformers skips lm_head by itself only while no names are given
