@@ -93,7 +93,9 @@ class _Pipeline:
             self.context.wait()
             return self.report
         for index in range(len(self.recipe.steps)):
-            if index >= done:
+            if index < done:
+                self._take_over_vocabulary(index)
+            else:
                 self._step(index, reference)
             self.report.rows.append(self._row(self._folder(index)))
             self._gate(index, self.report.rows[-1])
@@ -181,9 +183,20 @@ class _Pipeline:
             log.info("%d of %d steps are already done; continuing after them", done, len(self.recipe.steps))
         return done
 
+    def _take_over_vocabulary(self, index: int) -> None:
+        """Go on with the tokens that a step of an earlier call left."""
+        file = self._folder(index) / "vocabulary.json"
+        if self.recipe.steps[index].changes_tokenizer and file.is_file():
+            from llmlite.data.vocabulary import Vocabulary
+            from llmlite.models.load import Source, load_tokenizer
+
+            self.context.use_vocabulary(Vocabulary.read(file), load_tokenizer(Source(str(file.parent), file.parent, None), self.recipe.model))
+
     # steps ----------------------------------------------------------------------------------------------------------------------------
 
     def _step(self, index: int, reference: Reference) -> None:
+        import torch
+
         from llmlite.evaluation.memory import measured_peak
         from llmlite.evaluation.quality import measure_quality
         from llmlite.evaluation.sample import sample
@@ -205,7 +218,8 @@ class _Pipeline:
                 settle(model, self.context.storage_dtype)
         seconds = time.perf_counter() - started
         log.info("step %d of %d: %s took %.0f s; measuring", index + 1, len(self.recipe.steps), name, seconds)
-        quality = measure_quality(model, self.context.evaluation_batches(), reference)
+        kept = self.context.vocabulary
+        quality = measure_quality(model, self.context.evaluation_batches(), reference if kept is None else reference.over(torch.from_numpy(kept.kept_K)))
         with packed_generation(model):  # as stock transformers runs it
             speed = measure_speed(model)
             self.context.note(sample=sample(model, self.context.tokenizer, self.context.evaluation_data.rows))

@@ -37,6 +37,7 @@ STEPS: dict[str, str] = {
     "prune.hidden": "llmlite.pruning.hidden:PruneHidden",
     "prune.layers": "llmlite.pruning.layers:PruneLayers",
     "prune.structured": "llmlite.pruning.structured:PruneStructured",
+    "prune.vocabulary": "llmlite.pruning.vocabulary:PruneVocabulary",
     "prune.weights": "llmlite.pruning.weights:PruneWeights",
     "quantize": "llmlite.quantization.bnb:Quantize",
 }
@@ -88,6 +89,9 @@ class Step:
 
     takes_adapters: ClassVar[bool] = False
     """Whether the model may carry a peft adapter."""
+
+    changes_tokenizer: ClassVar[bool] = False
+    """Whether what follows reads text by another tokenizer; then the step leaves a `vocabulary.json` beside its weights."""
 
     advice: ClassVar[str] = "ask less of this step"
     """What to try when its result is too far from the base."""
