@@ -47,7 +47,7 @@ STEPS = {
     "query heads": llmlite.PruneHeads(keep=0.5, unit="query_heads"),
     "layers": llmlite.PruneLayers(keep=0.67, candidates=2, greedy_windows=2),
     "hidden": llmlite.PruneHidden(keep=0.75, multiple_of=16),
-    "structured": llmlite.PruneStructured(keep_parameters=0.6, multiple_of=8),
+    "structured": llmlite.PruneStructured(keep_parameters=0.6, multiple_of=8, spread="auto"),
     "weights": llmlite.PruneWeights(sparsity="2:4"),
 }
 NEEDS_HEADS = ("heads", "query heads", "hidden")
@@ -266,8 +266,10 @@ def test_the_share_of_the_decoder_asked_for_is_what_stays(spread: str, keep: flo
 
 def test_a_share_that_no_width_reaches_is_refused() -> None:
     config = tiny_config("llama")
-    with pytest.raises(ConfigError, match=r"prune\.layers"):
+    with pytest.raises(ConfigError, match="cannot be reached by layers, heads"):
         llmlite.PruneStructured(keep_parameters=0.1).check(ModelPlan(config), run_of(config))
+    with pytest.raises(ConfigError, match=r"prune\.layers"):
+        llmlite.PruneStructured(keep_parameters=0.1, spread="ffn").check(ModelPlan(config), run_of(config))
 
 
 def test_a_repaired_model_reads_better_than_an_unrepaired_one() -> None:
