@@ -166,6 +166,9 @@ def _layers(row: Row) -> list[dict[str, str]]:
     if influence := row.details.get("block_influence"):
         title = f"{row.name}: block influence; what went in the other colour"
         found.append({"title": title, "svg": plots.layer_errors(title, influence, "influence", row.details.get("removed_layers") or ())})
+    if sparsity := row.details.get("layer_sparsity"):
+        title = f"{row.name}: share of zeros"
+        found.append({"title": title, "svg": plots.layer_errors(title, sparsity, "share")})
     if errors := row.details.get("layer_errors"):
         title = f"{row.name}: relative output error, mean of a layer's projections"
         found.append({"title": title, "svg": plots.layer_errors(title, _by_layer(errors), "error")})
