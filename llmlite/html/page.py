@@ -181,6 +181,10 @@ def _layers(row: Row) -> list[dict[str, str]]:
 
 def _removed(row: Row) -> list[dict[str, str]]:
     found = []
+    if growth := row.details.get("length_growth"):
+        title = f"{row.name}: tokens of a text, {row.details['tokens_kept']:,} of {row.details['tokens_before']:,} tokens kept"
+        labels = ["1x", *(f"{times:.3f}x" for times in growth.values())]
+        found.append({"title": title, "svg": plots.bars(title, ["base", *growth], [1, *growth.values()], labels)})
     for kind, figures in row.details.items():
         if isinstance(figures, Mapping) and figures.get("removed"):
             title = f"{row.name}: {_unit(kind)} that went"

@@ -87,10 +87,11 @@ class PruneVocabulary(Step):
             return model
         vocabulary, new = Vocabulary.of(BytePairs.of(old), kept, total), narrow_tokenizer(old, kept)
         model = narrow_model(model, kept)
-        run.note(tokens_kept=len(kept), tokens_before=total, length_growth=self._growth(run, old, new))
+        growth = self._growth(run, old, new)
+        run.note(tokens_kept=len(kept), tokens_before=total, length_growth=growth)
         run.use_vocabulary(vocabulary.after(run.vocabulary), new)
         _keep_beside(run, run.vocabulary)
-        log.info("%d of %d tokens stay", len(kept), total)
+        log.info("%d of %d tokens stay; texts get longer: %s", len(kept), total, ", ".join(f"{name} {times:.3f}x" for name, times in growth.items()))
         return model
 
     def _sources(self, run: Run) -> list[str]:
