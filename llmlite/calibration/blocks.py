@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,10 @@ def skipping(blocks: Collection[BlockView], seen: Callable[[BlockView, tuple[Any
     finally:
         for block in blocks:
             del block.module.__dict__["forward"]
+
+
+class _AllSeenError(Exception):
+    """Leaves a forward pass that has shown what was wanted."""
 
 
 class Blocks:
@@ -182,14 +186,21 @@ class Blocks:
         return {role: found[keys[role]] for role in wanted}
 
     def _inputs(self, block: BlockView, roles: Sequence[str], index: int, hidden: Tensor) -> dict[str, Tensor]:
+        """What the projections are given. The block is left as soon as all of them have been: what comes behind would be computed for nothing."""
         seen: dict[str, Tensor] = {}
 
         def watch(role: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            return lambda _module, args: seen.__setitem__(role, args[0])
+            def look(_module: nn.Module, args: tuple[Any, ...]) -> None:
+                seen[role] = args[0]
+                if len(seen) == len(roles):
+                    raise _AllSeenError
+
+            return look
 
         handles = [block.linears[role].module.register_forward_pre_hook(watch(role)) for role in roles]
         try:
-            self.run(block, index, hidden)
+            with suppress(_AllSeenError):
+                self.run(block, index, hidden)
         finally:
             for handle in handles:
                 handle.remove()
