@@ -179,6 +179,7 @@ class Trials:
         self.gradients = gradients_for(model, fit_NT, [*kinds, Cut("ffn", self.view.ffn_channels, 1)], step)
         folder.mkdir(parents=True, exist_ok=True)
         self._losses = folder / "losses.json"
+        self._dampings: dict[tuple[str, int], float] = {}  # chosen in the first trial of each kind; they hardly depend on how much goes
         self.known: dict[str, float] = json.loads(self._losses.read_text(encoding="utf-8")) if self._losses.is_file() else {}
         self._keep_sums(fit_NT)
         self.influence = [json.loads((self._place(block.index) / "influence.json").read_text()) for block in self.view.blocks]
@@ -226,7 +227,9 @@ class Trials:
                     for cut in cuts if found else ():
                         linear = block.linears[cut.role]
                         before[linear.name] = (linear, linear.weight_OI.clone(), None if linear.bias is None else linear.bias.detach().clone())
-                        cut_block(linear, cut, found[cut.role], self.step, self.gradients.get((cut.kind, block.index)))
+                        kind = (cut.kind, block.index)
+                        made = cut_block(linear, cut, found[cut.role], self.step, self.gradients.get(kind), self._dampings.get(kind))
+                        self._dampings.setdefault(kind, made["damping"])
             self.known[key] = calibration_loss(self.model, self.held_NT, gone)
         finally:
             for linear, weight_OI, bias in before.values():

@@ -114,18 +114,26 @@ def gradients_for(model: PreTrainedModel, windows_NT: Tensor, cuts: Sequence[Cut
     return taylor_scores(model, windows_NT[:_TAYLOR_WINDOWS], judged) if judged else {}
 
 
-def cut_block(linear: LinearView, cut: Cut, found: Statistics, step: UnitStep, gradient_U: Tensor | None) -> dict[str, Any]:
-    """Choose and repair in one projection; writes its weight and bias. Returns what to remember."""
+def cut_block(linear: LinearView, cut: Cut, found: Statistics, step: UnitStep, gradient_U: Tensor | None, damping: float | None = None) -> dict[str, Any]:
+    """Choose and repair in one projection; writes its weight and bias. Returns what to remember.
+
+    Args:
+        linear: the output projection.
+        cut: what goes.
+        found: sums over what it heard.
+        step: how to choose and repair.
+        gradient_U: first-order scores, where the units are judged by them.
+        damping: of the repair; None chooses it on the sums that were held out.
+    """
     weight_OI, moments = linear.weight_OI, found.all
     kept = _choose(weight_OI.float(), cut, found, cut.score or step.score, gradient_U)
     size = weight_OI.shape[1] // cut.units
     keep_K = (torch.tensor(kept, device=weight_OI.device)[:, None] * size + torch.arange(size, device=weight_OI.device)).flatten()
-    damping = None
-    if step.reconstruct:
+    if not step.reconstruct:
+        damping = None
+    elif damping is None:
         damping = choose_damping(weight_OI, keep_K, found.fit, found.held)
-        new_OK = least_squares(weight_OI, keep_K, moments, damping)
-    else:
-        new_OK = weight_OI[:, keep_K].float()
+    new_OK = weight_OI[:, keep_K].float() if damping is None else least_squares(weight_OI, keep_K, moments, damping)
     energy = float((weight_OI.double() @ moments.gram_II.double() * weight_OI.double()).sum())
     error = output_error(weight_OI, new_OK, keep_K, moments) / max(energy, 1e-30)
     if step.bias_compensation and linear.bias is not None:

@@ -112,6 +112,15 @@ def test_the_output_error_is_that_of_the_data(weight: torch.Tensor) -> None:
     assert output_error(weight, weight[:, keep], keep, moments_of(x)) == pytest.approx(float(expected), rel=1e-6)
 
 
+@pytest.mark.parametrize("tokens", [8, 14, 40, 400])
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_damping_found_downhill_is_the_best_of_all_candidates(weight: torch.Tensor, tokens: int, dense: bool) -> None:
+    keep = torch.tensor([0, 1, 4, 5, 7, 8, 9])
+    fit, held = (moments_of(x, x + 0.1 * correlated(len(x), seed=8) if dense else None) for x in (correlated(tokens, seed=6), correlated(2000, seed=7)))
+    errors = {damping: output_error(weight, least_squares(weight, keep, fit, damping), keep, held) for damping in DAMPINGS}
+    assert errors[choose_damping(weight, keep, fit, held)] == pytest.approx(min(errors.values()), rel=1e-3)
+
+
 def test_damping_grows_when_the_fit_has_few_tokens(weight: torch.Tensor) -> None:
     keep, held = torch.arange(9), moments_of(correlated(2000, seed=3))
     few, many = (choose_damping(weight, keep, moments_of(correlated(tokens, seed=4)), held) for tokens in (6, 2000))
