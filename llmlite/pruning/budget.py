@@ -178,9 +178,10 @@ class Trials:
         kinds = [Cut("kv_groups", self.view.kv_heads, 1, score=head_score), Cut("query_heads", self.view.heads, 1, score=head_score)]
         self.gradients = gradients_for(model, fit_NT, [*kinds, Cut("ffn", self.view.ffn_channels, 1)], step)
         folder.mkdir(parents=True, exist_ok=True)
-        self._losses = folder / "losses.json"
-        self._dampings: dict[tuple[str, int], float] = {}  # chosen in the first trial of each kind; they hardly depend on how much goes
-        self.known: dict[str, float] = json.loads(self._losses.read_text(encoding="utf-8")) if self._losses.is_file() else {}
+        self._file = folder / "trials.json"
+        stored = json.loads(self._file.read_text(encoding="utf-8")) if self._file.is_file() else {"losses": {}, "dampings": {}}
+        self.known: dict[str, float] = stored["losses"]
+        self._dampings: dict[str, float] = stored["dampings"]  # chosen in the first trial of each kind; they hardly depend on how much goes
         self._keep_sums(fit_NT)
         self.influence = [json.loads((self._place(block.index) / "influence.json").read_text()) for block in self.view.blocks]
 
@@ -227,16 +228,16 @@ class Trials:
                     for cut in cuts if found else ():
                         linear = block.linears[cut.role]
                         before[linear.name] = (linear, linear.weight_OI.clone(), None if linear.bias is None else linear.bias.detach().clone())
-                        kind = (cut.kind, block.index)
-                        made = cut_block(linear, cut, found[cut.role], self.step, self.gradients.get(kind), self._dampings.get(kind))
-                        self._dampings.setdefault(kind, made["damping"])
+                        gradient_U, name = self.gradients.get((cut.kind, block.index)), f"{cut.kind} {block.index}"
+                        made = cut_block(linear, cut, found[cut.role], self.step, gradient_U, self._dampings.get(name))
+                        self._dampings.setdefault(name, made["damping"])
             self.known[key] = calibration_loss(self.model, self.held_NT, gone)
         finally:
             for linear, weight_OI, bias in before.values():
                 linear.weight_OI.copy_(weight_OI)
                 if bias is not None and linear.bias is not None:
                     linear.bias.data.copy_(bias)
-        write_json(self._losses, self.known)
+        write_json(self._file, {"losses": self.known, "dampings": self._dampings})
         return self.known[key]
 
 
