@@ -1,0 +1,137 @@
+"""llmlite beside its peers, in one run: the same model, calibration windows and test windows, each method in a fresh process of its own environment.
+
+    python benchmarks/peers/environments.py ENVS            # once: one virtual environment for each peer, from pinned requirements
+    python benchmarks/peers.py quantization --envs ENVS --calibration WIKI_VALID.txt --test wikitext=WIKI_TEST.txt --test novel=NOVEL.txt
+    python benchmarks/peers.py sparsity --envs ENVS ...
+
+Quality is measured here, from the hidden states that each method leaves on the test windows; cost is measured from outside, as a whole process. Writes
+benchmarks/results/peers_TASK.json as it goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from metrics.text import detokenised
+from safetensors.torch import load_file, save_file
+
+from llmlite.calibration.sources import windows_of
+from llmlite.models.load import Model, find, load_model, load_tokenizer
+
+HERE = Path(__file__).parent
+OURS = ""
+ROWS: dict[str, dict[str, tuple[str, str, str]]] = {  # row -> (environment, script, method)
+    "quantization": {
+        "bitsandbytes NF4": (OURS, "llmlite_steps.py", "nf4-stock"),
+        "llmlite NF4": (OURS, "llmlite_steps.py", "nf4-calibrated"),
+        "llmlite NF4 + double": (OURS, "llmlite_steps.py", "nf4-dq-calibrated"),
+        "llm-compressor GPTQ W4A16": ("llmcompressor", "llmcompressor_oneshot.py", "gptq"),
+        "HQQ 4 bit": ("misc", "hqq_4bit.py", ""),
+        "torchao int4": ("misc", "torchao_int4.py", ""),
+        "quanto qint4": ("misc", "quanto_int4.py", ""),
+        "AutoRound W4A16": ("autoround", "autoround_w4.py", ""),
+    },
+    "sparsity": {
+        "llmlite SparseGPT 50 %": (OURS, "llmlite_steps.py", "sparsegpt-0.5"),
+        "llm-compressor SparseGPT 50 %": ("llmcompressor", "llmcompressor_oneshot.py", "sparsegpt-0.5"),
+        "llmlite SparseGPT 2:4": (OURS, "llmlite_steps.py", "sparsegpt-2:4"),
+        "llm-compressor SparseGPT 2:4": ("llmcompressor", "llmcompressor_oneshot.py", "sparsegpt-2:4"),
+        "llmlite Wanda 50 %": (OURS, "llmlite_steps.py", "wanda-0.5"),
+        "llm-compressor Wanda 50 %": ("llmcompressor", "llmcompressor_oneshot.py", "wanda-0.5"),
+    },
+}
+
+
+@torch.no_grad()
+def compared(student_NTD: torch.Tensor, dense_NTD: torch.Tensor, head: torch.nn.Module, ids_NT: torch.Tensor) -> dict[str, float]:
+    """Perplexity of the next tokens, and KL from the dense model in nats a token; the head is the dense one."""
+    nll = kl = 0.0
+    for student_TD, dense_TD, ids_T in zip(student_NTD, dense_NTD, ids_NT, strict=True):
+        student_TV, dense_TV = (head(hidden[:-1]).float().log_softmax(-1) for hidden in (student_TD, dense_TD))
+        nll -= float(student_TV.gather(1, ids_T[1:, None]).double().mean())
+        kl += float((dense_TV.exp() * (dense_TV - student_TV)).sum(-1).double().mean())
+    return {"perplexity": float(torch.tensor(nll / len(ids_NT)).exp()), "kl": kl / len(ids_NT)}
+
+
+def measured(python: str, script: str, arguments: list[str], threads: int, answer: Path) -> dict[str, Any]:
+    """Run one method as a whole process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    with (answer.parent / "log").open("w") as log:
+        done = subprocess.run([python, str(HERE / "peers" / script), str(answer), *arguments], env=environment, stdout=log, stderr=log, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        return {"failed": (answer.parent / "log").read_text().strip().splitlines()[-1][:200]}
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {**json.loads(answer.read_text()), "process_seconds": time.perf_counter() - started, "process_cpu_seconds": cpu}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=ROWS)
+    parser.add_argument("--envs", type=Path, required=True)
+    parser.add_argument("--calibration", required=True, metavar="FILE")
+    parser.add_argument("--test", action="append", required=True, metavar="NAME=FILE")
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--test-windows", type=int, default=16)
+    parser.add_argument("--rows", nargs="*", help="only these")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    settings = Model()
+    source = find(settings)
+    tokenizer = load_tokenizer(source, settings)
+
+    def windows(path: str, count: int, seed: int) -> torch.Tensor:
+        text = detokenised(Path(path).read_text(encoding="utf-8"))
+        return windows_of(torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]), count, args.tokens, seed)
+
+    ids = {name: windows(path, args.test_windows, 1) for name, path in (test.split("=", 1) for test in args.test)}
+    model = load_model(source, settings, torch.device("cpu"))
+    head = model.get_output_embeddings()
+    dense = {}
+    for name, ids_NT in ids.items():
+        with torch.no_grad():
+            dense[name] = torch.cat([model.base_model(input_ids=part, use_cache=False).last_hidden_state for part in ids_NT.split(4)])
+    table: dict[str, Any] = {"dense": {name: compared(dense[name], dense[name], head, ids[name]) for name in ids}}
+    out = HERE / "results" / f"peers_{args.task}.json"
+    about = {
+        "model": settings.name,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "threads": args.threads,
+        "calibration": f"{Path(args.calibration).name}, {args.sequences} x {args.tokens} tokens",
+        "test": f"{args.test_windows} x {args.tokens} tokens of each text",
+        "seed": args.seed,
+    }
+    for label, (environment, script, method) in ROWS[args.task].items():
+        if args.rows and label not in args.rows:
+            continue
+        python = str(args.envs / environment / "bin" / "python") if environment else sys.executable
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder)
+            save_file({"calibration": windows(args.calibration, args.sequences, args.seed), **ids}, place / "windows.safetensors")
+            given = ["--model", str(source.folder), "--windows", str(place / "windows.safetensors"), "--hidden", str(place / "hidden.safetensors")]
+            row = measured(python, script, [*given, "--method", method, "--seed", str(args.seed)], args.threads, place / "answer.json")
+            if "failed" not in row:
+                hidden = load_file(place / "hidden.safetensors")
+                row |= {name: compared(hidden[name], dense[name], head, ids[name]) for name in ids}
+        table[label] = row
+        print(f"{label:32s}", json.dumps(row), flush=True)
+        out.write_text(json.dumps({**about, "table": table}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

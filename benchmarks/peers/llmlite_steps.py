@@ -1,0 +1,37 @@
+"""llmlite's own steps, called as the peers are: the same windows, the same measure."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import run
+
+import llmlite
+from llmlite.models.save import save_model, storage_dtype
+from llmlite.quantization.bnb import Quantize
+from llmlite.run import Run
+
+METHODS: dict[str, Any] = {
+    "nf4-stock": lambda: Quantize(scheme="nf4", double_quant=False, calibrate=False, report_sequences=0),
+    "nf4-calibrated": lambda: Quantize(scheme="nf4", double_quant=False),
+    "nf4-dq-calibrated": lambda: Quantize(scheme="nf4", double_quant=True),
+    "sparsegpt-0.5": lambda: llmlite.PruneWeights(sparsity=0.5),
+    "sparsegpt-2:4": lambda: llmlite.PruneWeights(sparsity="2:4"),
+    "wanda-0.5": lambda: llmlite.PruneWeights(sparsity=0.5, method="wanda"),
+}
+
+
+def compress(args: argparse.Namespace, windows_NT: torch.Tensor) -> Any:
+    step = METHODS[args.method]()
+    recipe = llmlite.Recipe(model=args.model, steps=(step,), seed=args.seed, data=llmlite.Data(calibration_sequences=len(windows_NT)))
+    run_ = Run(recipe, Path(tempfile.mkdtemp(dir=args.hidden.parent)))
+    run_.__dict__["calibration_windows"] = windows_NT
+    return step.load(run_)
+
+
+if __name__ == "__main__":
+    run(compress, lambda model, tokenizer, folder: (save_model(model, folder, storage_dtype(model.config)), tokenizer.save_pretrained(folder)))
