@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llmlite.data.prepare import Prepared
     from llmlite.data.split import Split
     from llmlite.data.vocabulary import Vocabulary
+    from llmlite.evaluation.quality import Reference
     from llmlite.recipe import Recipe
     from llmlite.training.settings import TrainingStep
 
@@ -108,6 +109,13 @@ class Run:
         for name in ("train_data", "calibration_windows"):
             self.__dict__.pop(name, None)
 
+    def take_vocabulary(self, folder: Path) -> None:
+        """Go on with the tokens of the model in a folder, where it says that some have gone."""
+        from llmlite.data.vocabulary import VOCABULARY, Vocabulary
+
+        if (folder / VOCABULARY).is_file():
+            self.use_vocabulary(Vocabulary.read(folder / VOCABULARY), load_tokenizer(Source(str(folder), folder, None), self.recipe.model))
+
     def load_base(self) -> PreTrainedModel:
         """The dense base model, anew, with the tokens that are left: the default teacher, and the start of most recipes."""
         self.source = find(self.recipe.model, weights=True)
@@ -173,20 +181,40 @@ class Run:
 
         Where tokens have gone, they are written by those that are left, and ``starts`` marks where the base's tokens begin; see `measure_quality`.
         """
-        import torch
-
         data, collate, found = self.evaluation_data, self.evaluation_data.collator(), []
         for start in range(0, len(data.dataset), rows):
             part: list[Any] = [data.dataset[i] for i in range(start, min(start + rows, len(data.dataset)))]
-            if self.vocabulary is not None:
+            if self.vocabulary is None:
+                found.append(collate(part))
+            else:
                 part = [self.vocabulary.expand_row(row) for row in part]
-                self._require_places(max(len(row["input_ids"]) for row in part))
-            batch = collate(part)
-            if self.vocabulary is not None:
-                width = batch["input_ids"].shape[1]
-                batch["starts"] = torch.tensor([[*row["starts"], *[0] * (width - len(row["starts"]))] for row in part])
-            found.append(batch)
+                found.append(collate(part) | {"starts": self._starts(part)})
         return found
+
+    def in_present_tokens(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Batches of one row each (``input_ids``, ``labels``) in the base's tokens, written in those that are left. See `evaluation_batches`."""
+        import torch
+
+        if self.vocabulary is None:
+            return batches
+        found = []
+        for batch in batches:
+            row = self.vocabulary.expand_row({name: batch[name][0].tolist() for name in ("input_ids", "labels")})
+            found.append({name: torch.tensor([row[name]]) for name in ("input_ids", "labels")} | {"starts": self._starts([row])})
+        return found
+
+    def over_present_tokens(self, reference: Reference) -> Reference:
+        """The base's distributions over the tokens that are left, made to add up to 1."""
+        import torch
+
+        return reference if self.vocabulary is None else reference.over(torch.from_numpy(self.vocabulary.kept_K))
+
+    def _starts(self, rows: list[dict[str, list[int]]]) -> Tensor:
+        import torch
+
+        width = max(len(row["input_ids"]) for row in rows)
+        self._require_places(width)
+        return torch.tensor([[*row["starts"], *[0] * (width - len(row["starts"]))] for row in rows])
 
     def max_steps(self, step: TrainingStep) -> int | None:
         """Optimizer steps of a training step, or None when the rows and `num_train_epochs` decide."""

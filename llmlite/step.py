@@ -90,9 +90,6 @@ class Step:
     takes_adapters: ClassVar[bool] = False
     """Whether the model may carry a peft adapter."""
 
-    changes_tokenizer: ClassVar[bool] = False
-    """Whether what follows reads text by another tokenizer; then the step leaves a `vocabulary.json` beside its weights."""
-
     advice: ClassVar[str] = "ask less of this step"
     """What to try when its result is too far from the base."""
 

@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 
     Ids = NDArray[np.int64]
 
-__all__ = ["BytePairs", "Vocabulary", "kept_tokens", "narrow_tokenizer"]
+__all__ = ["VOCABULARY", "BytePairs", "Vocabulary", "kept_tokens", "narrow_tokenizer"]
 
+VOCABULARY = "vocabulary.json"
+"""The file beside a model's weights that says which of its base's tokens are left."""
 _BYTES = 256
 
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from llmlite.data.text import Rows
-    from llmlite.data.vocabulary import Vocabulary
     from llmlite.run import Run
 
 __all__ = ["PruneVocabulary", "length_growth"]
@@ -41,7 +40,6 @@ class PruneVocabulary(Step):
     """Keep the tokens that some texts use; rewrites tokenizer, embedding and output head together."""
 
     advice: ClassVar[str] = "give more text to keep the tokens of (text), or keep more of the lowest-numbered tokens (keep_first)"
-    changes_tokenizer: ClassVar[bool] = True
 
     text: Names = ()
     """Texts whose tokens stay: files, folders, Hub ids, builtin names. Left out: the training text, its held-out part excepted."""
@@ -90,7 +88,6 @@ class PruneVocabulary(Step):
         growth = self._growth(run, old, new)
         run.note(tokens_kept=len(kept), tokens_before=total, length_growth=growth)
         run.use_vocabulary(vocabulary.after(run.vocabulary), new)
-        _keep_beside(run, run.vocabulary)
         log.info("%d of %d tokens stay; texts get longer: %s", len(kept), total, ", ".join(f"{name} {times:.3f}x" for name, times in growth.items()))
         return model
 
@@ -151,13 +148,3 @@ def _template_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
             continue
         return [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
     return []
-
-
-def _keep_beside(run: Run, vocabulary: Vocabulary | None) -> None:
-    """Leave the map of old to new ids beside the weights: a run that goes on reads it, and so can people."""
-    from pathlib import Path
-
-    if vocabulary is None or run.scratch == Path() or not run.is_main:
-        return
-    (run.scratch / "keep").mkdir(parents=True, exist_ok=True)
-    vocabulary.save(run.scratch / "keep" / "vocabulary.json")
