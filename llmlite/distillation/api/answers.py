@@ -185,6 +185,10 @@ def _signal(
     starts = np.cumsum([0, *(len(encoded.input_ids[example]) for example in examples)])
     # the first token of a text is never trained, but what follows it stands behind its bytes
     spoken = [index for index, token in enumerate(ids_T) if (int(token) not in special if kind == "text" else labels_T[index] != IGNORED)]
+    ends = {vocabulary.by_id.get(token) for token in special}
+    if not any(position.chosen.text in ends for position in positions[-1:]):  # servers seldom show the token that ends an answer
+        while spoken and int(ids_T[spoken[-1]]) in special:
+            spoken.pop()
     signal, covered = align([int(i) for i in ids_T], spoken, positions, vocabulary, candidates, firsts=frozenset(int(start) for start in starts))
     lesson.counts["covered_tokens"] += covered
     lesson.counts["unplaced"] += covered == 0
