@@ -1,7 +1,7 @@
 """A server on loopback shaped like OpenAI's and vLLM's, whose model is a real tiny one, so that what comes back can be checked against its logits.
 
-Like OpenAI's it gives at most 20 top log-probabilities, of generated tokens only; with `vllm=True` it knows `prompt_logprobs` too. Faults are taken from a list,
-one for each request: a status with headers, "cut" (the connection ends), "garbage" (no JSON), "half" (JSON without choices), "slow".
+Like OpenAI's it gives at most 20 top log-probabilities, of generated tokens only; with `vllm=True` it knows `prompt_logprobs` too. Faults are taken from a
+list, one for each request: a status with headers, "cut" (the connection ends), "garbage" (no JSON), "half" (JSON without choices), "slow".
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ class FakeApi:
     @property
     def asked(self) -> list[dict[str, Any]]:
         """The requests that were no probe."""
-        return [body for body in self.requests if "Say hello." not in json.dumps(body) and body.get("prompt") not in ("Hello there,", "Hello there, my dear friend.")]
+        return [
+            body
+            for body in self.requests
+            if "Say hello." not in json.dumps(body) and body.get("prompt") not in ("Hello there,", "Hello there, my dear friend.")
+        ]
 
     # answers
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from llmlite.data.prepare import Prepared, prepared
 from llmlite.data.text import Rows
-from llmlite.data.tokens import IGNORED, Encoded, encode
+from llmlite.data.tokens import IGNORED, Encoded, encode, leading_ids
 from llmlite.distillation.api.align import Signal, align
 from llmlite.distillation.api.asking import Mode, positions_of
 from llmlite.distillation.api.logprobs import Position
@@ -183,8 +183,12 @@ def _signal(
     ids_T = np.concatenate([encoded.input_ids[example] for example in examples])
     labels_T = np.concatenate([encoded.labels[example] for example in examples])
     starts = np.cumsum([0, *(len(encoded.input_ids[example]) for example in examples)])
-    # the first token of a text is never trained, but what follows it stands behind its bytes
-    spoken = [index for index, token in enumerate(ids_T) if (int(token) not in special if kind == "text" else labels_T[index] != IGNORED)]
+    if kind == "text":  # the first token of a piece is never trained, but what follows it stands behind its bytes; only BOS is not of the text
+        leading = leading_ids(vocabulary.tokenizer)
+        heads = {int(start) + place for start in starts[:-1] for place, token in enumerate(leading) if ids_T[start : start + len(leading)].tolist() == leading}
+        spoken = [index for index in range(len(ids_T)) if index not in heads]
+    else:
+        spoken = [int(index) for index in np.flatnonzero(labels_T != IGNORED)]
     ends = {vocabulary.by_id.get(token) for token in special}
     if not any(position.chosen.text in ends for position in positions[-1:]):  # servers seldom show the token that ends an answer
         while spoken and int(ids_T[spoken[-1]]) in special:
