@@ -186,8 +186,14 @@ class DistillBlackBox(TrainingStep):
         teacher = ApiTeacher(self, run)
         where = f"{self.teacher} at {teacher.url}" if teacher.own is None else f"{self.teacher}, served on loopback"
         limits = {"requests": self.max_requests, "tokens": self.max_tokens_total, "cost": self.max_cost}
-        capped = ", ".join(f"at most {value:,} {name}" for name, value in limits.items() if value is not None)
-        notes = [f"{self.mode} from {where}" + (f", {capped}" if capped else "")]
+        capped = ", ".join(f"{value:,} {name}" for name, value in limits.items() if value is not None)
+        notes = [f"{self.mode} from {where}" + (f", stopping at {capped}" if capped else "")]
+        outlook = teacher.outlook()
+        if outlook:
+            questions, most = outlook
+            notes.append(f"{questions:,} questions, {most.prompt_tokens:,} tokens to read, at most {most.completion_tokens:,} to write")
+            if self.input_price or self.output_price:
+                notes.append(f"at most {self._budget.price(most):,.2f} for all of it")
         if teacher.own is None and os.environ.get(self.api_key_env):
             notes.append(f"key from ${self.api_key_env}")
         if self.lora_r is not None:
@@ -240,7 +246,7 @@ class DistillBlackBox(TrainingStep):
         kept: list[Accepted] = run.agreed(self._collect(run) if run.is_main else [])
         lesson = lesson_of(
             kept,
-            f"the answers of {self.teacher}",
+            f"What {self.teacher} answered",
             run.tokenizer,
             run.recipe.data.max_length,
             candidates=self._candidates if any(answer.positions for answer in kept) else 0,

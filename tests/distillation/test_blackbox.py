@@ -19,6 +19,7 @@ import torch
 
 import llmlite
 from llmlite.cli import recipe_main
+from llmlite.data.text import read_rows
 from llmlite.distillation.api.teacher import ApiTeacher
 from llmlite.errors import ApiError, ConfigError, RunError
 from llmlite.recipes.distill_blackbox import DistillBlackBox as Preset
@@ -276,9 +277,13 @@ def test_nobody_there_and_no_such_model(api: FakeApi, model_folder: Path, questi
 
 def test_a_dry_run_asks_no_question(api: FakeApi, model_folder: Path, questions_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = {"model": model_folder, "data": questions_file, "teacher": "tiny", "base_url": api.url, "max_length": 64, "output_dir": tmp_path / "o"}
+    flags |= {"input_price": 1.0, "output_price": 1000.0, "max_answer_tokens": 100}
     recipe_main(Preset, [*(word for name, value in flags.items() for word in (f"--{name}", str(value))), "--dry_run"])
     shown = " ".join(capsys.readouterr().out.split())
     assert f"text from tiny at {api.url}" in shown
+    questions = len(read_rows(str(questions_file), "train"))
+    assert f"{questions} questions" in shown
+    assert f"at most {questions * 100:,} to write; at most {questions * 0.1:.2f} for all of it" in shown
     assert not api.requests
 
 

@@ -32,6 +32,7 @@ __all__ = ["ADAPTED", "SERVE", "ApiTeacher"]
 log = logging.getLogger(__name__)
 
 SERVE = "serve:"
+_SOME = 200  # questions whose lengths stand for all
 ADAPTED = ("mode", "top", "limit")
 """Fields of `Asking` that a server may want otherwise."""
 
@@ -160,6 +161,18 @@ class ApiTeacher:
             endpoint = "completions"
         rows = read_prompts(self.step.prompts) if self.step.prompts else read_rows(data.train, "train", **self.run.columns())
         return questions_of(rows if data.max_train_rows is None else rows.sample(data.max_train_rows, self.run.recipe.seed), endpoint)
+
+    def outlook(self) -> tuple[int, Spent] | None:
+        """How many questions there are, and about what all answers use at most; None when only a download would tell."""
+        from llmlite.data.text import check_source
+
+        if not self.step.prompts and check_source(self.run.recipe.data.train, **self.run.columns()).kind is None:
+            return None
+        questions = self.questions()
+        some = questions[:: max(1, len(questions) // _SOME)][:_SOME]
+        asked = len(questions) * self.step.samples_per_prompt
+        read = sum(map(self.tokens_of, some)) / max(1, len(some))
+        return len(questions), Spent(asked, round(asked * read), asked * self.asking.written_tokens)
 
     def tokens_of(self, question: Question) -> int:
         """About how many tokens a question makes the teacher read, by the student's tokenizer."""
