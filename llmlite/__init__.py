@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from llmlite.quantization.bnb import Quantize as Quantize
     from llmlite.recipe import Recipe as Recipe
     from llmlite.report import Report as Report
+    from llmlite.side_by_side import evaluate as evaluate
     from llmlite.step import Step as Step
     from llmlite.training.finetune import Finetune as Finetune
 
@@ -65,6 +66,7 @@ _HOMES = {
     "Report": "llmlite.report",
     "Step": "llmlite.step",
     "check": "llmlite.plan",
+    "evaluate": "llmlite.side_by_side",
     "push": "llmlite.hub.push",
 }
 

@@ -350,6 +350,53 @@ def _check_command(context: click.Context, file: str) -> None:
     _run(dataclasses.replace(_file_recipe(file, context.args), dry_run=True))
 
 
+@_group.command("evaluate", context_settings={"token_normalize_func": lambda name: name.replace("-", "_"), "max_content_width": 120})
+@click.argument("folder", metavar="DIR")
+@click.option("--base", metavar="MODEL", help="Hub id or folder of the base. Left out: the run's own.")
+@click.option("--data", metavar="DATA", help="Whose held-out rows are measured. Left out: the run's own.")
+@click.option("--text", metavar="FILE", help="Plain text, measured by a sliding window instead of the data's rows.")
+@click.option("--window", type=click.IntRange(2), help="Tokens of that window.  [default: the data's max_length]")
+@click.option("--stride", type=click.IntRange(1), help="New tokens in each window.  [default: half a window]")
+@click.option("--most_tokens", type=click.IntRange(2), default=16384, show_default=True, help="Tokens of the text that are read.")
+@click.option("--tasks", metavar="NAMES", help="lm-eval tasks, or YAML files of them, separated by commas. Needs llmlite[eval].")
+@click.option("--limit", type=click.IntRange(1), help="Questions of each task.  [default: all]")
+@click.option("--batch_sizes", default="1,8", show_default=True, metavar="NUMBERS", help="Prompts at a time in the speed measurement.")
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Of the speed measurement, after one that warms up.")
+@click.option("--answers", type=click.IntRange(0), default=3, show_default=True, help="Held-out prompts that both answer.")
+@click.option("--estimate_energy", is_flag=True, help="Let codecarbon estimate where the machine has no energy counter. Needs llmlite[energy].")
+@click.option("--grid_grams_per_kwh", type=click.FloatRange(0), metavar="G", help="CO2 of your grid; without it no CO2 is stated.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def _evaluate_command(folder: str, tasks: str | None, batch_sizes: str, as_json: bool, **options: Any) -> None:
+    """Measure a result beside its base: quality, tasks, speed, memory, energy, answers side by side.
+
+    Both are loaded from disk, one after the other. The figures go into DIR/evaluation.json, and into the card when DIR is a run's.
+    """
+    import json
+
+    from rich.console import Console
+
+    from llmlite.side_by_side import evaluate
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    _hush_loggers()
+    try:
+        sizes = tuple(int(size) for size in batch_sizes.split(","))
+    except ValueError:
+        sizes = (0,)
+    if min(sizes) < 1:
+        raise ConfigError("llmlite evaluate", [f"--batch_sizes {batch_sizes!r} should be numbers from 1, separated by commas, such as 1,8."])
+    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    found = evaluate(folder, tasks=names, batch_sizes=sizes, **options)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
+        return
+    console = Console(highlight=False)
+    console.print(found.table())
+    for base, this in zip(found.models["base"]["answers"], found.models["this"]["answers"], strict=True):
+        console.print(f"\n  question  {base['prompt']}\n  base      {base['answer']}\n  this      {this['answer']}", markup=False)
+    console.print(f"\nThe figures: {found.path / 'evaluation.json'}", markup=False)
+
+
 @_group.command("compare")
 @click.argument("folders", metavar="DIR DIR ...", nargs=-1, required=True)
 @click.option("--html", metavar="FILE", help="Also write a page with plots.")

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from llmlite.evaluation.quality import Reference
 
-__all__ = ["run"]
+__all__ = ["load_result", "run"]
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,20 @@ def run(recipe: Recipe, context: Run | None = None) -> Report:
             claim(recipe)
         context.wait()
         return _Pipeline(recipe, context, out).run()
+
+
+def load_result(folder: Path | str) -> tuple[PreTrainedModel, Run]:
+    """The model that a finished run left, in eval mode, and the run itself: its base, data and tokenizer.
+
+    Raises:
+        LlmliteError: the folder holds no run, or a damaged one.
+    """
+    out = Path(folder)
+    if not (out / "recipe.yaml").is_file() or not (out / "report.json").is_file():
+        raise OutputError(f"{out} holds no finished run (no recipe.yaml with report.json).")
+    recipe = Recipe.from_file(out / "recipe.yaml", output_dir=str(out))
+    context = Run(recipe)
+    return _Pipeline(recipe, context, out).result().eval(), context
 
 
 class _Pipeline:
@@ -184,6 +198,7 @@ class _Pipeline:
     # steps ----------------------------------------------------------------------------------------------------------------------------
 
     def _step(self, index: int, reference: Reference) -> None:
+        from llmlite.evaluation.energy import measured_energy
         from llmlite.evaluation.memory import measured_peak
         from llmlite.evaluation.quality import measure_quality
         from llmlite.evaluation.sample import sample
@@ -199,10 +214,12 @@ class _Pipeline:
             scratch.mkdir(parents=True, exist_ok=True)
         self.context.scratch, self.context.notes = scratch, {}
         started = time.perf_counter()
-        with measured_peak(self.context.device.type) as peak, _memory_advice(name):
+        device = self.context.device.type
+        with measured_energy(device, estimate=self.recipe.estimate_energy) as energy, measured_peak(device) as peak, _memory_advice(name):
             model = self._apply(index, step)
             if not is_adapted(model):
                 settle(model, self.context.storage_dtype)
+        self.context.note(energy=energy.to_json())
         seconds = time.perf_counter() - started
         log.info("step %d of %d: %s took %.0f s; measuring", index + 1, len(self.recipe.steps), name, seconds)
         quality = measure_quality(model, self.context.evaluation_batches(), reference)
@@ -285,6 +302,10 @@ class _Pipeline:
         model = load_model(folder, self.recipe.model, self.context.device)
         make_safe(model)
         return model
+
+    def result(self) -> PreTrainedModel:
+        """What the last step left, read from its folder."""
+        return self._reload(len(self.recipe.steps) - 1)
 
     # the result -----------------------------------------------------------------------------------------------------------------------
 

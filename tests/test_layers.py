@@ -16,7 +16,7 @@ LAYERS = [
     {"training"},
     {"run", "report", "calibration", "evaluation", "html", "hub"},
     {"pruning", "distillation", "quantization", "adapters"},
-    {"recipe", "plan", "pipeline"},
+    {"recipe", "plan", "pipeline", "side_by_side"},
     {"recipes", "cli", "__main__", "__init__"},
 ]
 

@@ -15,19 +15,20 @@ __all__ = ["sample"]
 
 
 @torch.no_grad()
-def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, new_tokens: int = 48) -> dict[str, str]:
-    """Greedy answer to the first held-out prompt.
+def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, new_tokens: int = 48, index: int = 0) -> dict[str, str]:
+    """Greedy answer to one held-out prompt.
 
     Args:
         model: any causal LM; left in the mode it was in.
         tokenizer: its chat template is used where there is one.
         rows: held-out rows; of plain text the first words are the prompt.
         new_tokens: longest answer.
+        index: which row.
 
     Returns:
         ``prompt``, ``expected`` and ``answer``, as text.
     """
-    prompt, expected, messages = _question(rows)
+    prompt, expected, messages = _question(rows, index)
     if messages and tokenizer.chat_template:
         inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     else:
@@ -41,13 +42,13 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Row
     return {"prompt": _short(prompt), "expected": _short(expected), "answer": _short(answer)}
 
 
-def _question(rows: Rows) -> tuple[str, str, list[dict[str, str]]]:
-    row = rows.rows[0]
+def _question(rows: Rows, index: int) -> tuple[str, str, list[dict[str, str]]]:
+    row = rows.rows[index]
     if rows.kind == "pair":
         system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
         return row["prompt"], row["completion"], [*system, {"role": "user", "content": row["prompt"]}]
     if rows.kind == "chat":
-        last = max(index for index, message in enumerate(row["messages"]) if message["role"] == "assistant")
+        last = max(place for place, message in enumerate(row["messages"]) if message["role"] == "assistant")
         messages = row["messages"][:last]
         return str(messages[-1]["content"]) if messages else "", str(row["messages"][last]["content"]), messages
     words = row["text"].split()

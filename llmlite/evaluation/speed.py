@@ -1,7 +1,15 @@
-"""How fast a model is: tokens a second while it reads a prompt (prefill) and while it writes (decode), batch 1."""
+"""How fast a model is: time to the first token, time of each further one, tokens a second, at one or several prompts together.
+
+    TTFT   from the prompt to the first token (prefill)      prefill tokens/s = batch * prompt tokens / TTFT
+    TPOT   from one token to the next (decode)               decode tokens/s  = batch / TPOT
+
+Every figure is a median over repeats after one that warms up, with the 95th percentile beside it where the spread matters. What is measured is the
+model as it stands in memory, kernels of the machine included; zeros in a mask or fewer bytes on disk count for nothing here.
+"""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from dataclasses import dataclass
@@ -12,9 +20,10 @@ import torch
 from llmlite.models.view import unwrap
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
-__all__ = ["Speed", "measure_speed"]
+__all__ = ["Latency", "Speed", "measure_latency", "measure_speed"]
 
 
 @dataclass(frozen=True)
@@ -30,9 +39,33 @@ class Speed:
     decode_tokens_per_second: float
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Latency:
+    """Times at one batch size, in seconds.
+
+    Attributes:
+        batch, prompt_tokens, new_tokens, repeats: what was measured.
+        ttft_p50, ttft_p95: time to the first token, over the repeats.
+        tpot_p50, tpot_p95: time of each further token, over all tokens of all repeats.
+        prefill_tokens_per_second, decode_tokens_per_second: of the whole batch, from the medians.
+        peak_memory_bytes: of the process (CPU) or the allocator (CUDA), model included.
+    """
+
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+    ttft_p50: float
+    ttft_p95: float
+    tpot_p50: float
+    tpot_p95: float
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    peak_memory_bytes: int
+
+
 def measure_speed(model: PreTrainedModel, prompt_tokens: int = 256, new_tokens: int = 16, repeats: int = 3) -> Speed:
-    """Time forward passes of a random prompt and of the tokens that follow it, with the cache.
+    """Tokens a second at batch 1.
 
     Args:
         model: any causal LM, on its device. It is put into eval mode and back.
@@ -40,29 +73,72 @@ def measure_speed(model: PreTrainedModel, prompt_tokens: int = 256, new_tokens: 
         new_tokens: decoding steps timed after each prompt.
         repeats: timed repeats after one that warms up.
     """
+    found = measure_latency(model, 1, prompt_tokens, new_tokens, repeats)
+    return Speed(found.prefill_tokens_per_second, found.decode_tokens_per_second)
+
+
+@torch.no_grad()
+def measure_latency(model: PreTrainedModel, batch: int = 1, prompt_tokens: int = 256, new_tokens: int = 16, repeats: int = 3) -> Latency:
+    """Time forward passes of random prompts and of the tokens that follow them, with the cache.
+
+    Args:
+        model: any causal LM, on its device. It is put into eval mode and back.
+        batch: prompts at a time.
+        prompt_tokens: length of each prompt; at most what the model allows.
+        new_tokens: decoding steps timed after each prompt.
+        repeats: timed repeats after one that warms up.
+    """
+    from llmlite.evaluation.memory import measured_peak
+
     was_training = model.training
     model.eval()
     device = model.get_input_embeddings().weight.device
     longest = getattr(model.config, "max_position_embeddings", None) or prompt_tokens + new_tokens
     prompt_tokens = max(1, min(prompt_tokens, longest - new_tokens))
     generator = torch.Generator().manual_seed(0)
-    prompt_BT = torch.randint(0, min(1000, model.config.vocab_size), (1, prompt_tokens), generator=generator).to(device)
-    inner = unwrap(model)  # a prefix would set its own keys and values again at every token
-    prefill, decode = [], []
-    for repeat in range(repeats + 1):
-        started = _now(device)
-        output = model(input_ids=prompt_BT, use_cache=True, logits_to_keep=1)
-        read = _now(device)
-        token_BT = output.logits[:, -1:].argmax(-1)
-        for _ in range(new_tokens):
-            output = inner(input_ids=token_BT, past_key_values=output.past_key_values, use_cache=True)
-            token_BT = output.logits[:, -1:].argmax(-1)
-        written = _now(device)
-        if repeat:
-            prefill.append(read - started)
-            decode.append(written - read)
+    prompt_BT = torch.randint(0, min(1000, model.config.vocab_size), (batch, prompt_tokens), generator=generator).to(device)
+    first: list[float] = []
+    further: list[float] = []
+    with measured_peak(device.type) as peak:
+        for repeat in range(repeats + 1):
+            ttft, tpot = _timed(model, prompt_BT, new_tokens)
+            if repeat:
+                first.append(ttft)
+                further += tpot
     model.train(was_training)
-    return Speed(prompt_tokens / statistics.median(prefill), new_tokens / statistics.median(decode))
+    ttft_p50, tpot_p50 = statistics.median(first), statistics.median(further)
+    return Latency(
+        batch,
+        prompt_tokens,
+        new_tokens,
+        repeats,
+        ttft_p50,
+        _p95(first),
+        tpot_p50,
+        _p95(further),
+        batch * prompt_tokens / ttft_p50,
+        batch / tpot_p50,
+        peak.bytes,
+    )
+
+
+def _timed(model: PreTrainedModel, prompt_BT: Tensor, new_tokens: int) -> tuple[float, list[float]]:
+    """Seconds to the first token, and of each further one."""
+    device = prompt_BT.device
+    inner = unwrap(model)  # a prefix would set its own keys and values again at every token
+    started = _now(device)
+    output = model(input_ids=prompt_BT, use_cache=True, logits_to_keep=1)
+    token_BT = output.logits[:, -1:].argmax(-1)
+    times = [_now(device)]
+    for _ in range(new_tokens):
+        output = inner(input_ids=token_BT, past_key_values=output.past_key_values, use_cache=True)
+        token_BT = output.logits[:, -1:].argmax(-1)
+        times.append(_now(device))
+    return times[0] - started, [after - before for before, after in itertools.pairwise(times)]
+
+
+def _p95(values: list[float]) -> float:
+    return statistics.quantiles(values, n=20, method="inclusive")[-1] if len(values) > 1 else values[0]
 
 
 def _now(device: torch.device) -> float:

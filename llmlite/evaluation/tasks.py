@@ -1,0 +1,156 @@
+"""Benchmark tasks by lm-eval, and how many of the base's answers flip.
+
+Accuracy alone hides a model that answers other questions right than its base does: flips count the answers whose correctness changed, in either direction.
+Multiple choice never stands alone here; perplexity and KL are always beside it.
+
+Source: Gao et al., lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-harness); Dutta et al. 2024, arXiv:2407.09141, section 3 (flips).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from llmlite.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["TaskResult", "check_tasks", "flips", "run_tasks"]
+
+_MAIN = ("acc_norm,none", "acc,none", "exact_match,none", "exact_match,strict-match", "f1,none", "bleu,none", "word_perplexity,none", "perplexity,none")
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One task.
+
+    Attributes:
+        task: its name.
+        metric: the metric shown: acc_norm where there is one, else acc, else the first.
+        value: the metric.
+        standard_error: of the metric, or None.
+        correct: for each question whether the answer was right, by its id; empty where answers are not right or wrong.
+    """
+
+    task: str
+    metric: str
+    value: float
+    standard_error: float | None
+    correct: dict[str, bool]
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Say now what would fail after the weights are loaded.
+
+    Raises:
+        ConfigError: lm-eval is not installed, a YAML file is missing or names no task, or nobody knows a task of that name.
+    """
+    try:
+        import lm_eval.tasks  # noqa: F401
+    except ImportError:
+        raise ConfigError("tasks", ["benchmark tasks need lm-eval: pip install 'llmlite[eval]'."]) from None
+    from llmlite.config import near
+
+    _named(tasks)
+    names = [task for task in tasks if not task.endswith((".yaml", ".yml"))]
+    known = set(_manager(()).all_tasks) if names else set()
+
+    unknown = [f"no task '{name}'." + (f" Did you mean '{guess}'?" if (guess := near(name, known)) else "") for name in names if name not in known]
+    if unknown:
+        raise ConfigError("tasks", [*unknown, "Give names that `lm-eval ls tasks` lists, or a task's YAML file."])
+
+
+def run_tasks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], *, limit: int | None = None, batch_size: int = 8, seed: int = 0
+) -> list[TaskResult]:
+    """Run tasks on a model in memory.
+
+    Args:
+        model: any causal LM.
+        tokenizer: its tokenizer.
+        tasks: names that lm-eval knows (their data comes from the Hub), or YAML files of your own (``dataset_path: json`` with local files runs offline).
+        limit: questions of each task; None for all.
+        batch_size: questions at a time.
+        seed: of few-shot examples and everything else random.
+
+    Raises:
+        ConfigError: see `check_tasks`; or a task whose data cannot be had.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    names, folders = _named(tasks)
+    if folders and any(not task.endswith((".yaml", ".yml")) for task in tasks):
+        raise ConfigError("tasks", ["tasks of your own (YAML) and tasks that lm-eval knows by name go into two calls."])
+    longest = getattr(model.config, "max_position_embeddings", None)
+    try:
+        found = simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=longest and min(int(longest), 4096)),
+            tasks=list(names),
+            task_manager=_manager(tuple(dict.fromkeys(folders))),
+            limit=limit,
+            log_samples=True,
+            bootstrap_iters=1000,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    except (ConnectionError, OSError, FileNotFoundError) as error:
+        raise ConfigError("tasks", [f"the data of {', '.join(names)} cannot be had: {str(error).splitlines()[0][:200]}"]) from None
+    return [_result(name, found["results"][name], found["samples"].get(name, [])) for name in names]
+
+
+def _result(name: str, metrics: dict[str, Any], samples: list[dict[str, Any]]) -> TaskResult:
+    numbers = {key: float(value) for key, value in metrics.items() if isinstance(value, int | float) and "_stderr" not in key and key != "alias"}
+    main = next((key for key in _MAIN if key in numbers), next(iter(numbers)))
+    metric, _, kind = main.partition(",")
+    error = metrics.get(f"{metric}_stderr,{kind}")
+    correct = {str(sample["doc_id"]): bool(sample[metric]) for sample in samples if metric in sample and sample[metric] in (0, 1)}
+    return TaskResult(name, metric, numbers[main], float(error) if isinstance(error, int | float) else None, correct)
+
+
+def flips(base: TaskResult, other: TaskResult) -> float | None:
+    """Share of questions whose correctness changed, in [0, 1]; None where answers are not right or wrong."""
+    shared = base.correct.keys() & other.correct.keys()
+    return sum(base.correct[key] != other.correct[key] for key in shared) / len(shared) if shared else None
+
+
+def _named(tasks: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Task names, and the folders of those given as YAML files."""
+    names, folders, problems = [], [], []
+    for task in tasks:
+        if not task.endswith((".yaml", ".yml")):
+            names.append(task)
+            continue
+        path = Path(task)
+        if not path.is_file():
+            problems.append(f"no file {task}.")
+            continue
+        try:
+            name = (yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}).get("task")
+        except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
+            problems.append(f"{task} is not a task's YAML: {str(error).splitlines()[0]}.")
+            continue
+        if not isinstance(name, str):
+            problems.append(f"{task} has no 'task: NAME'.")
+            continue
+        names.append(name)
+        folders.append(str(path.parent.absolute()))
+    if problems:
+        raise ConfigError("tasks", problems)
+    return names, folders
+
+
+@functools.cache
+def _manager(folders: tuple[str, ...]) -> Any:
+    """lm-eval's index of tasks; making it reads thousands of files. Files of your own alone need no other."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=list(folders) or None, include_defaults=not folders)

@@ -1,0 +1,269 @@
+"""Measure a result beside its base, both loaded from disk: quality, tasks, speed, energy, answers. What `llmlite evaluate DIR` does.
+
+A model that has collapsed must not look healthy, so perplexity, KL and agreement are always there; tasks come on top. Speed and memory are those of
+the reloaded checkpoint. Everything is written to `DIR/evaluation.json`, and into the card when the folder is a run's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmlite.errors import ConfigError, LoadError
+from llmlite.evaluation.result import Evaluation
+from llmlite.report import Report
+from llmlite.storage import folder_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from llmlite.run import Run
+
+__all__ = ["evaluate"]
+
+log = logging.getLogger(__name__)
+
+_ENERGY_TOKENS = 64
+
+
+def evaluate(
+    folder: Path | str,
+    *,
+    base: str | None = None,
+    data: str | None = None,
+    text: str | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    most_tokens: int = 16384,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    batch_sizes: Sequence[int] = (1, 8),
+    repeats: int = 5,
+    answers: int = 3,
+    estimate_energy: bool = False,
+    grid_grams_per_kwh: float | None = None,
+) -> Evaluation:
+    """Measure a result and its base.
+
+    Args:
+        folder: a finished run, or any stock model or adapter folder (then `base` says what it was made of).
+        base: Hub id or folder of the base; left out, the run's own.
+        data: whose held-out rows are measured; left out, the run's own.
+        text: a plain text file; measured by a sliding window instead of the data's rows.
+        window, stride: tokens of that window (left out: the data's max_length) and of its steps (half a window).
+        most_tokens: tokens of the text that are read.
+        tasks: lm-eval tasks or YAML files of them.
+        limit: questions of each task.
+        batch_sizes: prompts at a time in the speed measurement.
+        repeats: of the speed measurement, after one that warms up.
+        answers: held-out prompts that both answer.
+        estimate_energy: let codecarbon estimate where the machine has no counter.
+        grid_grams_per_kwh: grams of CO2 for each kilowatt hour of your grid; without it no CO2 is stated.
+
+    Raises:
+        LlmliteError: whatever is not there or cannot be measured, before anything is loaded where possible.
+    """
+    folder = Path(folder)
+    if window is not None and stride is not None and not 1 <= stride < window:
+        raise ConfigError("evaluate", [f"stride={stride} should be at least 1 and below window={window}."])
+    if tasks:
+        from llmlite.evaluation.tasks import check_tasks
+
+        check_tasks(tasks)
+    load, context = _subject(folder, base, data)
+    batches, on = _batches(context, text, window, stride, most_tokens)
+    measure = _Measure(context, batches, tasks, limit, batch_sizes, repeats, answers, estimate_energy, grid_grams_per_kwh)
+    found = Evaluation(folder, about={**_about(), "quality_on": on})
+    found.models["base"] = measure.base()
+    found.models["this"] = measure.this(load, _bytes(folder, context))
+    found.save()
+    if (folder / "report.json").is_file():
+        from llmlite.html.page import write_page
+        from llmlite.hub.card import write_card
+
+        report = Report.read(folder)
+        write_card(report)
+        write_page(report)
+    return found
+
+
+def _subject(folder: Path, base: str | None, data: str | None) -> tuple[Callable[[], PreTrainedModel], Run]:
+    """How the model in the folder is loaded, and the run that knows its base and data."""
+    import json
+
+    from llmlite.data.settings import Data
+    from llmlite.models.load import Model, load_model
+    from llmlite.pipeline import load_result
+    from llmlite.quantization.safety import make_safe
+    from llmlite.recipe import Recipe
+    from llmlite.run import Run
+
+    if not folder.is_dir():
+        raise LoadError(f"evaluate: no folder {folder}. Give a run's output folder, or a model's.")
+    if (folder / "recipe.yaml").is_file() and (folder / "report.json").is_file():
+        recipe = Recipe.from_file(folder / "recipe.yaml", output_dir=str(folder))
+        if base is not None:
+            recipe = dataclasses.replace(recipe, model=Model(name=base))
+        if data is not None:
+            recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=data, evaluation=None))
+        context = Run(recipe)
+        return lambda: load_result(folder)[0], context
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        base = base or json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    elif not (folder / "config.json").is_file():
+        raise LoadError(f"evaluate: {folder} is neither a finished run nor a model folder (no config.json, no adapter_config.json).")
+    if base is None:
+        raise ConfigError("evaluate", [f"{folder} is no run of llmlite, so it does not say what it was made of: --base MODEL compares it with its base."])
+    context = Run(Recipe(model=Model(name=base), data=Data(train=data) if data else Data(), output_dir=str(folder)))
+
+    def load() -> PreTrainedModel:
+        from llmlite.adapters.load import load_adapter
+
+        if adapter.is_file():
+            return load_adapter(context.load_base(), folder).eval()
+        model = load_model(folder, context.recipe.model, context.device)
+        make_safe(model)
+        return model
+
+    return load, context
+
+
+def _batches(context: Run, text: str | None, window: int | None, stride: int | None, most: int) -> tuple[list[dict[str, Tensor]], str]:
+    """What quality is measured on, and that in words."""
+    if text is None:
+        data = context.evaluation_data
+        source = context.recipe.data.evaluation or f"{context.recipe.data.train}, held-out part"
+        return context.evaluation_batches(), f"Quality on the trained tokens of {data.counts.examples} held-out rows of {source}."
+    from llmlite.evaluation.windows import sliding_batches, text_ids
+
+    longest = getattr(context.config, "max_position_embeddings", None)
+    window = window or context.recipe.data.max_length
+    window = min(window, int(longest)) if longest else window
+    stride = stride or max(1, window // 2)
+    ids_T = text_ids(text, context.tokenizer, most)
+    return sliding_batches(ids_T, window, stride), f"Quality on {len(ids_T) - 1:,} tokens of {Path(text).name}, sliding window of {window}, stride {stride}."
+
+
+def _bytes(folder: Path, context: Run) -> int:
+    size = folder_bytes(folder)
+    if not (folder / "adapter_config.json").is_file():
+        return size
+    steps = context.recipe.steps
+    if (folder / "report.json").is_file() and len(steps) > 1:
+        return Report.read(folder).rows[-1].bytes_on_disk
+    return size + folder_bytes(context.source.folder)
+
+
+@dataclass
+class _Measure:
+    """All measurements of one model, for the base first and then for what was made of it."""
+
+    context: Run
+    batches: list[dict[str, Tensor]]
+    tasks: Sequence[str]
+    limit: int | None
+    batch_sizes: Sequence[int]
+    repeats: int
+    answers: int
+    estimate_energy: bool
+    grid: float | None
+    reference: Any = None
+    base_tasks: list[Any] = field(default_factory=list)
+
+    def base(self) -> dict[str, Any]:
+        """The base's figures; its distributions are kept to compare with."""
+        from llmlite.evaluation.quality import reference_of
+
+        log.info("the base: %s", self.context.recipe.model.name)
+        model = self.context.load_base()
+        self.reference, quality = reference_of(model, self.batches)
+        found = self._rest(model, quality, folder_bytes(self.context.source.folder))
+        del model
+        gc.collect()
+        return found
+
+    def this(self, load: Callable[[], PreTrainedModel], size: int) -> dict[str, Any]:
+        """The result's figures."""
+        from llmlite.evaluation.quality import measure_quality
+
+        log.info("this model: %s", self.context.recipe.folder)
+        model = load()
+        return self._rest(model, measure_quality(model, self.batches, self.reference), size)
+
+    def _rest(self, model: PreTrainedModel, quality: Any, size: int) -> dict[str, Any]:
+        from llmlite.evaluation.sample import sample
+        from llmlite.evaluation.speed import measure_latency
+        from llmlite.quantization.safety import packed_generation
+
+        tasks = self._tasks(model)
+        with packed_generation(model) if self.context.device.type == "cpu" else nullcontext():
+            latency = [dataclasses.asdict(measure_latency(model, batch, repeats=self.repeats)) for batch in self.batch_sizes]
+            energy, tokens = self._energy(model)
+            rows = self.context.evaluation_data.rows
+            answers = [sample(model, self.context.tokenizer, rows, index=index) for index in range(min(self.answers, len(rows.rows)))]
+        per_thousand = None if energy.joules is None else 1000 * energy.joules / tokens
+        grams = energy.grams_co2(self.grid)
+        return {
+            "bytes_on_disk": size,
+            "perplexity": quality.perplexity,
+            "kl": quality.kl,
+            "top1_agreement": quality.top1_agreement,
+            "tokens": quality.tokens,
+            "tasks": tasks,
+            "latency": latency,
+            "energy": energy.to_json(),
+            "joules_per_1000_tokens": per_thousand,
+            "grams_co2_per_1000_tokens": None if grams is None else 1000 * grams / tokens,
+            "grid_grams_per_kwh": self.grid,
+            "answers": answers,
+        }
+
+    def _tasks(self, model: PreTrainedModel) -> list[dict[str, Any]]:
+        if not self.tasks:
+            return []
+        from llmlite.evaluation.tasks import flips, run_tasks
+
+        found = run_tasks(model, self.context.tokenizer, self.tasks, limit=self.limit, seed=self.context.recipe.seed)
+        changed = [flips(base, this) for base, this in zip(self.base_tasks, found, strict=True)] if self.base_tasks else [None] * len(found)
+        self.base_tasks = self.base_tasks or found
+        shown = ("task", "metric", "value", "standard_error")
+        return [
+            {**{name: getattr(task, name) for name in shown}, "questions": len(task.correct) or None, "flips": share}
+            for task, share in zip(found, changed, strict=True)
+        ]
+
+    def _energy(self, model: PreTrainedModel) -> tuple[Any, int]:
+        """Energy of writing some tokens at batch 1, and how many they were."""
+        import torch
+
+        from llmlite.evaluation.energy import measured_energy
+
+        prompt_BT = torch.randint(3, min(1000, model.config.vocab_size), (1, 32), generator=torch.Generator().manual_seed(0))
+        options = {"max_new_tokens": _ENERGY_TOKENS, "min_new_tokens": _ENERGY_TOKENS, "do_sample": False, "pad_token_id": self.context.tokenizer.pad_token_id}
+        with measured_energy(self.context.device.type, estimate=self.estimate_energy) as energy, torch.no_grad():
+            prompt_BT = prompt_BT.to(model.get_input_embeddings().weight.device)
+            model.generate(input_ids=prompt_BT, attention_mask=torch.ones_like(prompt_BT), **options)
+        return energy, _ENERGY_TOKENS
+
+
+def _about() -> dict[str, Any]:
+    import datetime
+    import importlib.metadata
+    import os
+    import platform
+
+    versions = {name: importlib.metadata.version(name) for name in ("llmlite", "torch", "transformers")}
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        **versions,
+    }

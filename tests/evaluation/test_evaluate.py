@@ -1,0 +1,99 @@
+"""`llmlite evaluate` measures a run beside its base, with tasks that run offline, and agrees with what the run itself found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llmlite
+from llmlite.cli import main
+from llmlite.errors import ConfigError, LoadError
+from llmlite.evaluation.tasks import TaskResult, check_tasks, flips
+from llmlite.report import Report
+
+TASK = """
+task: tiny_sums
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {file}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{query}}}}"
+doc_to_choice: choices
+doc_to_target: gold
+metric_list:
+  - metric: acc
+"""
+
+
+@pytest.fixture(scope="module")
+def run(model_folder: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """A tiny model with three quarters of its channels."""
+    out = tmp_path_factory.mktemp("evaluated") / "out"
+    steps = [llmlite.PruneFfn(keep=0.5, score="magnitude", reconstruct=False)]
+    options: dict[str, Any] = {"max_length": 64, "evaluation_rows": 6, "calibration_sequences": 4, "calibration": str(pairs_file)}
+    return llmlite.Recipe(model=str(model_folder), data=str(pairs_file), output_dir=str(out), steps=steps, **options).run()
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("task")
+    rows = [{"query": f"What is {n} plus {n}?", "choices": [str(2 * n), str(2 * n + 1)], "gold": n % 2} for n in range(12)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "sums.yaml").write_text(TASK.format(file=folder / "rows.jsonl"))
+    return folder / "sums.yaml"
+
+
+def test_a_run_is_measured_as_it_measured_itself_and_tasks_run_offline(run: Report, task: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["evaluate", str(run.path), "--tasks", str(task), "--repeats", "2", "--batch_sizes", "1,2", "--answers", "2"])
+    told = capsys.readouterr().out
+    assert "TTFT ms, p50 / p95" in told
+    assert "tiny_sums: answers flipped" in told
+    found = json.loads((run.path / "evaluation.json").read_text())
+    base, this = found["models"]["base"], found["models"]["this"]
+    assert this["perplexity"] == pytest.approx(run.rows[1].perplexity, rel=1e-4)
+    assert this["kl"] == pytest.approx(run.rows[1].kl, rel=1e-3)
+    assert base["perplexity"] == pytest.approx(run.rows[0].perplexity, rel=1e-4)
+    assert base["tasks"][0]["flips"] is None
+    assert 0 <= this["tasks"][0]["flips"] <= 1
+    assert this["tasks"][0]["standard_error"] > 0
+    assert [one["batch"] for one in this["latency"]] == [1, 2]
+    assert all(one["ttft_p50"] <= one["ttft_p95"] and one["tpot_p50"] <= one["tpot_p95"] for one in this["latency"])
+    assert this["joules_per_1000_tokens"] is None or this["energy"]["kind"] == "measured"
+    assert len(this["answers"]) == 2
+    assert str(run.path) not in json.dumps(found)
+
+
+def test_a_text_is_measured_by_a_stated_window(run: Report, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("What is the answer? It is the answer of the question. " * 40)
+    found = llmlite.evaluate(run.path, text=str(tmp_path / "text.txt"), window=32, batch_sizes=(1,), repeats=1, answers=0)
+    assert "sliding window of 32, stride 16" in found.about["quality_on"]
+    assert found.models["this"]["tokens"] == found.models["base"]["tokens"] > 100
+
+
+def test_a_folder_that_is_no_run_needs_its_base_named(model_folder: Path, run: Report, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--base MODEL compares it with its base"):
+        llmlite.evaluate(model_folder)
+    with pytest.raises(LoadError, match="neither a finished run nor a model folder"):
+        llmlite.evaluate(tmp_path)
+    with pytest.raises(LoadError, match="no folder"):
+        llmlite.evaluate(tmp_path / "nowhere")
+
+
+def test_tasks_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "no_task.yaml").write_text("dataset_path: json\n")
+    wrong = {"hellaswagg": "Did you mean .hellaswag", str(tmp_path / "a.yaml"): "no file", str(tmp_path / "no_task.yaml"): "has no .task: NAME."}
+    for name, message in wrong.items():
+        with pytest.raises(ConfigError, match=message):
+            check_tasks([name])
+
+
+def test_flips_count_changes_in_both_directions() -> None:
+    def result(*correct: bool) -> TaskResult:
+        return TaskResult("t", "acc", 0.5, None, {str(index): value for index, value in enumerate(correct)})
+
+    assert flips(result(True, False, True, False), result(False, True, True, False)) == 0.5  # the same accuracy, half the answers changed
+    assert flips(result(), result()) is None
