@@ -140,6 +140,7 @@ class DistillBlackBox(TrainingStep):
         from llmlite.distillation.api.client import endpoint_problems
         from llmlite.distillation.api.serve import missing_libraries
         from llmlite.distillation.api.teacher import ApiTeacher
+        from llmlite.distillation.api.vocabulary import Vocabulary
 
         teacher = ApiTeacher(self, run)
         problems = []
@@ -157,6 +158,10 @@ class DistillBlackBox(TrainingStep):
                 problems.append(f"teacher: {self.teacher} is served by transformers serve, which needs {', '.join(missing)}: pip install 'llmlite[serving]'")
             if self.mode != "text" and self.missing_logprobs == "refuse":
                 problems.append(f"mode={self.mode}: transformers serve returns no log-probabilities. Use mode: text, or the step distill.whitebox.")
+        if self.mode != "text" and not Vocabulary(run.tokenizer).usable:
+            problems.append(
+                f"mode={self.mode}: the tokens of the student cannot be read as bytes, so the teacher's cannot be found among them. Use mode: text."
+            )
         if self.mode == "prompt_logprobs" and self.prompts:
             problems.append("mode=prompt_logprobs scores the answers of the data, and prompts holds none. Use top_logprobs, or leave prompts out.")
         if self.mode != "text" and self.ce_weight == self.kd_weight == 0:
@@ -292,10 +297,10 @@ class DistillBlackBox(TrainingStep):
                 ask_nothing=known is not None,
                 progress=run.is_main,
             )
-        if known is None:
-            write_json(done, {name: getattr(asking, name) for name in ("model", *ADAPTED)})
         kept, left_out = accepted(found.answers, asking.mode, self.truncated, self.refusals, self.missing_logprobs == "refuse")
         self._report(run, asking, questions, found, kept, left_out)
+        if known is None:
+            write_json(done, {name: getattr(asking, name) for name in ("model", *ADAPTED)})
         return kept
 
     def _report(self, run: Run, asking: Asking, questions: list[Question], found: Collected, kept: list[Accepted], left_out: Counter[str]) -> None:

@@ -16,6 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from transformers import PreTrainedTokenizerFast
 
 import llmlite
 from llmlite.cli import recipe_main
@@ -194,6 +197,7 @@ def test_nothing_usable_says_why(api: FakeApi, model_folder: Path, questions_fil
     api.answer_with = lambda body: ("It is", "length")
     with pytest.raises(ApiError, match="no answer is usable .*truncated 12.* raise max_answer_tokens, or set truncated: cut"):
         applied(api, model_folder, questions_file, tmp_path / "out")
+    assert not (tmp_path / "out" / "collected.json").exists()  # a later start asks what is missing
 
 
 def test_a_budget_trains_on_what_there_is(api: FakeApi, model_folder: Path, questions_file: Path, tmp_path: Path) -> None:
@@ -260,6 +264,17 @@ def test_all_problems_come_together(api: FakeApi, model_folder: Path, questions_
         recipe(api, model_folder, questions_file, tmp_path / "out", **options).check()
     assert len(caught.value.problems) == 5
     assert all(word in str(caught.value) for word in ("NOT_SET", "prompts holds none", "samples_per_prompt", "max_cost", "regular expression"))
+
+
+def test_a_student_whose_tokens_are_no_bytes_learns_from_text_only(api: FakeApi, questions_file: Path, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "student")
+    words = {"[UNK]": 0, "[PAD]": 1, "what": 2, "##s": 3, "plus": 4}
+    whole = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordPiece(words, unk_token="[UNK]")), unk_token="[UNK]", pad_token="[PAD]", eos_token="[PAD]")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    whole.save_pretrained(folder)
+    with pytest.raises(ConfigError, match="cannot be read as bytes.*Use mode: text"):
+        recipe(api, folder, questions_file, tmp_path / "out", mode="top_logprobs").check()
 
 
 def test_base_url_without_a_teachers_name_lists_the_names(api: FakeApi, model_folder: Path, questions_file: Path, tmp_path: Path) -> None:

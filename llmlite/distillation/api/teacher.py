@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from llmlite.config import fingerprint, near
 from llmlite.distillation.api.asking import Asking, probed
 from llmlite.distillation.api.cache import Answers, Spent, request_key
-from llmlite.distillation.api.client import OPENAI_URL, Client, Endpoint, environment_url, key_of
+from llmlite.distillation.api.client import OPENAI_URL, Client, Endpoint, environment_url, is_loopback, key_of
 from llmlite.distillation.api.prompts import Question, questions_of, read_prompts
 from llmlite.distillation.api.serve import served
 from llmlite.errors import ApiError
@@ -108,6 +108,8 @@ class ApiTeacher:
         Raises:
             ApiError: it is not, or does not.
         """
+        if key_of(self.step.api_key_env) and self.url.startswith("http:") and not is_loopback(self.url):
+            log.warning("the key travels unencrypted to %s; https would hide it", self.url)
         with self.open() as client, closing(self.answers()) as answers:
             listed = client.models()
             if listed and self.step.teacher not in listed:
