@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llmlite.adapters.merge import Merge as Merge
     from llmlite.adapters.prefix import Prefix as Prefix
     from llmlite.data.settings import Data as Data
+    from llmlite.distillation.blackbox import DistillBlackBox as DistillBlackBox
     from llmlite.distillation.whitebox import DistillWhiteBox as DistillWhiteBox
     from llmlite.errors import LlmliteError as LlmliteError
     from llmlite.hub.push import push as push
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Bottleneck": "llmlite.adapters.bottleneck",
     "Correct": "llmlite.adapters.correct",
+    "DistillBlackBox": "llmlite.distillation.blackbox",
     "DistillWhiteBox": "llmlite.distillation.whitebox",
     "Ia3": "llmlite.adapters.ia3",
     "Merge": "llmlite.adapters.merge",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -175,6 +177,18 @@ class Run:
     def train_data(self) -> Prepared:
         """Rows to train on, tokenised and packed when first asked for."""
         return self._prepare(self.recipe.data.train, "train", self.recipe.data.max_train_rows)
+
+    @contextmanager
+    def training_on(self, data: Prepared) -> Iterator[None]:
+        """Within the block `train_data` is this: rows that a step made, for instance a teacher's answers."""
+        before = self.__dict__.get("train_data")
+        self.train_data = data
+        try:
+            yield
+        finally:
+            del self.train_data
+            if before is not None:
+                self.train_data = before
 
     def evaluation_batches(self, rows: int = 4) -> list[dict[str, Tensor]]:
         """Held-out rows as model inputs on the CPU, in a fixed order.

@@ -26,6 +26,7 @@ __all__ = ["STEPS", "ModelPlan", "Names", "Step", "name_of_step", "parse_step", 
 STEPS: dict[str, str] = {
     "bottleneck": "llmlite.adapters.bottleneck:Bottleneck",
     "correct": "llmlite.adapters.correct:Correct",
+    "distill.blackbox": "llmlite.distillation.blackbox:DistillBlackBox",
     "distill.whitebox": "llmlite.distillation.whitebox:DistillWhiteBox",
     "finetune": "llmlite.training.finetune:Finetune",
     "ia3": "llmlite.adapters.ia3:Ia3",
