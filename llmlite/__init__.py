@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from llmlite.pruning.hidden import PruneHidden as PruneHidden
     from llmlite.pruning.layers import PruneLayers as PruneLayers
     from llmlite.pruning.structured import PruneStructured as PruneStructured
+    from llmlite.pruning.vocabulary import PruneVocabulary as PruneVocabulary
     from llmlite.pruning.weights import PruneWeights as PruneWeights
     from llmlite.quantization.bnb import Quantize as Quantize
     from llmlite.recipe import Recipe as Recipe
@@ -58,6 +59,7 @@ _HOMES = {
     "PruneHidden": "llmlite.pruning.hidden",
     "PruneLayers": "llmlite.pruning.layers",
     "PruneStructured": "llmlite.pruning.structured",
+    "PruneVocabulary": "llmlite.pruning.vocabulary",
     "PruneWeights": "llmlite.pruning.weights",
     "Quantize": "llmlite.quantization.bnb",
     "QuantizeInt8": "llmlite.recipes.quantize_int8",

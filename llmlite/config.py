@@ -195,6 +195,12 @@ for _class in (_Loader, _Dumper):
     _class.yaml_implicit_resolvers = {first: list(known) for first, known in _class.yaml_implicit_resolvers.items()}
     _class.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
 
+# YAML 1.1 reads 2:4 as minutes and seconds, 124; here it is a pattern of zeros, and text. The dumper goes on quoting it, for readers of other tools.
+_INT = re.compile(r"^(?:[-+]?0b[0-1_]+|[-+]?0[0-7_]+|[-+]?(?:0|[1-9][0-9_]*)|[-+]?0x[0-9a-fA-F_]+)$")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, _INT if tag.endswith(":int") else pattern) for tag, pattern in known] for first, known in _Loader.yaml_implicit_resolvers.items()
+}
+
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
     """Read one YAML mapping.

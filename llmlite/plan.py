@@ -139,9 +139,9 @@ def _check_push(recipe: Recipe, context: Run, result: ModelPlan) -> None:
 
 
 def made_before_adapter(recipe: Recipe) -> list[str]:
-    """Steps whose result an adapter sits on, besides quantizing, which anybody can do again while loading."""
+    """Steps whose result an adapter sits on, besides quantizing, which anybody can do again while loading, and earlier training of the adapter itself."""
     names = [name_of_step(type(step)) or type(step).__name__ for step in recipe.steps[:-1]]
-    return [name for name in names if name != "quantize"]
+    return [name for name in names if name not in {"quantize", "lora", "correct"}]
 
 
 def _plan_row(name: str, model: ModelPlan) -> dict[str, Any]:

@@ -114,7 +114,13 @@ def _subject(folder: Path, base: str | None, data: str | None) -> tuple[Callable
         if data is not None:
             recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=data, evaluation=None))
         context = Run(recipe)
-        return lambda: load_result(folder)[0], context
+
+        def load_run() -> PreTrainedModel:
+            model = load_result(folder)[0]
+            context.take_vocabulary(folder)
+            return model
+
+        return load_run, context
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
         base = base or json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -131,17 +137,18 @@ def _subject(folder: Path, base: str | None, data: str | None) -> tuple[Callable
             return load_adapter(context.load_base(), folder).eval()
         model = load_model(folder, context.recipe.model, context.device)
         make_safe(model)
+        context.take_vocabulary(folder)
         return model
 
     return load, context
 
 
-def _batches(context: Run, text: str | None, window: int | None, stride: int | None, most: int) -> tuple[list[dict[str, Tensor]], str]:
-    """What quality is measured on, and that in words."""
+def _batches(context: Run, text: str | None, window: int | None, stride: int | None, most: int) -> tuple[Callable[[], list[dict[str, Tensor]]], str]:
+    """What quality is measured on, written in the tokens that the model of the moment has, and that in words."""
     if text is None:
         data = context.evaluation_data
         source = context.recipe.data.evaluation or f"{context.recipe.data.train}, held-out part"
-        return context.evaluation_batches(), f"Quality on the trained tokens of {data.counts.examples} held-out rows of {source}."
+        return context.evaluation_batches, f"Quality on the trained tokens of {data.counts.examples} held-out rows of {source}."
     from llmlite.evaluation.windows import sliding_batches, text_ids
 
     longest = getattr(context.config, "max_position_embeddings", None)
@@ -149,7 +156,10 @@ def _batches(context: Run, text: str | None, window: int | None, stride: int | N
     window = min(window, int(longest)) if longest else window
     stride = stride or max(1, window // 2)
     ids_T = text_ids(text, context.tokenizer, most)
-    return sliding_batches(ids_T, window, stride), f"Quality on {len(ids_T) - 1:,} tokens of {Path(text).name}, sliding window of {window}, stride {stride}."
+    batches = sliding_batches(ids_T, window, stride)
+    return lambda: context.in_present_tokens(
+        batches
+    ), f"Quality on {len(ids_T) - 1:,} tokens of {Path(text).name}, sliding window of {window}, stride {stride}."
 
 
 def _bytes(folder: Path, context: Run) -> int:
@@ -167,7 +177,7 @@ class _Measure:
     """All measurements of one model, for the base first and then for what was made of it."""
 
     context: Run
-    batches: list[dict[str, Tensor]]
+    batches: Callable[[], list[dict[str, Tensor]]]
     tasks: Sequence[str]
     limit: int | None
     batch_sizes: Sequence[int]
@@ -184,7 +194,7 @@ class _Measure:
 
         log.info("the base: %s", self.context.recipe.model.name)
         model = self.context.load_base()
-        self.reference, quality = reference_of(model, self.batches)
+        self.reference, quality = reference_of(model, self.batches())
         found = self._rest(model, quality, folder_bytes(self.context.source.folder))
         del model
         gc.collect()
@@ -196,7 +206,7 @@ class _Measure:
 
         log.info("this model: %s", self.context.recipe.folder)
         model = load()
-        return self._rest(model, measure_quality(model, self.batches, self.reference), size)
+        return self._rest(model, measure_quality(model, self.batches(), self.context.over_present_tokens(self.reference)), size)
 
     def _rest(self, model: PreTrainedModel, quality: Any, size: int) -> dict[str, Any]:
         from llmlite.evaluation.sample import sample

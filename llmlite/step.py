@@ -38,6 +38,7 @@ STEPS: dict[str, str] = {
     "prune.hidden": "llmlite.pruning.hidden:PruneHidden",
     "prune.layers": "llmlite.pruning.layers:PruneLayers",
     "prune.structured": "llmlite.pruning.structured:PruneStructured",
+    "prune.vocabulary": "llmlite.pruning.vocabulary:PruneVocabulary",
     "prune.weights": "llmlite.pruning.weights:PruneWeights",
     "quantize": "llmlite.quantization.bnb:Quantize",
 }

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmlite.config import fingerprint
-from llmlite.models.load import Source, cache_folder
+from llmlite.models.load import Source, cache_folder, weight_files
 from llmlite.storage import damage, writing_folder
 
 if TYPE_CHECKING:
@@ -86,8 +85,7 @@ def sampled_windows(source: Source, load: Callable[[], PreTrainedModel], windows
     document = min(DOCUMENT_TOKENS, window_tokens)
     for_each = -(-window_tokens // document)
     per_batch = max(1, BATCH_DOCUMENTS // for_each)  # windows
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(Path(source.folder).glob("*.safetensors"))]
-    key = fingerprint(str(source.folder.resolve()), files, seed, document, for_each, per_batch, str(dtype), 1)
+    key = fingerprint(str(source.folder.resolve()), weight_files(source.folder), seed, document, for_each, per_batch, str(dtype), 1)
     folder = cache_folder() / "samples" / f"{(source.hub_id or source.folder.name).replace('/', '--')}-{key}"
     model, found = None, []
     for batch in range(-(-windows // per_batch)):

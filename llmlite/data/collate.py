@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["PackedCollator", "PaddedCollator"]
+__all__ = ["PackedCollator", "PaddedCollator", "examples_of"]
 
 _IGNORED = -100
 
@@ -70,6 +70,22 @@ class PackedCollator:
             "labels": _fill(labels, _IGNORED),
             "use_cache": False,
         }
+
+
+def examples_of(batch: Mapping[str, Tensor]) -> list[tuple[int, slice]]:
+    """Where the examples of a batch lie: (row, places in it) of each, padding left out where it can be told (a packed row's is one more example)."""
+    ids_BT, mask_BT, positions_BT = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
+    found = []
+    for row in range(len(ids_BT)):
+        if mask_BT is not None:
+            real_T = mask_BT[row].nonzero().flatten().tolist()
+            found += [(row, slice(real_T[0], real_T[-1] + 1))] if real_T else []
+        elif positions_BT is not None:
+            starts = (positions_BT[row] == 0).nonzero().flatten().tolist()
+            found += [(row, slice(start, stop)) for start, stop in itertools.pairwise([*starts, ids_BT.shape[1]])]
+        else:
+            found.append((row, slice(0, ids_BT.shape[1])))
+    return found
 
 
 def _fill(rows: Sequence[Sequence[int]], value: int, multiple_of: int = 1) -> Tensor:

@@ -28,6 +28,7 @@ from llmlite.errors import ConfigError
 
 __all__ = [
     "LOG_ZERO",
+    "check_temperature",
     "finite_logprobs",
     "forward_kl",
     "generalised_jsd",
@@ -133,7 +134,7 @@ def logit_mse(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature:
 
     Source: Kim et al. 2021, arXiv:2105.08919.
     """
-    _check_temperature(temperature)
+    check_temperature(temperature)
     student_NV, teacher_NV = _shared_prefix(student_logits_NV, teacher_logits_NV)
     valid_NV = torch.isfinite(student_NV) & torch.isfinite(teacher_NV)
     # masked before the subtraction: -inf - -inf has a nan gradient even where its value is thrown away
@@ -162,7 +163,7 @@ def top_k_forward_kl(student_logits_NV: Tensor, ids_NK: Tensor, logprobs_NK: Ten
     Raises:
         ConfigError: an unknown tail, or a temperature that is not positive.
     """
-    _check_temperature(temperature)
+    check_temperature(temperature)
     _check_tail(tail)
     logp_NV = torch.log_softmax(_float(student_logits_NV) / temperature, -1)
     known_NK, safe_NK, logq_NK, logq_tail_N = top_k_outcomes(ids_NK, logprobs_NK, logp_NV.shape[-1], tail, logp_NV.dtype)
@@ -175,7 +176,7 @@ def top_k_forward_kl(student_logits_NV: Tensor, ids_NK: Tensor, logprobs_NK: Ten
 
 def top_k_teacher(teacher_logits_NV: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """The k likeliest tokens and their log-probabilities at a temperature: int64 (N, K) and float (N, K), likeliest first."""
-    _check_temperature(temperature)
+    check_temperature(temperature)
     logprobs_NK, ids_NK = torch.log_softmax(_float(teacher_logits_NV) / temperature, -1).topk(min(k, teacher_logits_NV.shape[-1]), dim=-1)
     return ids_NK, logprobs_NK
 
@@ -199,7 +200,7 @@ def in_top_k(known_NK: Tensor, safe_NK: Tensor, vocabulary: int) -> Tensor:
 
 def _logprobs(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """log p and log q at temperature T over the shared prefix of the two vocabularies."""
-    _check_temperature(temperature)
+    check_temperature(temperature)
     student_NV, teacher_NV = _shared_prefix(student_logits_NV, teacher_logits_NV)
     if temperature != 1.0:
         student_NV, teacher_NV = student_NV / temperature, teacher_NV / temperature
@@ -243,7 +244,8 @@ def _shared_prefix(student_logits_NV: Tensor, teacher_logits_NV: Tensor) -> tupl
     return _float(student_logits_NV[..., :shared]), _float(teacher_logits_NV[..., :shared])
 
 
-def _check_temperature(temperature: float) -> None:
+def check_temperature(temperature: float) -> None:
+    """Raise a ConfigError for a temperature that divides to nonsense."""
     if not 0 < temperature < math.inf:
         raise ConfigError(
             "distillation", [f"temperature={temperature} should be positive and finite. 1 compares the distributions as they are; 2 softens them."]

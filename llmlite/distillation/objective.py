@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from llmlite.distillation import losses
 from llmlite.distillation.gradients import forward_kl_gradient, logit_mse_gradient, reverse_kl_gradient, top_k_forward_kl_gradient
+from llmlite.distillation.uld import universal_logit_distance
 from llmlite.errors import ConfigError
 from llmlite.training.chunked import head_logits
 from llmlite.training.token_loss import LogitTransform, TokenLoss
@@ -37,6 +38,7 @@ DIVERGENCES: Mapping[str, Callable[..., Tensor]] = {
     "skewed_reverse_kl": losses.skewed_reverse_kl,
     "total_variation": losses.total_variation,
     "logit_mse": losses.logit_mse,
+    "uld": universal_logit_distance,
 }
 """The distances a `Distillation` knows by name, for teachers whose whole distribution is at hand."""
 
@@ -57,15 +59,24 @@ class HiddenTeacher:
         head: the teacher's LM head, or its weight (V, D). The product runs where the head lives, in its dtype, autocast or not.
         head_bias_V: with a head given as a weight, its bias.
         transform: the teacher's own logit transform.
+        where_N: for each token of the batch its place in `hidden_ND`, int64, when that holds other tokens or in another order.
     """
 
-    def __init__(self, hidden_ND: Tensor, head: nn.Module | Tensor, *, head_bias_V: Tensor | None = None, transform: LogitTransform | None = None) -> None:
-        self.hidden_ND, self.head, self.head_bias_V, self.transform = hidden_ND.detach(), head, head_bias_V, transform
+    def __init__(
+        self,
+        hidden_ND: Tensor,
+        head: nn.Module | Tensor,
+        *,
+        head_bias_V: Tensor | None = None,
+        transform: LogitTransform | None = None,
+        where_N: Tensor | None = None,
+    ) -> None:
+        self.hidden_ND, self.head, self.head_bias_V, self.transform, self.where_N = hidden_ND.detach(), head, head_bias_V, transform, where_N
         self._buffer_CV: Tensor | None = None
 
     def signal(self, rows_C: Tensor, device: torch.device) -> tuple[Tensor, ...]:
         """The chunk's logits, valid until the next call, which overwrites them."""
-        hidden_CD = self.hidden_ND[rows_C.to(self.hidden_ND.device)]
+        hidden_CD = self.hidden_ND[_places(rows_C, self.where_N).to(self.hidden_ND.device)]
         out_CV = self._buffer_CV[: len(rows_C)] if self._buffer_CV is not None and len(self._buffer_CV) >= len(rows_C) else None
         logits_CV = head_logits(hidden_CD, self.head, self.head_bias_V, self.transform, out=out_CV)
         if out_CV is None:
@@ -87,16 +98,20 @@ class LogitsTeacher:
 class TopKTeacher:
     """The likeliest tokens of each position: ids (N, K) of any integer type, and log-probabilities (N, K) at the loss's temperature.
 
-    See `llmlite.distillation.losses.top_k_forward_kl` for what the two tails mean.
+    See `llmlite.distillation.losses.top_k_forward_kl` for what the two tails mean. `where_N` as for `HiddenTeacher`.
     """
 
-    def __init__(self, ids_NK: Tensor, logprobs_NK: Tensor, tail: str = "bucket") -> None:
-        self.ids_NK, self.logprobs_NK, self.tail = ids_NK, logprobs_NK.detach(), tail
+    def __init__(self, ids_NK: Tensor, logprobs_NK: Tensor, tail: str = "bucket", where_N: Tensor | None = None) -> None:
+        self.ids_NK, self.logprobs_NK, self.tail, self.where_N = ids_NK, logprobs_NK.detach(), tail, where_N
 
     def signal(self, rows_C: Tensor, device: torch.device) -> tuple[Tensor, ...]:
         """The chunk's ids, widened to int64, and its log-probabilities."""
-        rows_C = rows_C.to(self.ids_NK.device)
+        rows_C = _places(rows_C, self.where_N).to(self.ids_NK.device)
         return self.ids_NK[rows_C].to(device, torch.int64), self.logprobs_NK[rows_C].to(device)
+
+
+def _places(rows_C: Tensor, where_N: Tensor | None) -> Tensor:
+    return rows_C if where_N is None else where_N[rows_C.to(where_N.device)]
 
 
 class Distillation(TokenLoss):
@@ -142,6 +157,8 @@ class Distillation(TokenLoss):
         self.distance: Callable[..., Tensor]
         if isinstance(teacher, TopKTeacher):
             self.distance = partial(losses.top_k_forward_kl, temperature=temperature, tail=teacher.tail, **options)
+        elif divergence == "uld":  # its signal may say which tokens have a counterpart
+            self.distance = lambda student, teacher, aligned=None: universal_logit_distance(student, teacher, temperature, aligned, **options)
         else:
             self.distance = partial(DIVERGENCES[divergence], temperature=temperature, **options)
         self._probe()

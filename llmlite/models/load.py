@@ -37,6 +37,7 @@ __all__ = [
     "load_tokenizer",
     "packaged_licence",
     "require_matching",
+    "weight_files",
 ]
 
 log = logging.getLogger(__name__)
@@ -363,6 +364,11 @@ def require_matching(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
             f"model: its tokenizer has {len(tokenizer):,} tokens and its embedding {config.vocab_size:,}: they do not belong together, or tokens were added "
             "without model.resize_token_embeddings(len(tokenizer))."
         )
+
+
+def weight_files(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, bytes and time of each weight file: what tells one state of a folder from another without reading it."""
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
 
 
 def load_model(source: Source | Path, model: Model, device: torch.device, **kwargs: Any) -> PreTrainedModel:

@@ -69,7 +69,8 @@ class Quantize(Step):
         Raises:
             ConfigError: layers whose width bitsandbytes cannot represent, unless they are skipped; names in `skip` that no layer has.
         """
-        from llmlite.models.size import expected_bytes, linear_shapes, runtime_bytes
+        from llmlite.calibration.memory import walk_bytes
+        from llmlite.models.size import expected_bytes, runtime_bytes
 
         self._require_known_names(model)
         unaligned = self._unaligned(model)
@@ -94,14 +95,11 @@ class Quantize(Step):
         tokens = sequences * run.recipe.data.max_length
         if self._calibrated:
             notes.append(f"codes and scales chosen on {sequences} calibration rows")
-        widths = {in_features for _, in_features in linear_shapes(model.config).values()}
-        # hidden states of all calibration rows, sums of one block's inputs, and working copies of the widest of them
-        walked = 4 * (2 * tokens * model.config.get_text_config().hidden_size + 2 * sum(w**2 for w in widths) + 3 * max(widths) ** 2) if tokens else 0
         return dataclasses.replace(
             model,
             form=self.scheme,
             disk_bytes=size,
-            peak_bytes=dense + size + walked + runtime_bytes(run.device),
+            peak_bytes=dense + size + walk_bytes(model.config, tokens) + runtime_bytes(run.device),
             tokens=tokens,
             trained_parameters=0,
             notes=tuple(notes),
@@ -129,7 +127,7 @@ class Quantize(Step):
         from llmlite.quantization.error import error_report, layer_errors
 
         config = dense.config if dense is not None else run.config
-        how = self._quantization_config(ModelPlan(config), run)
+        how = self.bitsandbytes_config(ModelPlan(config), run)
         if dense is None or not self._sequences(run):
             return self._load(run, folder, how)
         batches = self._calibration_batches(run)
@@ -172,7 +170,8 @@ class Quantize(Step):
         make_safe(model)
         return model
 
-    def _quantization_config(self, model: ModelPlan, run: Run) -> BitsAndBytesConfig:
+    def bitsandbytes_config(self, model: ModelPlan, run: Run) -> BitsAndBytesConfig:
+        """How transformers is told to load such a model quantized."""
         from transformers import BitsAndBytesConfig
 
         # transformers skips lm_head by itself only while no names are given

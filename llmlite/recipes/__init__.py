@@ -10,6 +10,7 @@ PRESETS = {
     "LoraInt4": "lora_int4",
     "LoraInt8": "lora_int8",
     "Lora": "lora",
+    "DistillWhiteBox": "distill_whitebox",
     "DistillBlackBox": "distill_blackbox",
     "PruneHeads": "prune_heads",
     "PruneStructured": "prune_structured",

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmlite.run import Run
-    from llmlite.training.trainer import LossMaker
+    from llmlite.training.trainer import Companion, LossMaker
 
 __all__ = ["Finetune", "full_training_plan", "train_all_weights"]
 
@@ -46,7 +46,9 @@ def full_training_plan(step: TrainingStep, model: ModelPlan, run: Run, *notes: s
     )
 
 
-def train_all_weights(model: PreTrainedModel, step: TrainingStep, run: Run, make_loss: LossMaker | None = None) -> PreTrainedModel:
+def train_all_weights(
+    model: PreTrainedModel, step: TrainingStep, run: Run, make_loss: LossMaker | None = None, companion: Companion | None = None
+) -> PreTrainedModel:
     """Train every weight in float32 and give the model back in the type it came in; zeros of a sparse model stay (`llmlite.training.keep_zeros`).
 
     AdamW's small steps vanish in bfloat16 weights, so the weights that are updated are float32 everywhere; autocast computes in the device's type.
@@ -58,6 +60,6 @@ def train_all_weights(model: PreTrainedModel, step: TrainingStep, run: Run, make
     came_in = model.dtype
     model.to(torch.float32)
     model.requires_grad_(True)
-    train(model, step, run, make_loss)
+    train(model, step, run, make_loss, companion)
     model.requires_grad_(False)
     return model.to(came_in)

@@ -6,9 +6,12 @@ DDP, FSDP, DeepSpeed, gradient accumulation, mixed precision, loggers and resume
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,16 +32,37 @@ if TYPE_CHECKING:
 
     from llmlite.run import Run
 
-__all__ = ["LiteTrainer", "train", "trainer_arguments"]
+__all__ = ["Companion", "LiteTrainer", "train", "trainer_arguments"]
 
 log = logging.getLogger(__name__)
 
 LossMaker = Callable[[dict[str, Tensor], Tensor], TokenLoss]
-"""(inputs of the batch, labels of the next token (N,)) -> the loss of these tokens."""
+"""(inputs of the batch, labels of the next token (N,)) -> the loss of these tokens. The inputs are the model's, and `rows`: which rows of the training
+data these are, int64, (B,), for what was computed of each row beforehand; a batch that no row stands behind has none."""
 
 
 def _cross_entropy(inputs: dict[str, Tensor], labels_N: Tensor) -> TokenLoss:
     return CrossEntropy(labels_N)
+
+
+class Companion:
+    """What a method does around the loss of a batch, besides the loss through the head: by default nothing."""
+
+    def rewrite(self, model: Any, inputs: dict[str, Any], seed: str) -> dict[str, Any]:
+        """Another batch instead of this one, for instance one that the model wrote. `seed` differs for each micro-batch and is the same after a resume."""
+        return inputs
+
+    def watching(self, model: Any) -> AbstractContextManager[None]:
+        """Around the model's forward pass: to see what happens inside."""
+        return contextlib.nullcontext()
+
+    def losses(self, inputs: dict[str, Any], keep_N: Tensor) -> dict[str, tuple[float, Tensor]]:
+        """Further losses of this batch after its forward pass: name -> (weight, sum over the kept tokens)."""
+        return {}
+
+    def callbacks(self) -> Sequence[TrainerCallback]:
+        """For the Trainer; they come before a checkpoint is sealed."""
+        return ()
 
 
 class LiteTrainer(Trainer):  # type: ignore[misc]
@@ -46,27 +70,64 @@ class LiteTrainer(Trainer):  # type: ignore[misc]
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, make_loss: LossMaker = _cross_entropy, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, make_loss: LossMaker = _cross_entropy, companion: Companion | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the tokens of the optimizer step for us
-        self.make_loss = make_loss
+        self.make_loss, self.companion = make_loss, companion or Companion()
+        self.place = (-1, 0)  # optimizer step, forward pass of it
+        self.parts: dict[str, tuple[Tensor, Tensor]] = {}  # name -> sum and number of its tokens since the last line of the log
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """Called by the Trainer for each forward pass; see `llmlite.training.chunked`."""
-        inputs = dict(inputs)
+        given = int((inputs["labels"][..., 1:] != IGNORE_INDEX).sum())
+        step, forward_pass = self.place
+        self.place = (self.state.global_step, forward_pass + 1 if step == self.state.global_step else 0)
+        inputs = dict(self.companion.rewrite(model, dict(inputs), f"{self.args.seed}-{self.place}"))
         labels_N = next_token_labels(inputs.pop("labels")).reshape(-1)
-        hidden_BTD, head, transform = hidden_and_head(model, inputs)  # through every wrapper, so that DDP and FSDP see a forward pass of theirs
-        loss = chunked_head_loss(
+        keep_N = labels_N != IGNORE_INDEX
+        if num_items_in_batch is not None and given and (kept := int(keep_N.sum())) != given:
+            num_items_in_batch = num_items_in_batch * (kept / given)  # a rewritten batch weighs as much as the one it stands for
+        with self.companion.watching(model):  # through every wrapper, so that DDP and FSDP see a forward pass of theirs
+            hidden_BTD, head, transform = hidden_and_head(model, {name: value for name, value in inputs.items() if name != "rows"})
+        found = chunked_head_loss(
             hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
             head,
             self.make_loss(inputs, labels_N),
-            keep_N=labels_N != IGNORE_INDEX,
+            keep_N=keep_N,
             num_items_in_batch=num_items_in_batch,
             transform=transform,
-        ).loss
+        )
+        tokens = keep_N.sum()
+        loss = found.loss
+        count = (tokens.clamp(min=1) if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)).to(loss.device)
+        sums = {name: value.to(loss.device) * count for name, value in found.parts.items()}
+        for name, (weight, total) in self.companion.losses(inputs, keep_N).items():
+            sums[name] = total.detach().to(loss.device)
+            loss = loss + weight * total.to(loss.device) / count
+        for name, total in sums.items():
+            before = self.parts.get(name, (0.0, 0))
+            self.parts[name] = (before[0] + total, before[1] + tokens)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the count is over all processes; DDP averages their gradients
         return (loss, None) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Called by the Trainer; adds the parts of the loss where there are several, unweighted means over their tokens since the last line."""
+        if "loss" in logs:
+            if len(self.parts) > 1:
+                logs = {**logs, **{name: float(total) / max(int(tokens), 1) for name, (total, tokens) in self.parts.items()}}
+            self.parts = {}
+        super().log(logs, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    """A collator that also says which rows it was given."""
+
+    collate: Callable[[Sequence[Any]], dict[str, Any]]
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
+        return {**self.collate(rows), "rows": torch.tensor([row["row"] for row in rows], dtype=torch.int64)}
 
 
 class _StopAtNan(TrainerCallback):  # type: ignore[misc]
@@ -121,7 +182,9 @@ def _require_same_rows(folder: Path, fingerprint: str, checkpoint: Path | None) 
     note.write_text(fingerprint, encoding="utf-8")
 
 
-def train(model: PreTrainedModel, step: TrainingStep, run: Run, make_loss: LossMaker | None = None) -> list[dict[str, float]]:
+def train(
+    model: PreTrainedModel, step: TrainingStep, run: Run, make_loss: LossMaker | None = None, companion: Companion | None = None
+) -> list[dict[str, float]]:
     """Train what requires a gradient, resuming from the newest whole checkpoint of the same step.
 
     Args:
@@ -129,6 +192,7 @@ def train(model: PreTrainedModel, step: TrainingStep, run: Run, make_loss: LossM
         step: the settings.
         run: gives rows, folder, device and seed.
         make_loss: the loss; None for cross entropy.
+        companion: what else happens around it; see `Companion`.
 
     Returns:
         The log: one entry for each logged step with its loss and learning rate.
@@ -150,10 +214,11 @@ def train(model: PreTrainedModel, step: TrainingStep, run: Run, make_loss: LossM
         model=model,
         args=arguments,
         optimizers=(step.optimizer(model, arguments.learning_rate), None),
-        train_dataset=data.dataset,
-        data_collator=data.collator(flatten="flash" in str(model.config._attn_implementation)),
-        callbacks=[SealCheckpoints(), stop, _StopAtNan(), KeepZeros()],
+        train_dataset=data.dataset.add_column("row", list(range(len(data.dataset)))),
+        data_collator=_Numbered(data.collator(flatten="flash" in str(model.config._attn_implementation))),
+        callbacks=[*(companion.callbacks() if companion else ()), SealCheckpoints(), stop, _StopAtNan(), KeepZeros()],
         make_loss=make_loss or _cross_entropy,
+        companion=companion,
     )
     with stopping_at_signals(stop):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

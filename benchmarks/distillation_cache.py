@@ -1,0 +1,158 @@
+"""A distillation step with the teacher beside the student against one that reads what the teacher said from disk.
+
+    python benchmarks/distillation_cache.py
+    python benchmarks/distillation_cache.py --threads 2 --repeats 7 --kinds live hidden top_k-32
+
+A step is all of it: the teacher's signal, forward and backward of the student, AdamW. The student is the teacher with a fifth of its layers gone. Steps of all
+kinds alternate in one process on the same batches, and the figure is the ratio of medians to the live step, on the clock and of the processor. The error of a
+kind is that of the gradient which enters the student's body from the loss (0.5 CE + 0.5 forward KL, and the KL alone), relative to the live teacher's.
+The cache is made in a temporary folder; how long the teacher took to fill it is given in live steps for the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import llmlite
+from llmlite.distillation.cache import TeacherCache
+from llmlite.distillation.objective import Distillation
+from llmlite.distillation.teacher import LiveTeacher, TeacherModel
+from llmlite.models.load import DEFAULT_MODEL, find
+from llmlite.models.rebuild import rebuild
+from llmlite.models.slicing import take_layers
+from llmlite.models.view import ModelView
+from llmlite.run import Run
+from llmlite.training.backbone import hidden_and_head
+from llmlite.training.chunked import chunked_head_loss
+from llmlite.training.token_loss import IGNORE_INDEX, next_token_labels
+
+RESULTS = Path(__file__).parent / "results" / "distillation_cache.json"
+
+
+def context(args: argparse.Namespace) -> Run:
+    data = llmlite.Data(max_length=args.max_length, max_train_rows=args.examples)
+    model = find(llmlite.Model(name=args.model)).folder  # found before the cache moves to a temporary folder
+    return Run(llmlite.Recipe(model=str(model), data=data, steps=[llmlite.DistillWhiteBox()], seed=args.seed))
+
+
+def student_of(teacher: Any, layers: int) -> Any:
+    """The teacher without `layers` of its layers, evenly from the middle; which ones does not matter for the time."""
+    view = ModelView(teacher)
+    count = len(view.blocks)
+    gone = {count // 4 + i * (count // 2) // max(layers, 1) for i in range(layers)}
+    student = rebuild(teacher, *take_layers(view, [i for i in range(count) if i not in gone])).float().train()
+    student.requires_grad_(True)
+    return student
+
+
+def batches_of(run: Run, rows: int, count: int) -> list[tuple[dict[str, Any], Tensor]]:
+    data, found = run.train_data, []
+    for index in range(count):
+        chosen = [(index * rows + i) % len(data.dataset) for i in range(rows)]
+        batch = data.collator()([data.dataset[row] for row in chosen])
+        labels_N = next_token_labels(batch.pop("labels")).reshape(-1)
+        found.append(({**batch, "rows": torch.tensor(chosen)}, labels_N))
+    return found
+
+
+def train_step(student: Any, optimizer: torch.optim.Optimizer, teacher: Any, batch: tuple[dict[str, Any], Tensor]) -> None:
+    inputs, labels_N = batch
+    hidden_BTD, head, transform = hidden_and_head(student, {name: value for name, value in inputs.items() if name != "rows"})
+    loss = Distillation(teacher.signal(inputs, labels_N), labels_N)
+    chunked_head_loss(hidden_BTD.flatten(0, 1), head, loss, keep_N=labels_N != IGNORE_INDEX, transform=transform).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def gradient(student: Any, teacher: Any, batch: tuple[dict[str, Any], Tensor], ce_weight: float) -> Tensor:
+    inputs, labels_N = batch
+    with torch.no_grad():
+        hidden_BTD, head, transform = hidden_and_head(student, {name: value for name, value in inputs.items() if name != "rows"})
+    hidden_ND = hidden_BTD.flatten(0, 1).requires_grad_()
+    loss = Distillation(teacher.signal(inputs, labels_N), labels_N, ce_weight=ce_weight)
+    return torch.autograd.grad(chunked_head_loss(hidden_ND, head, loss, keep_N=labels_N != IGNORE_INDEX, transform=transform).loss, hidden_ND)[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--layers", type=int, default=6, help="layers that the student lacks")
+    parser.add_argument("--kinds", nargs="+", default=["hidden", "top_k-32", "top_k-64", "top_k-128"])
+    parser.add_argument("--rows", type=int, default=2, help="rows in a batch")
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--examples", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    run = context(args)
+    source = TeacherModel(run)
+    model = source.load()
+    live = LiveTeacher(model)
+    data, key = run.train_data, run.train_data.fingerprint()
+    teachers: dict[str, Any] = {"live": live}
+    rows = {"live": {"kind": "live", "bytes_per_token": 0}}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["LLMLITE_CACHE"] = folder
+        for name in args.kinds:
+            kind, _, k = name.partition("-")
+            cache = TeacherCache(source, data, kind, int(k or 0), 1.0, key)  # type: ignore[arg-type]
+            started = time.process_time()
+            cache.fill(run, lambda: live, args.rows)
+            rows[name] = {"kind": name, "bytes_per_token": cache.bytes_per_token, "fill_cpu_seconds": time.process_time() - started}
+            teachers[name] = cache.read(run.device)
+        student = student_of(model, args.layers)
+        batches = batches_of(run, args.rows, args.repeats + 1)
+        for name, teacher in teachers.items():
+            for ce_weight, what in ((0.5, "gradient_error"), (0.0, "gradient_error_kl_alone")):
+                errors = []
+                for batch in batches[:3]:
+                    ours, theirs = (gradient(student, one, batch, ce_weight) for one in (teacher, live))
+                    errors.append(float((ours - theirs).norm() / theirs.norm()))
+                rows[name][what] = statistics.mean(errors)
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in teachers}
+        for index, batch in enumerate(batches):
+            for name, teacher in teachers.items():
+                clock, processor = time.perf_counter(), time.process_time()
+                train_step(student, optimizer, teacher, batch)
+                if index:  # the first round warms up
+                    times[name].append((time.perf_counter() - clock, time.process_time() - processor))
+    clock, processor = ({name: statistics.median(both[i] for both in taken) for name, taken in times.items()} for i in (0, 1))
+    live_steps = len(data.dataset) / args.rows
+    for name, row in rows.items():
+        row |= {"time": round(clock[name] / clock["live"], 3), "cpu_time": round(processor[name] / processor["live"], 3)}
+        if "fill_cpu_seconds" in row:
+            row["fill_in_live_steps"] = round(row.pop("fill_cpu_seconds") / live_steps / processor["live"], 3)  # type: ignore[operator]
+    trained = sum(int((labels_N != IGNORE_INDEX).sum()) for _, labels_N in batches) / sum(len(labels_N) for _, labels_N in batches)
+    print(f"{args.rows} x {args.max_length} tokens a step, {trained:.0%} of them trained, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
+    print(f"{'teacher':12} {'step':>6} {'cpu':>6} {'bytes/token':>12} {'grad. error':>12} {'KL alone':>9} {'filling':>8}")
+    for name, row in rows.items():
+        filling = f"{row['fill_in_live_steps']:.2f}" if "fill_in_live_steps" in row else ""
+        figures = f"{row['time']:6.2f} {row['cpu_time']:6.2f} {row['bytes_per_token']:12,} {row['gradient_error']:12.1e} {row['gradient_error_kl_alone']:9.1e}"
+        print(f"{name:12} {figures} {filling:>8}")
+    settings = {key: value for key, value in vars(args).items() if key != "output"}
+    machine = {"torch": torch.__version__, "machine": platform.machine(), "cpus": os.cpu_count(), "load": round(os.getloadavg()[0], 2)}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(
+        json.dumps({"settings": settings, "trained_share": round(trained, 3), "machine": machine, "rows": list(rows.values())}, indent=2) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Teachers behind one seam: `Teacher.signal(batch)` says what the teacher thinks of a batch, wherever the teacher is.
+
+    LiveTeacher      runs beside the student, in any precision, on any device or spread over several
+    CachedTeacher    reads what a live one said before (`llmlite.distillation.cache`)
+    AlignedTeacher   a live one that reads the same characters by another tokenizer
+
+What comes back is a `TeacherSignal`, asked for a chunk of tokens at a time, so that a teacher's full logits never exist.
+
+Shapes: B sequences, T positions, N = B * T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from llmlite.data.collate import PaddedCollator, examples_of
+from llmlite.distillation.objective import HiddenTeacher, TeacherSignal
+from llmlite.distillation.uld import align
+from llmlite.errors import UnsupportedModel
+from llmlite.training.backbone import hidden_and_head
+from llmlite.training.token_loss import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from llmlite.models.load import Model, Source
+    from llmlite.run import Run
+
+__all__ = ["AlignedTeacher", "LiveTeacher", "Teacher", "TeacherModel"]
+
+
+class Teacher(Protocol):
+    """Whatever can tell what it would have said at each token of a batch."""
+
+    def signal(self, inputs: dict[str, Tensor], labels_N: Tensor) -> TeacherSignal:
+        """What the teacher says.
+
+        Args:
+            inputs: the student's inputs: `input_ids` (B, T) and what goes with them, and `rows`, see `llmlite.training.trainer.LossMaker`.
+            labels_N: labels of the next token, -100 where a token does not count.
+        """
+        ...
+
+
+class LiveTeacher:
+    """A model that runs on every batch, without gradients.
+
+    Args:
+        model: in eval mode, on any device or dispatched over several.
+        watching: entered around its forward pass, to see what happens inside.
+    """
+
+    def __init__(self, model: PreTrainedModel, watching: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        self.model, self.watching = model, watching
+
+    def signal(self, inputs: dict[str, Tensor], labels_N: Tensor) -> HiddenTeacher:
+        """Its last hidden states, and its head."""
+        return self.read({name: value for name, value in inputs.items() if name != "rows"})
+
+    def read(self, inputs: dict[str, Any], where_N: Tensor | None = None) -> HiddenTeacher:
+        """Run the model on its own inputs."""
+        device = self.model.get_input_embeddings().weight.device
+        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        with torch.no_grad(), self.watching():
+            hidden_BTD, head, transform = hidden_and_head(self.model, moved)
+        return HiddenTeacher(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), head, transform=transform, where_N=where_N)
+
+
+class AlignedSignal:
+    """Logits over the teacher's vocabulary, and which tokens have a counterpart."""
+
+    def __init__(self, hidden: HiddenTeacher, aligned_N: Tensor) -> None:
+        self.hidden, self.aligned_N = hidden, aligned_N
+
+    def signal(self, rows_C: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+        """`(logits_CW, aligned_C)`."""
+        return (*self.hidden.signal(rows_C, device), self.aligned_N[rows_C.to(self.aligned_N.device)].to(device))
+
+
+class AlignedTeacher:
+    """A live teacher with a tokenizer of its own, for losses that compare across vocabularies. See `llmlite.distillation.uld`.
+
+    Args:
+        teacher: the model.
+        student_tokenizer, teacher_tokenizer: fast tokenizers.
+        most_tokens: longest text the teacher can read.
+    """
+
+    def __init__(
+        self, teacher: LiveTeacher, student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase, most_tokens: int | None = None
+    ) -> None:
+        self.teacher, self.student_tokenizer, self.teacher_tokenizer, self.most_tokens = teacher, student_tokenizer, teacher_tokenizer, most_tokens
+
+    def signal(self, inputs: dict[str, Tensor], labels_N: Tensor) -> AlignedSignal:
+        """Every example with a counted token, read by the teacher in its own tokens."""
+        ids_BT = inputs["input_ids"]
+        labels_BT = labels_N.reshape(ids_BT.shape)
+        where_BT = torch.full(ids_BT.shape, -1, dtype=torch.int64)
+        found = []
+        for row, places in examples_of(inputs):
+            if bool((labels_BT[row, places] != IGNORE_INDEX).any()):
+                found.append((row, places, align(ids_BT[row, places].tolist(), self.student_tokenizer, self.teacher_tokenizer)))
+        texts = [{"input_ids": (a.teacher_ids or [0])[: self.most_tokens], "labels": []} for _, _, a in found] or [{"input_ids": [0], "labels": []}]
+        batch = PaddedCollator()(texts)
+        width = batch["input_ids"].shape[1]
+        for index, (row, places, alignment) in enumerate(found):
+            where_T = torch.tensor(alignment.places)
+            where_BT[row, places] = torch.where((where_T >= 0) & (where_T < width), where_T + index * width, -1)
+        where_N = where_BT.flatten()
+        hidden = self.teacher.read({"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}, where_N.clamp(min=0))
+        return AlignedSignal(hidden, where_N >= 0)
+
+
+@dataclass(frozen=True)
+class TeacherModel:
+    """Which model teaches, and how it is loaded. Nothing is read before it is asked for.
+
+    Attributes:
+        run: of the student.
+        name: ``base`` for the model the run started from, else a Hub id or folder.
+        dtype: as `Model.dtype`.
+        quantization: load it in 8 or 4 bit by bitsandbytes; None as it is.
+        device_map: as transformers takes it (``auto``, ``balanced``, ``cuda:1``); None for the student's device.
+    """
+
+    run: Run
+    name: str = "base"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["int8", "nf4", "fp4"] | None = None
+    device_map: str | None = None
+
+    @property
+    def is_base(self) -> bool:
+        """Whether it is the model the run started from."""
+        return self.name == "base"
+
+    @cached_property
+    def settings(self) -> Model:
+        """As settings of a model."""
+        from llmlite.models.load import Model
+
+        base = self.run.recipe.model
+        dtype = base.dtype if self.dtype == "auto" else self.dtype
+        return replace(base, dtype=dtype) if self.is_base else Model(name=self.name, dtype=dtype)
+
+    def source(self, weights: bool) -> Source:
+        """Where it is; see `llmlite.models.load.find`."""
+        from llmlite.models.load import find
+
+        return find(self.settings, weights)
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """Its config."""
+        from llmlite.models.load import load_config
+
+        return self.run.config if self.is_base else load_config(self.source(weights=False), self.settings)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer."""
+        from llmlite.models.load import load_tokenizer
+
+        return self.run.tokenizer if self.is_base else load_tokenizer(self.source(weights=False), self.settings)
+
+    def identity(self) -> list[Any]:
+        """Plain values that change when its signals would."""
+        from llmlite.models.load import weight_files
+
+        source = self.source(weights=True)
+        return [str(source.folder.resolve()), weight_files(source.folder), str(self.compute_dtype), self.quantization]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type it computes in."""
+        from llmlite.models.load import compute_dtype
+
+        return compute_dtype(self.run.device, self.settings.dtype)
+
+    def expected_bytes(self) -> int:
+        """Bytes of its weights in memory; of an architecture that is not in the families table, those of its files."""
+        from llmlite.models.load import weight_files
+        from llmlite.models.size import expected_bytes
+
+        try:
+            return expected_bytes(self.config, dtype=self.compute_dtype, scheme=self.quantization, double_quant=True)
+        except UnsupportedModel:
+            return sum(size for _, size, _ in weight_files(self.source(weights=False).folder))
+
+    def packs(self) -> bool:
+        """Whether it keeps packed examples apart by their positions, as far as is known."""
+        from llmlite.models.families import family_of
+
+        try:
+            return family_of(self.config).packs_by_position
+        except UnsupportedModel:
+            return False
+
+    def load(self) -> PreTrainedModel:
+        """The model, frozen, in eval mode."""
+        from llmlite.models.load import load_model
+        from llmlite.quantization.safety import make_safe
+
+        options: dict[str, Any] = {}
+        if self.device_map:
+            options["device_map"] = self.device_map
+        if self.quantization:
+            from llmlite.quantization.bnb import Quantize
+            from llmlite.step import ModelPlan
+
+            options["quantization_config"] = Quantize(scheme=self.quantization, unaligned="skip").bitsandbytes_config(ModelPlan(self.config), self.run)
+        model = load_model(self.source(weights=True), self.settings, self.run.device, **options)
+        make_safe(model)
+        model.requires_grad_(False)
+        return model
