@@ -31,7 +31,7 @@ class DistillBlackBox(Recipe):
 
     name: ClassVar[str] = "distill_blackbox"
 
-    data: DataSettings = Data(calibration="builtin:python-docs", calibration_sequences=8, max_train_rows=64)
+    data: DataSettings = Data(calibration="builtin:python-docs", calibration_sequences=8, max_train_rows=48)
     steps: Steps = (
         PruneLayers(keep=0.9, score="block_influence"),
         DistillBlackBoxStep(max_answer_tokens=64, truncated="cut", num_train_epochs=2, per_device_train_batch_size=1, gradient_accumulation_steps=2),
