@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from llmlite.config import read_yaml, to_yaml
-from llmlite.errors import ConfigError, OutputError
+from llmlite.config import read_yaml, shorten, to_yaml
+from llmlite.errors import ConfigError, LlmliteError, LoadError, OutputError
 from llmlite.recipe import Recipe
 from llmlite.report import human_bytes
 from llmlite.run import Run
@@ -18,6 +18,7 @@ from llmlite.storage import require_space, telling, write_text
 
 __all__ = ["Plan", "check", "claim", "made_before_adapter", "size_line"]
 
+_MOST_LAYERS = 10_000
 _MEASURING_BYTES = 4 * 4 * 256  # for each token of the vocabulary: four tables of logits of the 256 tokens that are measured at a time
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
     context.check_data()
     config = context.config
     family_of(config)
+    _require_buildable(context)
     require_matching(context.tokenizer, config)
     longest = getattr(config, "max_position_embeddings", None)
     if longest and recipe.data.max_length > longest:
@@ -102,6 +104,28 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
     disk = sum(row["disk_bytes"] + 8 * 2 * row["trained_parameters"] for row in rows[1:]) + rows[0]["disk_bytes"] // 2
     require_space(recipe.folder, int(disk))
     return Plan(tuple(rows), int(disk), max(row["peak_bytes"] for row in rows))
+
+
+def _require_buildable(context: Run) -> None:
+    """Build the model once without storage: a config can be read and still describe nothing.
+
+    Raises:
+        LoadError: transformers cannot build it.
+    """
+    from llmlite.models.families import family_of
+    from llmlite.models.size import meta_model
+
+    place = context.source.folder / "config.json"
+    try:
+        layers = family_of(context.config).layers(context.config)
+        if not isinstance(layers, int) or not 0 <= layers <= _MOST_LAYERS:
+            raise LoadError(f"model: {place} says that the model has {layers!r} layers. Wanted: a whole number up to {_MOST_LAYERS:,}.")
+        meta_model(context.config)
+    except LlmliteError:
+        raise
+    except Exception as error:  # whatever a wrong number does in a model's constructor
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise LoadError(f"model: {place} describes no model that transformers can build ({type(error).__name__}: {shorten(reason, 200)}).") from None
 
 
 def _check_push(recipe: Recipe, context: Run, result: ModelPlan) -> None:

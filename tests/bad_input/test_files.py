@@ -1,0 +1,242 @@
+"""Broken model folders, weights, tokenizers and data: a message with exit code 2 before or while loading, never another error; and attacks."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import llmlite
+from llmlite.errors import DataError, LlmliteError, LoadError
+from llmlite.html.page import run_page
+from llmlite.models.load import Model, find, load_model
+from llmlite.report import Report, Row
+from tests.conftest import save_tiny
+
+CONFIG_VALUES: list[Any] = [None, -1, 0, 7, "text", [], {}, 10**9, 1.5, True]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("good") / "model")
+
+
+def copied(good: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(good, tmp_path / "model")
+
+
+def checked_and_loaded(model: Path, rows: Path, out: Path) -> str:
+    """Check a recipe on a folder, then load its weights. "good", or the message of the refusal; any other error is a failure of the test."""
+    refused: LlmliteError | None = None
+    try:
+        llmlite.Recipe(model=str(model), data=str(rows), output_dir=str(out), steps=[llmlite.Lora(r=2)], max_length=32, evaluation_rows=2).check()
+        load_model(find(Model(name=str(model))), Model(name=str(model)), torch.device("cpu"))
+    except LlmliteError as error:
+        refused = error
+    assert not out.exists()
+    if refused is None:
+        return "good"
+    assert refused.exit_code == 2
+    assert str(refused).strip()
+    assert "Traceback" not in str(refused)
+    return str(refused)
+
+
+def test_every_number_of_a_config_replaced_is_refused_or_loads(good: Path, pairs_file: Path, tmp_path: Path) -> None:
+    config = json.loads((good / "config.json").read_text())
+    folder = copied(good, tmp_path)
+    outcomes = []
+    for key, before in config.items():
+        for value in CONFIG_VALUES:
+            if value == before:
+                continue
+            (folder / "config.json").write_text(json.dumps({**config, key: value}))
+            outcomes.append(checked_and_loaded(folder, pairs_file, tmp_path / "out"))
+    assert len(outcomes) > 200
+    assert sum(outcome != "good" for outcome in outcomes) > 60
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"12",
+        b'"x"',
+        b"{}",
+        b'{"model_type": "llama"',
+        b"\xff\xfe{}",
+        b'{"model_type": "nothing-known"}',
+        b'{"model_type": 3}',
+        b'{"a":' * 3000,
+    ],
+    ids=range(12),
+)
+def test_a_config_that_is_none_is_refused(content: bytes, good: Path, pairs_file: Path, tmp_path: Path) -> None:
+    folder = copied(good, tmp_path)
+    (folder / "config.json").write_bytes(content)
+    assert checked_and_loaded(folder, pairs_file, tmp_path / "out") != "good"
+
+
+def _header(size: int, text: bytes) -> bytes:
+    return struct.pack("<Q", size) + text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x00" * 7,
+        _header(2**63, b"{}"),
+        _header(10**9, b"{}"),
+        _header(2, b"[]"),
+        _header(2, b"{}"),
+        _header(16, b"not json at all!"),
+        _header(70, b'{"x":{"dtype":"F32","shape":[9999999999999],"data_offsets":[0,4]}}    '),
+        pickle.dumps({"x": 1}),
+    ],
+    ids=range(9),
+)
+def test_weights_that_are_damaged_or_made_to_harm_are_refused(content: bytes, good: Path, pairs_file: Path, tmp_path: Path) -> None:
+    folder = copied(good, tmp_path)
+    (folder / "model.safetensors").write_bytes(content)
+    assert checked_and_loaded(folder, pairs_file, tmp_path / "out") != "good"
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
+def test_weights_cut_off_anywhere_are_refused(share: float, good: Path, pairs_file: Path, tmp_path: Path) -> None:
+    folder = copied(good, tmp_path)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: int(share * len(whole))])
+    assert checked_and_loaded(folder, pairs_file, tmp_path / "out") != "good"
+
+
+class _Harm:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch harmed",)
+
+
+def test_a_pickle_is_never_opened(good: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = copied(good, tmp_path)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(_Harm()))
+    assert "pickle" in checked_and_loaded(folder, pairs_file, tmp_path / "out")
+    assert not (tmp_path / "harmed").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"{}", b'{"version":"1.0","model":{"type":"BPE","vocab":{},"merges":[["a","b"]]}}', b"\xff"], ids=range(6)
+)
+def test_a_tokenizer_that_is_damaged_is_refused(content: bytes, good: Path, pairs_file: Path, tmp_path: Path) -> None:
+    folder = copied(good, tmp_path)
+    (folder / "tokenizer.json").write_bytes(content)
+    assert checked_and_loaded(folder, pairs_file, tmp_path / "out") != "good"
+
+
+ESCAPES = [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ cycler.__init__.__globals__.os.system('touch harmed') }}",
+    "{% for x in ().__class__.__base__.__subclasses__() %}{{ x }}{% endfor %}",
+    "{{ messages.append }}{{ lipsum.__globals__ }}",
+    "{% for m in messages %}",
+    "{{ raise_exception('no') }}",
+    "{{ 1 / 0 }}",
+]
+
+
+@pytest.mark.parametrize("template", ESCAPES)
+def test_a_chat_template_that_escapes_or_fails_ends_with_a_message(
+    template: str, good: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = copied(good, tmp_path)
+    (folder / "chat_template.jinja").write_text(template)
+    recipe = llmlite.Recipe(
+        model=str(folder), data=str(pairs_file), output_dir=str(tmp_path / "out"), steps=[llmlite.Lora(r=2)], max_length=32, evaluation_rows=2
+    )
+    from llmlite.run import Run
+
+    with pytest.raises(LlmliteError) as refused:
+        Run(recipe).evaluation_batches()
+    assert refused.value.exit_code == 2
+    assert not (tmp_path / "harmed").exists()
+
+
+ROWS: dict[str, bytes] = {
+    "empty.jsonl": b"",
+    "blank.jsonl": b"\n\n\n",
+    "cut.jsonl": b'{"text": "a"}\n{"text": "b',
+    "list.jsonl": b"[1, 2]\n",
+    "number.jsonl": b"3\n",
+    "latin.jsonl": b'{"text": "caf\xe9"}\n',
+    "numbers.jsonl": b'{"text": 3}\n{"text": 4}\n',
+    "nulls.jsonl": b'{"text": null}\n',
+    "no_answer.jsonl": b'{"prompt": "a"}\n',
+    "roles.jsonl": b'{"messages": [{"role": "nobody", "content": 3}]}\n',
+    "only_user.jsonl": b'{"messages": [{"role": "user", "content": "hi"}]}\n',
+    "empty_chat.jsonl": b'{"messages": []}\n',
+    "other.jsonl": b'{"colour": "red"}\n',
+    "nan.json": b"[NaN]",
+    "cut.json": b'[{"text": "a"},',
+    "words.json": b"hello",
+    "header.csv": b"prompt,completion\n",
+    "ragged.csv": b"prompt,completion\na\nb,c,d\n",
+    "quote.csv": b'prompt,completion\n"a,b\n',
+    "no.parquet": b"PAR1",
+    "zero.parquet": b"",
+    "blank.txt": b"   \n",
+    "binary.txt": bytes(range(256)),
+    "picture.png": b"\x89PNG",
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_data_that_cannot_be_used_is_refused(name: str, good: Path, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_bytes(ROWS[name])
+    from llmlite.run import Run
+
+    options: dict[str, Any] = {"model": str(good), "data": str(file), "output_dir": str(tmp_path / "out"), "max_length": 32, "evaluation_rows": 2}
+    recipe = llmlite.Recipe(steps=[llmlite.Lora(r=2)], **options)
+    with pytest.raises(DataError) as refused:
+        recipe.check()
+        Run(recipe).train_data  # noqa: B018
+    assert name.partition(".")[0] in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_links_out_of_itself_publishes_nothing_from_there(good: Path, tmp_path: Path) -> None:
+    from llmlite.hub.public import result_files
+
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "config.json").write_text("{}")
+    folder = copied(good, tmp_path)
+    (folder / "inside").symlink_to(secret)
+    assert not any("inside" in str(path) for path in result_files(folder)[0])
+
+
+def test_names_and_samples_cannot_write_html(tmp_path: Path) -> None:
+    attack = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+    row = Row(attack, 1, 1, 2.0, details={"sample": {"prompt": attack, "expected": attack, "answer": attack}})
+    page = run_page(
+        Report(tmp_path, {"model": {"name": attack}, "steps": [{"step": attack}]}, {"text": attack}, {"device": attack}, [row, row], loading=attack)
+    )
+    assert "<script>alert" not in page
+    assert "<img src=x" not in page
+
+
+def test_a_model_that_is_a_dangling_link_is_not_found(tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to(tmp_path / "gone")
+    with pytest.raises(LoadError):
+        find(Model(name=str(tmp_path / "model")))
