@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--test-windows", type=int, default=16)
     parser.add_argument("--case", action="append", required=True, metavar="LABEL={step: ..., ...}", help="a step as YAML; several steps as a list")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scratch", help="a folder in which a run that was stopped goes on; one for each case")
     parser.add_argument("--out", default="benchmarks/results/pruning.json")
     args = parser.parse_args()
     import yaml
@@ -96,6 +97,7 @@ def main() -> None:
         recipe = llmlite.Recipe(model=args.model, steps=tuple(steps), seed=args.seed)
         run = _BenchRun(windows_NT, recipe)
         model = load_model(source, Model(name=args.model), device)
+        run.scratch = Path(args.scratch) if args.scratch else Path()
         started, cpu = time.perf_counter(), time.process_time()
         for step in steps:
             model = step.apply(model, run)

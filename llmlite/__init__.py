@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llmlite.adapters.merge import Merge as Merge
     from llmlite.adapters.prefix import Prefix as Prefix
     from llmlite.data.settings import Data as Data
+    from llmlite.distillation.blackbox import DistillBlackBox as DistillBlackBox
     from llmlite.distillation.whitebox import DistillWhiteBox as DistillWhiteBox
     from llmlite.errors import LlmliteError as LlmliteError
     from llmlite.hub.push import push as push
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from llmlite.pruning.hidden import PruneHidden as PruneHidden
     from llmlite.pruning.layers import PruneLayers as PruneLayers
     from llmlite.pruning.structured import PruneStructured as PruneStructured
+    from llmlite.pruning.vocabulary import PruneVocabulary as PruneVocabulary
     from llmlite.pruning.weights import PruneWeights as PruneWeights
     from llmlite.quantization.bnb import Quantize as Quantize
     from llmlite.recipe import Recipe as Recipe
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Bottleneck": "llmlite.adapters.bottleneck",
     "Correct": "llmlite.adapters.correct",
+    "DistillBlackBox": "llmlite.distillation.blackbox",
     "DistillWhiteBox": "llmlite.distillation.whitebox",
     "Ia3": "llmlite.adapters.ia3",
     "Merge": "llmlite.adapters.merge",
@@ -56,6 +59,7 @@ _HOMES = {
     "PruneHidden": "llmlite.pruning.hidden",
     "PruneLayers": "llmlite.pruning.layers",
     "PruneStructured": "llmlite.pruning.structured",
+    "PruneVocabulary": "llmlite.pruning.vocabulary",
     "PruneWeights": "llmlite.pruning.weights",
     "Quantize": "llmlite.quantization.bnb",
     "QuantizeInt8": "llmlite.recipes.quantize_int8",

@@ -397,6 +397,70 @@ def _evaluate_command(folder: str, tasks: str | None, batch_sizes: str, as_json:
     console.print(f"\nThe figures: {found.path / 'evaluation.json'}", markup=False)
 
 
+class _Bytes(click.ParamType[float]):
+    """60MB, 1.5 GB, 500000: a million bytes are a MB."""
+
+    name = "BYTES"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        units = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
+        text = str(value).strip().lower()
+        number = text.rstrip("kmgtb ")
+        try:
+            return float(number) * units[text[len(number) :].strip()]
+        except (ValueError, KeyError):
+            self.fail(f"{value!r} should be a number of bytes, such as 60MB or 1.5GB.", param, ctx)
+
+
+@_group.command("shrink", context_settings={"token_normalize_func": lambda name: name.replace("-", "_"), "max_content_width": 120})
+@click.argument("model", required=False)
+@click.option("--target", type=float, help="Share of the 16-bit size that the files may have: 0.5 is half.")
+@click.option("--max_bytes", type=_Bytes(), help="Bytes that the files may have: 60MB.")
+@click.option("--max_memory", type=_Bytes(), help="Bytes that the weights may need in memory.")
+@click.option("--min_speedup", type=float, help="Decoding speed wanted, against the base's on this machine: 1.5.")
+@click.option("--max_perplexity_increase", type=click.FloatRange(0), help="Most that perplexity may rise, as a share: 0.2.")
+@click.option("--data", metavar="DATA", help="Text to measure, calibrate and heal on. Left out: the Python documentation, offline.")
+@click.option("--keeps", default="0.9,0.8,0.7,0.6", show_default=True, help="Shares of the decoder's parameters that are tried.")
+@click.option("--heal_steps", type=click.IntRange(0), default=40, show_default=True, help="Optimizer steps of distillation behind pruning.")
+@click.option("--max_length", type=click.IntRange(2), help="Tokens of a row.")
+@click.option("--calibration_sequences", type=click.IntRange(1), help="Calibration rows.")
+@click.option("--evaluation_rows", type=click.IntRange(1), help="Held-out rows that are measured.")
+@click.option("--output_dir", metavar="DIR", help="For shrink.yaml, the figures and the result.  [default: outputs/shrink]")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--run", "run_it", is_flag=True, help="Run the recipe that was found, into DIR/result.")
+def _shrink_command(model: str | None, keeps: str, run_it: bool, output_dir: str | None, seed: int, **options: Any) -> None:
+    """Make a model as small as asked: measure what each way costs once, find the best combination, write it as a recipe.
+
+    Ways to prune (the decoder to some share of its parameters, healed by distillation) and to store (8 bit, calibrated 4 bit, low-rank correction) are measured
+    alone; their combinations are computed. Measurements are kept in DIR, so other targets cost seconds, and the same command continues after a stop.
+    """
+    from rich.console import Console
+
+    from llmlite.shrink.shrink import shrink
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    _hush_loggers()
+    try:
+        shares = tuple(float(keep) for keep in keeps.split(","))
+    except ValueError:
+        raise ConfigError("llmlite shrink", [f"--keeps {keeps!r} should be numbers between 0 and 1, separated by commas, such as 0.9,0.7."]) from None
+    about = {"model": model, "seed": seed, "output_dir": output_dir or "outputs/shrink"}
+    about |= {name: options.pop(name) for name in ("data", "max_length", "calibration_sequences", "evaluation_rows")}
+    given = {name: value for name, value in about.items() if value is not None}
+    recipe = Recipe.from_options(("flags", {"steps": [{"step": "quantize"}], **given}))
+    found = shrink(recipe, keeps=shares, run=run_it, **options)
+    console = Console(highlight=False)
+    console.print(found.table())
+    if found.report is not None:
+        console.print(found.report.table())
+        console.print(found.report.expectation(), markup=False)
+        console.print(f"\nThe result is in {found.report.path}:\n\n{found.report.loading}", markup=False)
+    elif found.chosen.steps:
+        console.print(f"\nThe recipe: {found.folder / 'shrink.yaml'}. To run it:\n  llmlite run {found.folder / 'shrink.yaml'}", markup=False)
+    else:
+        console.print("\nThe model is small enough as it is.", markup=False)
+
+
 @_group.command("compare")
 @click.argument("folders", metavar="DIR DIR ...", nargs=-1, required=True)
 @click.option("--html", metavar="FILE", help="Also write a page with plots.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 __all__ = [
+    "ApiError",
     "ConfigError",
     "DataError",
     "GateFailed",
@@ -68,6 +69,10 @@ class HubError(LlmliteError):
     def __init__(self, message: str, status: int | None = None) -> None:
         self.status = status
         super().__init__(message)
+
+
+class ApiError(LlmliteError):
+    """A teacher behind an API that refuses, cannot be reached, or does not return what the recipe needs. What was answered before is kept."""
 
 
 class OutputError(LlmliteError):

@@ -26,6 +26,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmlite.data.vocabulary import VOCABULARY
 from llmlite.errors import GateFailed, LlmliteError, OutputError, ResourceError
 from llmlite.gate import COLLAPSE
 from llmlite.models.adapted import adapter_parameters, is_adapted
@@ -81,7 +82,9 @@ def load_result(folder: Path | str) -> tuple[PreTrainedModel, Run]:
         raise OutputError(f"{out} holds no finished run (no recipe.yaml with report.json).")
     recipe = Recipe.from_file(out / "recipe.yaml", output_dir=str(out))
     context = Run(recipe)
-    return _Pipeline(recipe, context, out).result().eval(), context
+    model = _Pipeline(recipe, context, out).result().eval()
+    context.take_vocabulary(out)
+    return model, context
 
 
 class _Pipeline:
@@ -106,6 +109,8 @@ class _Pipeline:
                 self._push()
             self.context.wait()
             return self.report
+        if done:
+            self._take_over_vocabulary(done - 1)
         for index in range(len(self.recipe.steps)):
             if index >= done:
                 self._step(index, reference)
@@ -195,9 +200,14 @@ class _Pipeline:
             log.info("%d of %d steps are already done; continuing after them", done, len(self.recipe.steps))
         return done
 
+    def _take_over_vocabulary(self, index: int) -> None:
+        """Go on with the tokens that the steps of an earlier call left."""
+        self.context.take_vocabulary(self._folder(index))
+
     # steps ----------------------------------------------------------------------------------------------------------------------------
 
     def _step(self, index: int, reference: Reference) -> None:
+        from llmlite.evaluation.energy import measured_energy
         from llmlite.evaluation.memory import measured_peak
         from llmlite.evaluation.quality import measure_quality
         from llmlite.evaluation.sample import sample
@@ -213,13 +223,15 @@ class _Pipeline:
             scratch.mkdir(parents=True, exist_ok=True)
         self.context.scratch, self.context.notes = scratch, {}
         started = time.perf_counter()
-        with measured_peak(self.context.device.type) as peak, _memory_advice(name):
+        device = self.context.device.type
+        with measured_energy(device, estimate=self.recipe.estimate_energy) as energy, measured_peak(device) as peak, _memory_advice(name):
             model = self._apply(index, step)
             if not is_adapted(model):
                 settle(model, self.context.storage_dtype)
+        self.context.note(energy=energy.to_json())
         seconds = time.perf_counter() - started
         log.info("step %d of %d: %s took %.0f s; measuring", index + 1, len(self.recipe.steps), name, seconds)
-        quality = measure_quality(model, self.context.evaluation_batches(), reference)
+        quality = measure_quality(model, self.context.evaluation_batches(), self.context.over_present_tokens(reference))
         with packed_generation(model):  # as stock transformers runs it
             speed = measure_speed(model)
             self.context.note(sample=sample(model, self.context.tokenizer, self.context.evaluation_data.rows))
@@ -281,6 +293,8 @@ class _Pipeline:
 
         save_model(model, folder, self.context.storage_dtype, self.context.base_name())
         self.context.tokenizer.save_pretrained(folder)
+        if self.context.vocabulary is not None:
+            self.context.vocabulary.save(folder / VOCABULARY)
 
     def _base_of(self, index: int) -> Path:
         """The folder of the model on which the adapter of step `index` sits: adapters of the steps before are the same one, trained less."""

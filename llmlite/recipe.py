@@ -31,7 +31,9 @@ _PARTS: dict[str, tuple[type[Any], str]] = {"model": (Model, "name"), "data": (D
 
 # What may change between a run and its continuation without changing what comes out.
 NOT_IN_IDENTITY = frozenset(
-    {"gate", "dry_run", "overwrite_output_dir", "output_dir", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_accept_license"}
+    {"gate", "estimate_energy", "grid_grams_per_kwh", "dry_run", "overwrite_output_dir", "output_dir"}
+    | {"push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_accept_license"}
+    | {"api_key_env", "concurrency", "max_retries", "request_timeout"}  # how a teacher's API is asked, not what
 )
 
 
@@ -77,6 +79,10 @@ class Recipe:
     gate: GateSettings = Gate()
     """Limits that stop the run (exit code 3) when a step's result crosses one, for instance {perplexity_increase: 0.05, kl: 0.1, agreement: 0.9}. A step's
     own gate replaces it. It may be changed when a stopped run is continued."""
+    estimate_energy: bool = False
+    """Let codecarbon estimate the energy of each step where the machine has no counter (llmlite[energy]). Counters are read anyway."""
+    grid_grams_per_kwh: Annotated[float, pydantic.Field(ge=0)] | None = None
+    """Grams of CO2 for each kilowatt hour of your grid. Left out: energy is reported and no CO2."""
     dry_run: bool = False
     """Print the plan (parameters, bytes, memory, tokens, disk) and stop; no weights are loaded."""
     overwrite_output_dir: bool = False

@@ -14,7 +14,7 @@ from llmlite.storage import write_json
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Report", "Row", "human_bytes", "plan_table"]
+__all__ = ["Report", "Row", "human_bytes", "human_count", "plan_table"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Report:
     base: dict[str, Any] = field(default_factory=dict)
     """What the model card says of the base model. See `llmlite.hub.base.describe_base`."""
     reload_difference: float | None = None
+    expected: dict[str, float] = field(default_factory=dict)
+    """What `llmlite shrink` expected of the result: kl, perplexity, bytes_on_disk."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, without the folder's place."""
@@ -97,6 +99,17 @@ class Report:
             "seconds": [f"{row.seconds:.0f}" for row in self.rows],
         }
 
+    def expectation(self) -> str:
+        """Expected beside obtained, in a sentence; empty where nothing was expected."""
+        if not self.expected or not self.rows:
+            return ""
+        last = self.rows[-1]
+        return (
+            f"Expected KL {self.expected['kl']:.4f}, obtained {last.kl or 0:.4f}; "
+            f"perplexity {self.expected['perplexity']:.4g}, obtained {last.perplexity:.4g}; "
+            f"{human_bytes(self.expected['bytes_on_disk'])} on disk, obtained {human_bytes(last.bytes_on_disk)}."
+        )
+
     def table(self) -> Table:
         """`lines` for a terminal: a column for the base and for each step, a row for each figure."""
         from rich.table import Table
@@ -119,23 +132,32 @@ def plan_table(rows: Sequence[dict[str, Any]]) -> Table:
     from rich.table import Table
 
     table = Table(title="The plan", title_justify="left", caption="\n".join(_note(row) for row in rows if row["notes"]), caption_justify="left")
-    for name in ("step", "gives", "parameters", "trained", "on disk", "peak memory", "tokens"):
+    for name in ("step", "gives", "parameters", "trained", "on disk", "memory", "tokens"):
         table.add_column(name, justify="left" if name in {"step", "gives"} else "right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["step"],
             row["form"],
-            f"{row['parameters']:,}",
-            f"{row['trained_parameters']:,}" if row["trained_parameters"] else "",
+            human_count(row["parameters"]),
+            human_count(row["trained_parameters"]) if row["trained_parameters"] else "",
             human_bytes(row["disk_bytes"]),
             human_bytes(row["peak_bytes"]) if row["peak_bytes"] else "",
-            f"{row['tokens']:,}" if row["tokens"] else "",
+            human_count(row["tokens"]) if row["tokens"] else "",
         )
     return table
 
 
 def _note(row: dict[str, Any]) -> str:
     return f"{row['step']}: {'; '.join(row['notes'])}"
+
+
+def human_count(count: float) -> str:
+    """A number for a person: 134.5M."""
+    for unit in ("", "k", "M"):
+        if count < 1000:
+            return f"{count:.0f}" if not unit else f"{count:.1f}{unit}"
+        count /= 1000
+    return f"{count:.2f}B"
 
 
 def human_bytes(count: float) -> str:

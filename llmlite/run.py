@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
     from llmlite.data.prepare import Prepared
     from llmlite.data.split import Split
+    from llmlite.data.vocabulary import Vocabulary
+    from llmlite.evaluation.quality import Reference
     from llmlite.recipe import Recipe
     from llmlite.training.settings import TrainingStep
 
@@ -36,6 +40,8 @@ class Run:
     recipe: Recipe
     scratch: Path = Path()
     notes: dict[str, Any] = field(default_factory=dict)
+    vocabulary: Vocabulary | None = None
+    """Which of the base's tokens are left, once a step has taken some away."""
 
     @cached_property
     def processes(self) -> PartialState:
@@ -94,13 +100,34 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base model's tokenizer."""
+        """The tokenizer of the model as it is now: the base's, until a step takes tokens away."""
         return load_tokenizer(self.source, self.recipe.model)
 
+    def use_vocabulary(self, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Go on with fewer tokens. What was tokenised is tokenised again when it is next asked for; only the held-out text keeps the base's tokens, so that
+        figures before and after are of the same ones."""
+        _ = self.evaluation_data
+        self.vocabulary, self.tokenizer = vocabulary, tokenizer
+        for name in ("train_data", "calibration_windows"):
+            self.__dict__.pop(name, None)
+
+    def take_vocabulary(self, folder: Path) -> None:
+        """Go on with the tokens of the model in a folder, where it says that some have gone."""
+        from llmlite.data.vocabulary import VOCABULARY, Vocabulary
+
+        if (folder / VOCABULARY).is_file():
+            self.use_vocabulary(Vocabulary.read(folder / VOCABULARY), load_tokenizer(Source(str(folder), folder, None), self.recipe.model))
+
     def load_base(self) -> PreTrainedModel:
-        """The dense base model, anew: the default teacher, and the start of most recipes."""
+        """The dense base model, anew, with the tokens that are left: the default teacher, and the start of most recipes."""
         self.source = find(self.recipe.model, weights=True)
-        return load_model(self.source, self.recipe.model, self.device)
+        model = load_model(self.source, self.recipe.model, self.device)
+        if self.vocabulary is None:
+            return model
+        from llmlite.models.vocabulary import narrow_model
+
+        narrowed: PreTrainedModel = narrow_model(model, self.vocabulary.kept_K.tolist())
+        return narrowed
 
     def base_name(self) -> str:
         """How an adapter should name its base: the Hub id where there is one, never a path of this machine that nobody else has."""
@@ -135,16 +162,73 @@ class Run:
             return self._prepare(data.evaluation, None, data.evaluation_rows)
         return self._prepare(data.train, "test", data.evaluation_rows)
 
+    def _require_places(self, longest: int) -> None:
+        """Tokens in pieces make rows longer; a learned table of positions ends."""
+        from llmlite.errors import DataError
+        from llmlite.models.families import family_of
+
+        most = int(getattr(self.config, "max_position_embeddings", 0) or 0)
+        if family_of(self.config).position_embedding and most and longest > most:
+            raise DataError(
+                f"data: a held-out row has {longest} tokens once those that went are written in pieces, and the model has {most} positions. Lower max_length."
+            )
+
     @cached_property
     def train_data(self) -> Prepared:
         """Rows to train on, tokenised and packed when first asked for."""
         return self._prepare(self.recipe.data.train, "train", self.recipe.data.max_train_rows)
 
+    @contextmanager
+    def training_on(self, data: Prepared) -> Iterator[None]:
+        """Within the block `train_data` is this: rows that a step made, for instance a teacher's answers."""
+        before = self.__dict__.get("train_data")
+        self.train_data = data
+        try:
+            yield
+        finally:
+            del self.train_data
+            if before is not None:
+                self.train_data = before
+
     def evaluation_batches(self, rows: int = 4) -> list[dict[str, Tensor]]:
-        """Held-out rows as model inputs on the CPU, in a fixed order."""
-        data = self.evaluation_data
-        collate = data.collator()
-        return [collate([data.dataset[i] for i in range(start, min(start + rows, len(data.dataset)))]) for start in range(0, len(data.dataset), rows)]
+        """Held-out rows as model inputs on the CPU, in a fixed order.
+
+        Where tokens have gone, they are written by those that are left, and ``starts`` marks where the base's tokens begin; see `measure_quality`.
+        """
+        data, collate, found = self.evaluation_data, self.evaluation_data.collator(), []
+        for start in range(0, len(data.dataset), rows):
+            part: list[Any] = [data.dataset[i] for i in range(start, min(start + rows, len(data.dataset)))]
+            if self.vocabulary is None:
+                found.append(collate(part))
+            else:
+                part = [self.vocabulary.expand_row(row) for row in part]
+                found.append(collate(part) | {"starts": self._starts(part)})
+        return found
+
+    def in_present_tokens(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Batches of one row each (``input_ids``, ``labels``) in the base's tokens, written in those that are left. See `evaluation_batches`."""
+        import torch
+
+        if self.vocabulary is None:
+            return batches
+        found = []
+        for batch in batches:
+            row = self.vocabulary.expand_row({name: batch[name][0].tolist() for name in ("input_ids", "labels")})
+            found.append({name: torch.tensor([row[name]]) for name in ("input_ids", "labels")} | {"starts": self._starts([row])})
+        return found
+
+    def over_present_tokens(self, reference: Reference) -> Reference:
+        """The base's distributions over the tokens that are left, made to add up to 1."""
+        import torch
+
+        return reference if self.vocabulary is None else reference.over(torch.from_numpy(self.vocabulary.kept_K))
+
+    def _starts(self, rows: list[dict[str, list[int]]]) -> Tensor:
+        import torch
+
+        width = max(len(row["input_ids"]) for row in rows)
+        self._require_places(width)
+        return torch.tensor([[*row["starts"], *[0] * (width - len(row["starts"]))] for row in rows])
 
     def max_steps(self, step: TrainingStep) -> int | None:
         """Optimizer steps of a training step, or None when the rows and `num_train_epochs` decide."""

@@ -16,96 +16,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmlite.errors import ConfigError, LoadError
-from llmlite.report import Report, human_bytes
-from llmlite.storage import folder_bytes, write_json
+from llmlite.evaluation.result import Evaluation
+from llmlite.report import Report
+from llmlite.storage import folder_bytes
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from llmlite.run import Run
 
-__all__ = ["EVALUATION", "Evaluation", "evaluate"]
+__all__ = ["evaluate"]
 
 log = logging.getLogger(__name__)
 
-EVALUATION = "evaluation.json"
 _ENERGY_TOKENS = 64
-
-
-@dataclass
-class Evaluation:
-    """Figures of a base and of what was made of it.
-
-    Attributes:
-        path: the folder that was evaluated.
-        about: text, window, stride, tokens, machine, versions, date.
-        models: ``base`` and ``this``; each has bytes_on_disk, perplexity, kl, top1_agreement, latency (see `llmlite.evaluation.speed.Latency`), energy and
-            joules_per_1000_tokens, tasks, answers.
-    """
-
-    path: Path
-    about: dict[str, Any] = field(default_factory=dict)
-    models: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, without the folder's place."""
-        return {"about": self.about, "models": self.models}
-
-    def save(self) -> Path:
-        """Write ``evaluation.json`` into the folder."""
-        write_json(self.path / EVALUATION, self.to_json())
-        return self.path / EVALUATION
-
-    def lines(self) -> dict[str, list[str]]:
-        """A name, then a cell for each model."""
-        models = list(self.models.values())
-        rows: dict[str, list[str]] = {
-            "on disk": [human_bytes(model["bytes_on_disk"]) for model in models],
-            "perplexity": [f"{model['perplexity']:.4g}" for model in models],
-            "KL to the base": ["" if model["kl"] is None else f"{model['kl']:.4f}" for model in models],
-            "top-1 as the base": ["" if model["top1_agreement"] is None else f"{model['top1_agreement']:.1%}" for model in models],
-        }
-        for name in dict.fromkeys(task["task"] for model in models for task in model["tasks"]):
-            results = [next(task for task in model["tasks"] if task["task"] == name) for model in models]
-            rows[f"{name} ({results[0]['metric']})"] = [_task(task) for task in results]
-            rows[f"  {name}: answers flipped"] = ["" if task["flips"] is None else f"{task['flips']:.1%}" for task in results]
-        for place in range(max(len(model["latency"]) for model in models)):
-            found = [model["latency"][place] for model in models]
-            at = f"batch {found[0]['batch']}: "
-            rows[f"{at}TTFT ms, p50 / p95"] = [f"{1e3 * one['ttft_p50']:.0f} / {1e3 * one['ttft_p95']:.0f}" for one in found]
-            rows[f"{at}TPOT ms, p50 / p95"] = [f"{1e3 * one['tpot_p50']:.1f} / {1e3 * one['tpot_p95']:.1f}" for one in found]
-            rows[f"{at}prefill tokens/s"] = [f"{one['prefill_tokens_per_second']:.0f}" for one in found]
-            rows[f"{at}decode tokens/s"] = [f"{one['decode_tokens_per_second']:.1f}" for one in found]
-            rows[f"{at}peak memory"] = [human_bytes(one["peak_memory_bytes"]) for one in found]
-        rows["J per 1,000 tokens"] = [_joules(model) for model in models]
-        if any(model.get("grams_co2_per_1000_tokens") is not None for model in models):
-            rows["g CO2 per 1,000 tokens"] = [f"{model['grams_co2_per_1000_tokens']:.3g}" for model in models]
-        return rows
-
-    def table(self) -> Table:
-        """`lines` for a terminal."""
-        from rich.table import Table
-
-        table = Table(title=f"{self.path}", title_justify="left", caption=self.about["quality_on"], caption_justify="left")
-        table.add_column("")
-        for name in self.models:
-            table.add_column(name, justify="right", no_wrap=True)
-        for name, cells in self.lines().items():
-            table.add_row(name, *cells)
-        return table
-
-
-def _task(task: dict[str, Any]) -> str:
-    error = "" if task["standard_error"] is None else f" ± {task['standard_error']:.3f}"
-    return f"{task['value']:.3f}{error}"
-
-
-def _joules(model: dict[str, Any]) -> str:
-    if model["joules_per_1000_tokens"] is None:
-        return "not available"
-    return f"{model['joules_per_1000_tokens']:.3g} ({model['energy']['kind']}, {model['energy']['source']})"
 
 
 def evaluate(
@@ -159,6 +84,13 @@ def evaluate(
     found.models["base"] = measure.base()
     found.models["this"] = measure.this(load, _bytes(folder, context))
     found.save()
+    if (folder / "report.json").is_file():
+        from llmlite.html.page import write_page
+        from llmlite.hub.card import write_card
+
+        report = Report.read(folder)
+        write_card(report)
+        write_page(report)
     return found
 
 
@@ -182,7 +114,13 @@ def _subject(folder: Path, base: str | None, data: str | None) -> tuple[Callable
         if data is not None:
             recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=data, evaluation=None))
         context = Run(recipe)
-        return lambda: load_result(folder)[0], context
+
+        def load_run() -> PreTrainedModel:
+            model = load_result(folder)[0]
+            context.take_vocabulary(folder)
+            return model
+
+        return load_run, context
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
         base = base or json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -199,17 +137,18 @@ def _subject(folder: Path, base: str | None, data: str | None) -> tuple[Callable
             return load_adapter(context.load_base(), folder).eval()
         model = load_model(folder, context.recipe.model, context.device)
         make_safe(model)
+        context.take_vocabulary(folder)
         return model
 
     return load, context
 
 
-def _batches(context: Run, text: str | None, window: int | None, stride: int | None, most: int) -> tuple[list[dict[str, Tensor]], str]:
-    """What quality is measured on, and that in words."""
+def _batches(context: Run, text: str | None, window: int | None, stride: int | None, most: int) -> tuple[Callable[[], list[dict[str, Tensor]]], str]:
+    """What quality is measured on, written in the tokens that the model of the moment has, and that in words."""
     if text is None:
         data = context.evaluation_data
         source = context.recipe.data.evaluation or f"{context.recipe.data.train}, held-out part"
-        return context.evaluation_batches(), f"Quality on the trained tokens of {data.counts.examples} held-out rows of {source}."
+        return context.evaluation_batches, f"Quality on the trained tokens of {data.counts.examples} held-out rows of {source}."
     from llmlite.evaluation.windows import sliding_batches, text_ids
 
     longest = getattr(context.config, "max_position_embeddings", None)
@@ -217,7 +156,10 @@ def _batches(context: Run, text: str | None, window: int | None, stride: int | N
     window = min(window, int(longest)) if longest else window
     stride = stride or max(1, window // 2)
     ids_T = text_ids(text, context.tokenizer, most)
-    return sliding_batches(ids_T, window, stride), f"Quality on {len(ids_T) - 1:,} tokens of {Path(text).name}, sliding window of {window}, stride {stride}."
+    batches = sliding_batches(ids_T, window, stride)
+    return lambda: context.in_present_tokens(
+        batches
+    ), f"Quality on {len(ids_T) - 1:,} tokens of {Path(text).name}, sliding window of {window}, stride {stride}."
 
 
 def _bytes(folder: Path, context: Run) -> int:
@@ -235,7 +177,7 @@ class _Measure:
     """All measurements of one model, for the base first and then for what was made of it."""
 
     context: Run
-    batches: list[dict[str, Tensor]]
+    batches: Callable[[], list[dict[str, Tensor]]]
     tasks: Sequence[str]
     limit: int | None
     batch_sizes: Sequence[int]
@@ -252,7 +194,7 @@ class _Measure:
 
         log.info("the base: %s", self.context.recipe.model.name)
         model = self.context.load_base()
-        self.reference, quality = reference_of(model, self.batches)
+        self.reference, quality = reference_of(model, self.batches())
         found = self._rest(model, quality, folder_bytes(self.context.source.folder))
         del model
         gc.collect()
@@ -264,7 +206,7 @@ class _Measure:
 
         log.info("this model: %s", self.context.recipe.folder)
         model = load()
-        return self._rest(model, measure_quality(model, self.batches, self.reference), size)
+        return self._rest(model, measure_quality(model, self.batches(), self.context.over_present_tokens(self.reference)), size)
 
     def _rest(self, model: PreTrainedModel, quality: Any, size: int) -> dict[str, Any]:
         from llmlite.evaluation.sample import sample

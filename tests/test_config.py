@@ -32,7 +32,22 @@ def test_settings_cannot_be_changed_after_they_were_checked() -> None:
         Quantize().scheme = "int8"  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("5E3", 5e3), ("-2.5e-1", -0.25), ("3", 3), ("yes", True), ("abc", "abc")])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("5E3", 5e3),
+        ("-2.5e-1", -0.25),
+        ("3", 3),
+        ("yes", True),
+        ("abc", "abc"),
+        ("2:4", "2:4"),
+        ("0x1f", 31),
+        ("1.5", 1.5),
+        ("-7", -7),
+        (".5", 0.5),
+    ],
+)
 def test_yaml_reads_numbers_as_people_write_them(tmp_path: Path, text: str, value: object) -> None:
     file = tmp_path / "a.yaml"
     file.write_text(f"key: {text}\n")

@@ -16,7 +16,7 @@ LAYERS = [
     {"training"},
     {"run", "report", "calibration", "evaluation", "html", "hub"},
     {"pruning", "distillation", "quantization", "adapters"},
-    {"recipe", "plan", "pipeline", "side_by_side"},
+    {"recipe", "plan", "pipeline", "side_by_side", "shrink"},
     {"recipes", "cli", "__main__", "__init__"},
 ]
 

@@ -1,4 +1,4 @@
-"""llm-compressor: GPTQ W4A16, SparseGPT and Wanda, with the modifiers' defaults."""
+"""llm-compressor: GPTQ W4A16 (groups of 64: its 128 do not divide this model's width of 576), SparseGPT and Wanda, else with the modifiers' defaults."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from common import dense, run
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 
+W4A16_64 = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=64))
 METHODS = {
-    "gptq": lambda: GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"]),
+    "gptq": lambda: GPTQModifier(config_groups={"all": W4A16_64}, ignore=["lm_head"]),
     "sparsegpt-0.5": lambda: SparseGPTModifier(sparsity=0.5, targets=["Linear"], ignore=["lm_head"]),
     "sparsegpt-2:4": lambda: SparseGPTModifier(sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["lm_head"]),
     "wanda-0.5": lambda: WandaPruningModifier(sparsity=0.5, targets=["Linear"], ignore=["lm_head"]),

@@ -42,12 +42,15 @@ class Correct(Step):
         """
         import dataclasses
 
+        from llmlite.calibration.memory import walk_bytes
+        from llmlite.models.size import expected_bytes, runtime_bytes
+
         data = run.recipe.data
+        tokens = data.calibration_sequences * data.max_length
         plan = self._lora().check(model, run)
-        note = f"rank-{self.r} correction, not trained"
-        return dataclasses.replace(
-            plan, trained_parameters=0, tokens=data.calibration_sequences * data.max_length, peak_bytes=max(model.peak_bytes, plan.peak_bytes), notes=(note,)
-        )
+        # the dense model and the quantized one side by side
+        peak = expected_bytes(model.config, dtype=run.compute_dtype) + model.disk_bytes + walk_bytes(model.config, tokens) + runtime_bytes(run.device)
+        return dataclasses.replace(plan, trained_parameters=0, tokens=tokens, peak_bytes=peak, notes=(f"rank-{self.r} correction, not trained",))
 
     def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
         """Attach the adapter, filled."""

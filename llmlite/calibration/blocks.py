@@ -4,6 +4,8 @@ The stock forward pass is run once with every block replaced by the identity, wh
 positions), for every family alike. After that only the hidden states at the entrance of one block and the statistics of this block are held: memory
 grows with the widest block and the calibration tokens, not with the number of layers.
 
+Under torchrun each process walks with its own share of the batches and the sums are added up, so that all of them see what one process would have seen.
+
 Shapes: B windows of a batch, T tokens of a window, D hidden size, N real tokens of a batch, I inputs of a projection.
 """
 
@@ -12,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from llmlite.calibration.moments import Moments
 from llmlite.models.view import BlockView, ModelView
 from llmlite.storage import damage, writing_folder
 
-__all__ = ["Blocks", "Statistics", "Walk", "batches_of", "skipping", "walk_blocks"]
+__all__ = ["Blocks", "Statistics", "Walk", "batches_of", "least_over_processes", "skipping", "walk_blocks"]
 
 log = logging.getLogger(__name__)
 
@@ -82,27 +84,37 @@ def skipping(blocks: Collection[BlockView], seen: Callable[[BlockView, tuple[Any
             del block.module.__dict__["forward"]
 
 
+class _AllSeenError(Exception):
+    """Leaves a forward pass that has shown what was wanted."""
+
+
 class Blocks:
     """The hidden states of all calibration windows on their way through a model.
 
     Args:
         model: a stock model of a family in the table, in eval mode.
-        batches: model inputs; with an `attention_mask` its zeros are padding and are never counted.
+        batches: model inputs; with an `attention_mask` its zeros are padding and are never counted. Every process gives the same ones.
 
     Attributes:
         view: the model's view.
-        hidden: for each batch the hidden states (B, T, D) at the entrance of the next block.
+        shared: whether the batches are shared out over several processes; then every process must call `collect` alike.
+        places: which of the batches this process has.
+        hidden: for each of these the hidden states (B, T, D) at the entrance of the next block.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         self.view = ModelView(model)
+        rank, processes = _rank_and_processes()
+        self.shared = 1 < processes <= len(batches)
+        self.places = list(range(rank, len(batches), processes)) if self.shared else list(range(len(batches)))
+        self._held_out = len(batches) >= HELD_OUT_EVERY
         self.hidden: list[Tensor] = []
         self.real: list[Tensor | None] = []  # (B, T) bool, None where every token is real
         self._calls: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = []
         device = next(self.view.embedding.parameters()).device
         with torch.no_grad():
-            for batch in batches:
-                self._enter({name: tensor.to(device) for name, tensor in batch.items()})
+            for place in self.places:
+                self._enter({name: tensor.to(device) for name, tensor in batches[place].items()})
 
     def _enter(self, batch: dict[str, Tensor]) -> None:
         calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -152,41 +164,70 @@ class Blocks:
         wanted = [role for role in roles if role in block.linears]
         keys: dict[str, str] = {}  # role -> the role whose sums it shares
         found: dict[str, Statistics] = {}
-        held_out = len(self.hidden) >= HELD_OUT_EVERY
         for index, hidden in enumerate(self.hidden):
             inputs = self._inputs(block, wanted, index, hidden)
             if not keys:
                 for role in wanted:
                     keys[role] = next(first for first in wanted if inputs[first] is inputs[role])
             dense_inputs = None if dense is None else self._inputs(block, list(dict.fromkeys(keys.values())), index, dense[index])
-            held = held_out and index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+            held = self._held_out and self.places[index] % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
             for role in dict.fromkeys(keys.values()):
                 x_NI = self.tokens(index, inputs[role])
                 if role not in found:
-                    made = [Moments(x_NI.shape[1], cross=dense is not None, dtype=dtype, device=x_NI.device) for _ in range(1 + held_out)]
+                    made = [Moments(x_NI.shape[1], cross=dense is not None, dtype=dtype, device=x_NI.device) for _ in range(1 + self._held_out)]
                     found[role] = Statistics(*made)
                 moments = found[role].held if held else found[role].fit
                 assert moments is not None
                 moments.add(x_NI, None if dense_inputs is None else self.tokens(index, dense_inputs[role]))
-        for statistics in found.values():
+        for statistics in found.values() if self.shared else ():
             statistics.fit.all_reduce()
             if statistics.held is not None:
                 statistics.held.all_reduce()
         return {role: found[keys[role]] for role in wanted}
 
     def _inputs(self, block: BlockView, roles: Sequence[str], index: int, hidden: Tensor) -> dict[str, Tensor]:
+        """What the projections are given. The block is left as soon as all of them have been: what comes behind would be computed for nothing."""
         seen: dict[str, Tensor] = {}
 
         def watch(role: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            return lambda _module, args: seen.__setitem__(role, args[0])
+            def look(_module: nn.Module, args: tuple[Any, ...]) -> None:
+                seen[role] = args[0]
+                if len(seen) == len(roles):
+                    raise _AllSeenError
+
+            return look
 
         handles = [block.linears[role].module.register_forward_pre_hook(watch(role)) for role in roles]
         try:
-            self.run(block, index, hidden)
+            with suppress(_AllSeenError):
+                self.run(block, index, hidden)
         finally:
             for handle in handles:
                 handle.remove()
         return seen
+
+    def summed(self, *values: float) -> list[float]:
+        """Numbers of this process's share, added up over the processes."""
+        if not self.shared:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=next(self.view.embedding.parameters()).device)
+        torch.distributed.all_reduce(total)
+        return [float(value) for value in total]
+
+
+def least_over_processes(count: int, device: torch.device) -> int:
+    """The smallest of the numbers that the processes give: how far all of them have come."""
+    if _rank_and_processes()[1] == 1:
+        return count
+    least = torch.tensor([count], device=device)
+    torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
+    return int(least)
+
+
+def _rank_and_processes() -> tuple[int, int]:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 @contextmanager
@@ -234,16 +275,17 @@ def walk_blocks(model: nn.Module, batches: Sequence[Batch], walk: Walk, change: 
     """
     stream = Blocks(model, batches)
     dense = list(stream.hidden) if walk.target == "dense" else None
+    complete = _complete(stream, state)
     remembered: list[dict[str, Any]] = []
     for block in stream.view.blocks:
         folder = None if state is None else state / f"block-{block.index:03d}"
-        done = folder is not None and damage(folder) is None
+        done = block.index < complete
         if walk.inputs == "dense" and done:
             stream.advance(block)
         ahead = [stream.run(block, index, hidden) for index, hidden in enumerate(dense)] if dense is not None else None
         if done and folder is not None:
-            if block.index == 0 or not remembered:
-                log.info("continuing behind block %d", block.index)
+            if not remembered:
+                log.info("continuing behind block %d", complete - 1)
             remembered.append(_restore(block, folder))
         else:
             notes: dict[str, Any] = {}
@@ -265,6 +307,14 @@ def walk_blocks(model: nn.Module, batches: Sequence[Batch], walk: Walk, change: 
         if ahead is not None:
             dense = ahead
     return remembered
+
+
+def _complete(stream: Blocks, state: Path | None) -> int:
+    """Leading blocks that every process has kept whole."""
+    found = 0
+    while state is not None and found < len(stream.view.blocks) and damage(state / f"block-{found:03d}") is None:
+        found += 1
+    return least_over_processes(found, next(stream.view.embedding.parameters()).device)
 
 
 def _keep(block: BlockView, notes: dict[str, Any], folder: Path) -> None:

@@ -87,8 +87,14 @@ def _sampled(run: Run, count: int) -> Tensor:
     from accelerate import PartialState
 
     from llmlite.calibration.sample import sampled_windows
-    from llmlite.models.load import find
+    from llmlite.models.load import find, load_model
 
-    source = find(run.recipe.model, weights=True)
+    source, width = find(run.recipe.model, weights=True), run.recipe.data.max_length
     with PartialState().main_process_first():
-        return sampled_windows(source, run.load_base, count, run.recipe.data.max_length, seed=run.recipe.seed, dtype=run.compute_dtype)
+        windows_NT = sampled_windows(
+            source, lambda: load_model(source, run.recipe.model, run.device), count, width, seed=run.recipe.seed, dtype=run.compute_dtype
+        )
+    if run.vocabulary is None:
+        return windows_NT
+    stream_T = torch.from_numpy(run.vocabulary.expand(windows_NT.flatten().tolist()))
+    return windows_of(stream_T, count, width, run.recipe.seed)

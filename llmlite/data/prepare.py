@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from llmlite.data.collate import PackedCollator, PaddedCollator
 
-__all__ = ["Counts", "Prepared", "prepare"]
+__all__ = ["Counts", "Prepared", "prepare", "prepared"]
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +126,20 @@ def prepare(
     rows = source if isinstance(source, Rows) else read_rows(source, split, **options)
     chosen = rows if most_rows is None else rows.sample(most_rows, seed)
     encoded = encode(chosen, tokenizer, sequence_tokens, separator=separator, progress=progress)
+    return prepared(rows, chosen, encoded, tokenizer, sequence_tokens, packing=packing, seed=seed)
+
+
+def prepared(
+    rows: Rows, chosen: Rows, encoded: Encoded, tokenizer: PreTrainedTokenizerBase, sequence_tokens: int, *, packing: bool = True, seed: int = 0
+) -> Prepared:
+    """The second half of `prepare`, for rows whose tokens or labels were changed in between: pack and count.
+
+    Args:
+        rows: what was read.
+        chosen: those of them that were tokenised.
+        encoded: their tokens.
+        tokenizer, sequence_tokens, packing, seed: as there.
+    """
     dataset = packed_dataset(encoded, sequence_tokens, seed) if packing else padded_dataset(encoded)
     counts = _counts(rows, encoded, len(dataset), sequence_tokens)
     # pad_token_id may be absent, or EOS; neither matters, since padding is masked by position.

@@ -46,7 +46,7 @@ class Quality:
         perplexity: see the module's formula.
         kl: nats a token, or None without a reference.
         top1_agreement: share of tokens whose most likely next token is the base's, or None without a reference.
-        tokens: number of predicted tokens.
+        tokens: number of predicted tokens; of the base's tokens, where the model writes some of them in several pieces.
     """
 
     perplexity: float
@@ -78,6 +78,10 @@ class Reference:
             tensors["bias"] = self.bias_V.contiguous().cpu()
         save_file(tensors, path, metadata={"transform": json.dumps(asdict(self.transform))})
 
+    def over(self, kept_K: Tensor) -> Reference:
+        """The distributions over some tokens alone, made to add up to 1: rows `kept_K` of the head."""
+        return Reference(self.hidden_ND, self.head_VD[kept_K], None if self.bias_V is None else self.bias_V[kept_K], self.transform)
+
     @classmethod
     def read(cls, path: Path) -> Reference:
         """Read what `save` wrote; the tensors stay on the CPU."""
@@ -93,7 +97,7 @@ def reference_of(model: PreTrainedModel, batches: Iterable[Batch]) -> tuple[Refe
     counter = _Counter()
     transform = logit_transform(model.config)
     head = model.get_output_embeddings()
-    for hidden_ND, labels_N in _hidden(model, batches):
+    for hidden_ND, labels_N, _ in _hidden(model, batches):
         parts.append(hidden_ND.cpu())
         for start in range(0, len(labels_N), _CHUNK_TOKENS):
             rows = slice(start, start + _CHUNK_TOKENS)
@@ -108,7 +112,8 @@ def measure_quality(model: PreTrainedModel, batches: Iterable[Batch], reference:
 
     Args:
         model: any causal LM, on its device. It is put into eval mode and back.
-        batches: model inputs with ``labels`` (-100 where a token does not count), the same and in the same order as the reference's.
+        batches: model inputs with ``labels`` (-100 where a token does not count), the same and in the same order as the reference's. With ``starts`` (1 at the
+            first piece of a token of the base) means are over the tokens of the base: losses of pieces add up, KL and agreement are taken at first pieces.
         reference: the base's distributions, from `reference_of`.
     """
     counter = _Counter()
@@ -116,7 +121,7 @@ def measure_quality(model: PreTrainedModel, batches: Iterable[Batch], reference:
     head = model.get_output_embeddings()
     done = 0
     teacher_head = teacher_bias = None
-    for hidden_ND, labels_N in _hidden(model, batches):
+    for hidden_ND, labels_N, starts_N in _hidden(model, batches):
         device = hidden_ND.device
         if reference is not None and teacher_head is None:
             teacher_head = reference.head_VD.to(device)
@@ -124,26 +129,27 @@ def measure_quality(model: PreTrainedModel, batches: Iterable[Batch], reference:
         for start in range(0, len(labels_N), _CHUNK_TOKENS):
             rows = slice(start, start + _CHUNK_TOKENS)
             student_CV = head_logits(hidden_ND[rows], head, transform=transform).float().log_softmax(-1)
-            teacher_CV = None
+            counter.add(student_CV, labels_N[rows], int(starts_N[rows].sum()))
             if reference is not None and teacher_head is not None:
-                hidden_CD = reference.hidden_ND[done + start : done + start + len(labels_N[rows])].to(device)
-                teacher_CV = head_logits(hidden_CD, teacher_head, teacher_bias, reference.transform).float().log_softmax(-1)
-            counter.add(student_CV, labels_N[rows], teacher_CV)
-        done += len(labels_N)
+                first_CV = student_CV[starts_N[rows]]
+                hidden_CD = reference.hidden_ND[done : done + len(first_CV)].to(device)
+                counter.compare(first_CV, head_logits(hidden_CD, teacher_head, teacher_bias, reference.transform).float().log_softmax(-1))
+                done += len(first_CV)
     return counter.quality(compared=reference is not None)
 
 
-def _hidden(model: PreTrainedModel, batches: Iterable[Batch]) -> Iterable[tuple[Tensor, Tensor]]:
-    """For each batch: what enters the head at the tokens that predict a counted label, (N, D), and these labels, (N,)."""
+def _hidden(model: PreTrainedModel, batches: Iterable[Batch]) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+    """For each batch: what enters the head at the tokens that predict a counted label, (N, D), these labels, and whether each begins a token, (N,) each."""
     was_training = model.training
     model.eval()
     device = model.get_input_embeddings().weight.device
     try:
         for batch in tqdm(list(batches), desc="measuring", leave=False, disable=None):
-            inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items() if key != "labels"}
+            inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items() if key not in ("labels", "starts")}
             labels_BT = next_token_labels(batch["labels"].to(device))
             counted_BT = labels_BT != IGNORE_INDEX
-            yield hidden_and_head(model, inputs).hidden[counted_BT], labels_BT[counted_BT]
+            starts_BT = counted_BT if "starts" not in batch else next_token_labels(batch["starts"].to(device)) == 1
+            yield hidden_and_head(model, inputs).hidden[counted_BT], labels_BT[counted_BT], starts_BT[counted_BT]
     finally:
         model.train(was_training)
 
@@ -155,15 +161,17 @@ class _Counter:
         self.nll = self.kl = 0.0
         self.agree = self.tokens = 0
 
-    def add(self, student_CV: Tensor, labels_C: Tensor, teacher_CV: Tensor | None = None) -> None:
-        """Add a chunk of log-probabilities, (C, V) float32."""
+    def add(self, student_CV: Tensor, labels_C: Tensor, tokens: int | None = None) -> None:
+        """Add a chunk of log-probabilities, (C, V) float32, that stand for so many tokens (None: one each)."""
         self.nll -= student_CV.gather(1, labels_C[:, None]).double().sum().item()
-        self.tokens += len(labels_C)
-        if teacher_CV is not None:
-            shared = min(student_CV.shape[1], teacher_CV.shape[1])  # one family pads its vocabulary differently in different sizes
-            student_CV, teacher_CV = student_CV[:, :shared], teacher_CV[:, :shared]
-            self.agree += int((student_CV.argmax(-1) == teacher_CV.argmax(-1)).sum())
-            self.kl += (teacher_CV.exp() * (teacher_CV - student_CV)).sum().double().item()
+        self.tokens += len(labels_C) if tokens is None else tokens
+
+    def compare(self, student_CV: Tensor, teacher_CV: Tensor) -> None:
+        """Add the distance of a chunk from the base's log-probabilities at the same places."""
+        shared = min(student_CV.shape[1], teacher_CV.shape[1])  # one family pads its vocabulary differently in different sizes
+        student_CV, teacher_CV = student_CV[:, :shared], teacher_CV[:, :shared]
+        self.agree += int((student_CV.argmax(-1) == teacher_CV.argmax(-1)).sum())
+        self.kl += (teacher_CV.exp() * (teacher_CV - student_CV)).sum().double().item()
 
     def quality(self, compared: bool) -> Quality:
         """The means so far."""

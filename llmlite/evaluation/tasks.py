@@ -8,6 +8,7 @@ Source: Gao et al., lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-h
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,9 +55,11 @@ def check_tasks(tasks: Sequence[str]) -> None:
         import lm_eval.tasks  # noqa: F401
     except ImportError:
         raise ConfigError("tasks", ["benchmark tasks need lm-eval: pip install 'llmlite[eval]'."]) from None
-    names, folders = _named(tasks)
-    known = set(_manager(folders).all_tasks)
     from llmlite.config import near
+
+    _named(tasks)
+    names = [task for task in tasks if not task.endswith((".yaml", ".yml"))]
+    known = set(_manager(()).all_tasks) if names else set()
 
     unknown = [f"no task '{name}'." + (f" Did you mean '{guess}'?" if (guess := near(name, known)) else "") for name in names if name not in known]
     if unknown:
@@ -83,12 +86,14 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     names, folders = _named(tasks)
+    if folders and any(not task.endswith((".yaml", ".yml")) for task in tasks):
+        raise ConfigError("tasks", ["tasks of your own (YAML) and tasks that lm-eval knows by name go into two calls."])
     longest = getattr(model.config, "max_position_embeddings", None)
     try:
         found = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=longest and min(int(longest), 4096)),
             tasks=list(names),
-            task_manager=_manager(folders),
+            task_manager=_manager(tuple(dict.fromkeys(folders))),
             limit=limit,
             log_samples=True,
             bootstrap_iters=1000,
@@ -143,7 +148,9 @@ def _named(tasks: Sequence[str]) -> tuple[list[str], list[str]]:
     return names, folders
 
 
-def _manager(folders: list[str]) -> Any:
+@functools.cache
+def _manager(folders: tuple[str, ...]) -> Any:
+    """lm-eval's index of tasks; making it reads thousands of files. Files of your own alone need no other."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=list(dict.fromkeys(folders)) or None)
+    return TaskManager(include_path=list(folders) or None, include_defaults=not folders)

@@ -45,6 +45,7 @@ def run_page(report: Report) -> str:
         cards=_cards(base, this),
         steps=[_step(step) for step in report.recipe.get("steps") or []],
         conditions=_conditions(report),
+        expectation=report.expectation(),
         table=[["", *(row.name for row in report.rows)], *([name.strip(), *cells] for name, cells in report.lines().items())],
         groups=_groups(report) if plots.available() else [],
         samples=samples if len(samples) > 1 else [],
@@ -166,6 +167,9 @@ def _layers(row: Row) -> list[dict[str, str]]:
     if influence := row.details.get("block_influence"):
         title = f"{row.name}: block influence; what went in the other colour"
         found.append({"title": title, "svg": plots.layer_errors(title, influence, "influence", row.details.get("removed_layers") or ())})
+    if sparsity := row.details.get("layer_sparsity"):
+        title = f"{row.name}: share of zeros"
+        found.append({"title": title, "svg": plots.layer_errors(title, sparsity, "share")})
     if errors := row.details.get("layer_errors"):
         title = f"{row.name}: relative output error, mean of a layer's projections"
         found.append({"title": title, "svg": plots.layer_errors(title, _by_layer(errors), "error")})
@@ -178,6 +182,10 @@ def _layers(row: Row) -> list[dict[str, str]]:
 
 def _removed(row: Row) -> list[dict[str, str]]:
     found = []
+    if growth := row.details.get("length_growth"):
+        title = f"{row.name}: tokens of a text, {row.details['tokens_kept']:,} of {row.details['tokens_before']:,} tokens kept"
+        labels = ["1x", *(f"{times:.3f}x" for times in growth.values())]
+        found.append({"title": title, "svg": plots.bars(title, ["base", *growth], [1, *growth.values()], labels)})
     for kind, figures in row.details.items():
         if isinstance(figures, Mapping) and figures.get("removed"):
             title = f"{row.name}: {_unit(kind)} that went"

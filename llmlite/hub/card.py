@@ -14,6 +14,7 @@ from typing import Any
 
 from llmlite.config import to_yaml
 from llmlite.evaluation.reload import adapter_loader
+from llmlite.evaluation.result import Evaluation
 from llmlite.hub.base import base_of, loading_snippet
 from llmlite.hub.published import hub_dataset, published
 from llmlite.report import Report, Row, human_bytes
@@ -38,6 +39,9 @@ def model_card(report: Report | None, folder: Path, repo_id: str | None = None, 
     parts = [_metadata(report, folder, title, is_adapter, base_model), f"# {title}", _sentence(report, is_adapter, base_model)]
     if report is not None and report.rows:
         parts += ["## The base against this", _table(report), _conditions(report)]
+    evaluation = Evaluation.read(folder)
+    if evaluation is not None:
+        parts += ["## Measured afterwards, both loaded from disk", _evaluated(evaluation)]
     parts += ["## Load it", f"```python\n{snippet}\n```", _loading_note(report, is_adapter, base_model)]
     if report is not None:
         parts += [
@@ -46,7 +50,7 @@ def model_card(report: Report | None, folder: Path, repo_id: str | None = None, 
             "The whole recipe:",
             _fenced(to_yaml(report.recipe), "yaml"),
             "## What was not measured",
-            _not_measured(report),
+            _not_measured(report, evaluation),
         ]
     return "\n\n".join(part for part in [*parts, _LAST_LINE] if part) + "\n"
 
@@ -96,6 +100,9 @@ def _metadata(report: Report | None, folder: Path, title: str, is_adapter: bool,
     if base:
         only_quantized = bool(quantization) and all(step["step"] == "quantize" for step in steps)
         data |= {"base_model": base, "base_model_relation": "adapter" if is_adapter else "quantized" if only_quantized else "finetune"}
+    energy, grid = _energy(report) if report is not None else None, (report.recipe.get("grid_grams_per_kwh") if report is not None else None)
+    if energy is not None and grid is not None:
+        data["co2_eq_emissions"] = {"emissions": round(energy[0] / 3.6e6 * grid, 6), "source": f"{energy[1]}; grid of {grid:g} g per kWh, stated by the maker"}
     trained_on = hub_dataset(report)
     if trained_on and any("learning_rate" in step for step in steps):
         data["datasets"] = [trained_on]
@@ -112,6 +119,15 @@ def _metadata(report: Report | None, folder: Path, title: str, is_adapter: bool,
             )
         ]
     return f"---\n{ModelCardData(**{key: value for key, value in data.items() if value}).to_yaml()}\n---"
+
+
+def _energy(report: Report) -> tuple[float, str] | None:
+    """Joules of all steps together and their kind; None when a step has none, or measured and estimated ones would be mixed."""
+    found = [row.details.get("energy") or {} for row in report.rows[1:]]
+    kinds = {energy.get("kind") for energy in found}
+    if not found or len(kinds) != 1 or any(energy.get("joules") is None for energy in found):
+        return None
+    return sum(energy["joules"] for energy in found), f"{found[0]['kind']}, {found[0]['source']}"
 
 
 def _quantization_tags(settings: Mapping[str, Any]) -> list[str]:
@@ -160,6 +176,8 @@ def _table(report: Report) -> str:
     add("most likely token is the base's", None, this.top1_agreement, lambda x: f"{x:.1%}")
     add("prefill, tokens a second", base.prefill_tokens_per_second, this.prefill_tokens_per_second, lambda x: f"{x:.0f}")
     add("decode, tokens a second", base.decode_tokens_per_second, this.decode_tokens_per_second, lambda x: f"{x:.1f}")
+    if (energy := _energy(report)) is not None:
+        add(f"energy of all steps, joules ({energy[1]})", None, energy[0], lambda x: f"{x:.3g}")
     add("peak memory of making and loading it", base.peak_memory_bytes, this.peak_memory_bytes, human_bytes)
     return "\n".join(["| | base | this | change |", "|---|---:|---:|---:|", *(f"| {' | '.join(cells)} |" for cells in lines)])
 
@@ -210,7 +228,16 @@ def _outcome(row: Row | None) -> str:
     return f"{trained}; perplexity then {row.perplexity:.4g}"
 
 
-def _not_measured(report: Report) -> str:
+def _evaluated(evaluation: Evaluation) -> str:
+    about = evaluation.about
+    lines = ["| | base | this |", "|---|---:|---:|", *(f"| {_plain(name)} | {' | '.join(map(_plain, cells))} |" for name, cells in evaluation.lines().items())]
+    machine = f"{about.get('cpu', '?')}, {about.get('cores', '?')} cores; torch {about.get('torch', '?')}, transformers {about.get('transformers', '?')}"
+    grid = evaluation.models["this"].get("grid_grams_per_kwh")
+    stated = f" CO2 at a stated {grid:g} g per kWh." if grid is not None else ""
+    return "\n".join(lines) + f"\n\n{_plain(str(about.get('quality_on', '')))} {machine}; {about.get('date', '')}.{stated}"
+
+
+def _not_measured(report: Report, evaluation: Evaluation | None) -> str:
     this = report.rows[-1] if report.rows else None
     missing = [
         name
@@ -223,7 +250,12 @@ def _not_measured(report: Report) -> str:
     ]
     if report.environment.get("device") == "cpu":
         missing.append("anything on a GPU")
-    missing += ["benchmark tasks", "energy", "texts of another kind than the one above", "safety, bias and factual correctness"]
+    this_one = evaluation.models["this"] if evaluation is not None else {}
+    if not this_one.get("tasks"):
+        missing.append("benchmark tasks")
+    if this_one.get("joules_per_1000_tokens") is None and _energy(report) is None:
+        missing.append("energy")
+    missing += ["texts of another kind than the one above", "safety, bias and factual correctness"]
     return "\n".join(f"- {name}" for name in missing) + "\n\nWhat the base cannot do, this cannot do either; its licence and terms of use hold here too."
 
 

@@ -47,6 +47,7 @@ _RESULT = (
     "recipe.yaml",
     "report.json",
     "report.html",
+    "evaluation.json",
     "*.png",
     "*.svg",
     "LICENSE*",

@@ -23,7 +23,20 @@ from llmlite.models.legal import legal_config, with_bias_switches
 from llmlite.models.size import meta_model
 from llmlite.models.view import BlockView, LinearView, ModelView
 
-__all__ = ["head_rows", "take_ffn_channels", "take_hidden", "take_kv_groups", "take_layers", "take_query_heads", "with_zero_biases"]
+__all__ = [
+    "Sliced",
+    "finish",
+    "head_rows",
+    "names_of",
+    "plain_state",
+    "select_units",
+    "take_ffn_channels",
+    "take_hidden",
+    "take_kv_groups",
+    "take_layers",
+    "take_query_heads",
+    "with_zero_biases",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -87,14 +100,14 @@ def take_ffn_channels(view: ModelView, keep: PerLayer) -> Sliced:
     """
     channels = view.ffn_channels
     _check_lists(view, keep, channels, "FFN channels")
-    state = _plain_state(view)
+    state = plain_state(view)
     for block, kept in zip(view.blocks, keep, strict=True):
         index = _index(kept)
         for role in ("gate", "up"):
             _take_rows(state, block.linears.get(role), index)
         _take_rows(state, block.linears.get("gate_up"), torch.cat([index, index + channels]))
         _take_columns(state, block.linears["down"], index)
-    return _finish(view, {view.family.ffn_width: len(keep[0])}, state)
+    return finish(view, {view.family.ffn_width: len(keep[0])}, state)
 
 
 def take_layers(view: ModelView, keep: Sequence[int]) -> Sliced:
@@ -114,7 +127,7 @@ def take_layers(view: ModelView, keep: Sequence[int]) -> Sliced:
     prefix = f"{view.family.blocks}."
     state = {}
     new_index = {str(old): new for new, old in enumerate(keep)}
-    for name, tensor in _plain_state(view).items():
+    for name, tensor in plain_state(view).items():
         if not name.startswith(prefix):
             state[name] = tensor
             continue
@@ -123,7 +136,7 @@ def take_layers(view: ModelView, keep: Sequence[int]) -> Sliced:
             state[f"{prefix}{new_index[old]}.{rest}"] = tensor
     lists = {name: values for name in view.family.per_layer_lists if (values := getattr(view.config, name, None)) is not None}
     changes: dict[str, Any] = {name: [values[old] for old in keep] for name, values in lists.items()}
-    return _finish(view, {view.family.num_layers: len(keep), **changes}, state)
+    return finish(view, {view.family.num_layers: len(keep), **changes}, state)
 
 
 def take_hidden(view: ModelView, keep: Sequence[int], *, rescale: bool = True) -> Sliced:
@@ -148,22 +161,22 @@ def take_hidden(view: ModelView, keep: Sequence[int], *, rescale: bool = True) -
     _check_indices(keep, total, "hidden dimensions", "keep")
     if family.no_hidden and len(keep) < total:
         raise UnsupportedModel(f"prune.hidden cannot shrink {family.model_type}: {family.no_hidden}. {family.head_alternative}")
-    state, index = _plain_state(view), _index(keep)
+    state, index = plain_state(view), _index(keep)
     for linear in view.linears():
         (_take_rows if linear.role in ("o", "down") else _take_columns)(state, linear, index)
     for module in [view.embedding, view.position_embedding, None if view.tied else view.head]:
-        for name in _names_of(view, module):
+        for name in names_of(view, module):
             if name.endswith("weight"):  # phi's head has a bias over the vocabulary
-                state[name] = _select(state[name], 1, index)
+                state[name] = select_units(state[name], 1, index)
     for norm in _hidden_norms(view):
-        for name in _names_of(view, norm):
-            state[name] = _select(state[name], 0, index)
+        for name in names_of(view, norm):
+            state[name] = select_units(state[name], 0, index)
     changes: dict[str, Any] = {family.hidden_size: len(keep)}
     if rescale and family.norm_kind == "rms" and len(keep) < total:
         changes |= _keep_scale(view, state, total / len(keep))
     if family.head_dim:
         changes[family.head_dim] = view.head_dim
-    return _finish(view, changes, state)
+    return finish(view, changes, state)
 
 
 def with_zero_biases(view: ModelView, *, attention: bool = False, ffn: bool = False) -> Sliced:
@@ -173,7 +186,7 @@ def with_zero_biases(view: ModelView, *, attention: bool = False, ffn: bool = Fa
         UnsupportedModel: neither the family nor an equivalent one has a bias there.
     """
     config, note = with_bias_switches(view.config, attention=attention, ffn=ffn)
-    state = _plain_state(view)
+    state = plain_state(view)
     like = next(iter(state.values()))
     for name, parameter in meta_model(config).named_parameters():
         if name not in state and name.endswith(".bias"):
@@ -209,7 +222,7 @@ def _take_heads(view: ModelView, q_keep: PerLayer, kv_keep: PerLayer) -> Sliced:
         if family.no_heads:
             raise UnsupportedModel(f"prune.heads cannot shrink {family.model_type}: {family.no_heads}. {family.head_alternative}")
         _refuse_switches(view, family.no_heads_if, "take heads away from")
-    state = _plain_state(view)
+    state = plain_state(view)
     for block, q_heads, kv_heads in zip(view.blocks, q_keep, kv_keep, strict=True):
         rows = {role: head_rows(view, role, heads) for role, heads in (("q", q_heads), ("k", kv_heads), ("v", kv_heads))}
         for role, index in rows.items():
@@ -219,14 +232,14 @@ def _take_heads(view: ModelView, q_keep: PerLayer, kv_keep: PerLayer) -> Sliced:
         _take_columns(state, block.linears["o"], columns)
         if family.qk_norm == "across_heads":
             for norm, index in ((block.q_norm, rows["q"]), (block.k_norm, rows["k"])):
-                for name in _names_of(view, norm):
-                    state[name] = _select(state[name], 0, index)
+                for name in names_of(view, norm):
+                    state[name] = select_units(state[name], 0, index)
     changes: dict[str, Any] = {family.num_heads: len(q_keep[0])}
     if family.num_kv_heads:
         changes[family.num_kv_heads] = len(kv_keep[0])
     if family.head_dim:
         changes[family.head_dim] = view.head_dim
-    return _finish(view, changes, state)
+    return finish(view, changes, state)
 
 
 def _take_fused_rows(state: dict[str, Tensor], block: BlockView, q_heads: Sequence[int], rows: dict[str, Tensor], view: ModelView) -> None:
@@ -236,7 +249,7 @@ def _take_fused_rows(state: dict[str, Tensor], block: BlockView, q_heads: Sequen
     _take_rows(state, block.linears.get("qkv"), order)
 
 
-def _plain_state(view: ModelView) -> dict[str, Tensor]:
+def plain_state(view: ModelView) -> dict[str, Tensor]:
     """All tensors of the model, a tied head left out. No copies.
 
     Raises:
@@ -249,11 +262,12 @@ def _plain_state(view: ModelView) -> dict[str, Tensor]:
     unmapped = view.unmapped_parameters()
     if unmapped:
         raise UnsupportedModel(f"{view.family.model_type} has parameters that the families table does not know: {', '.join(unmapped[:5])}.")
-    tied = set(_names_of(view, view.head)) - {name for name in _names_of(view, view.head) if name.endswith("bias")} if view.tied else set()
+    tied = set(names_of(view, view.head)) - {name for name in names_of(view, view.head) if name.endswith("bias")} if view.tied else set()
     return {name: tensor.detach() for name, tensor in view.model.state_dict().items() if name not in tied}
 
 
-def _finish(view: ModelView, changes: dict[str, Any], state: dict[str, Tensor]) -> Sliced:
+def finish(view: ModelView, changes: dict[str, Any], state: dict[str, Tensor]) -> Sliced:
+    """The config with some values changed, made legal, and the tensors that go with it."""
     config = copy.deepcopy(view.config)
     for name, value in changes.items():
         if getattr(config, name, None) != value and not (name == view.family.ffn_width and value == view.ffn_channels):
@@ -276,7 +290,7 @@ def _keep_scale(view: ModelView, state: dict[str, Tensor], shrink: float) -> dic
     post_norms = [norm for block in view.blocks for role, norm in block.norms.items() if role.endswith("post_norm")]
     for norm in _hidden_norms(view):
         on_output = any(norm is post for post in post_norms)
-        for name in _names_of(view, norm):
+        for name in names_of(view, norm):
             factor = shrink**0.5 * (stream if on_output else 1.0)
             scaled = (state[name].float() + family.norm_weight_offset) * factor - family.norm_weight_offset
             state[name] = scaled.to(state[name].dtype)
@@ -293,22 +307,23 @@ def _take_rows(state: dict[str, Tensor], linear: LinearView | None, index: Tenso
     if linear is None:
         return
     weight, bias = f"{linear.name}.weight", f"{linear.name}.bias"
-    state[weight] = _select(state[weight], 1 if linear.conv1d else 0, index)
+    state[weight] = select_units(state[weight], 1 if linear.conv1d else 0, index)
     if bias in state:
-        state[bias] = _select(state[bias], 0, index)
+        state[bias] = select_units(state[bias], 0, index)
 
 
 def _take_columns(state: dict[str, Tensor], linear: LinearView, index: Tensor) -> None:
     """Keep inputs of a projection: weight columns."""
     weight = f"{linear.name}.weight"
-    state[weight] = _select(state[weight], 0 if linear.conv1d else 1, index)
+    state[weight] = select_units(state[weight], 0 if linear.conv1d else 1, index)
 
 
-def _select(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+def select_units(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Some entries along one dimension, a copy."""
     return tensor.index_select(dim, index.to(tensor.device))
 
 
-def _names_of(view: ModelView, module: Any) -> list[str]:
+def names_of(view: ModelView, module: Any) -> list[str]:
     """Dotted names of a module's own tensors."""
     if module is None:
         return []

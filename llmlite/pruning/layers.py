@@ -8,8 +8,10 @@ Sources: Men et al. 2024 (ShortGPT), arXiv:2403.03853; Song et al. 2024 (SLEB), 
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -18,6 +20,7 @@ from llmlite.config import settings
 from llmlite.errors import ConfigError, UnsupportedModel
 from llmlite.pruning.settings import ADVICE, Keep, planned, require_plain
 from llmlite.step import ModelPlan, Step
+from llmlite.storage import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -25,9 +28,11 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from llmlite.calibration.blocks import Blocks
+    from llmlite.models.view import BlockView
     from llmlite.run import Run
 
-__all__ = ["PruneLayers", "calibration_loss", "config_with_layers", "greedy_layers", "influences"]
+__all__ = ["PruneLayers", "calibration_loss", "config_with_layers", "greedy_layers", "influence_of", "influences"]
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +81,10 @@ class PruneLayers(Step):
             return model
         influence = influences(model, run.calibration_windows)
         if self.score == "greedy":
-            removed, losses = greedy_layers(model, run.calibration_windows[: self.greedy_windows], len(view.blocks) - keep, influence, self.candidates)
+            state = None if run.scratch == Path() else run.own_scratch / "greedy.json"
+            windows_NT = run.calibration_windows[: self.greedy_windows]
+            removed, losses = greedy_layers(model, windows_NT, len(view.blocks) - keep, influence, self.candidates, state)
+            removed, losses = run.agreed((removed, losses))
             run.note(calibration_perplexity=[math.exp(min(loss, 700)) for loss in losses])
         else:
             removed = sorted(range(len(influence)), key=influence.__getitem__)[: len(view.blocks) - keep]
@@ -103,19 +111,23 @@ def config_with_layers(config: Any, keep: int) -> Any:
 def influences(model: PreTrainedModel, windows_NT: Tensor) -> list[float]:
     """Mean block influence of each layer over all calibration tokens, in one pass. See `llmlite.pruning.scores.block_influence`."""
     from llmlite.calibration.blocks import Blocks, batches_of
-    from llmlite.pruning.scores import block_influence
 
     stream = Blocks(model, batches_of(windows_NT))
-    found = []
-    for block in stream.view.blocks:
-        before = stream.hidden
-        stream.advance(block)
-        total = sum(
-            float(block_influence(stream.tokens(i, one), stream.tokens(i, other)).double().sum())
-            for i, (one, other) in enumerate(zip(before, stream.hidden, strict=True))
-        )
-        found.append(total / sum(len(stream.tokens(i, hidden)) for i, hidden in enumerate(before)))
-    return found
+    return [influence_of(stream, block) for block in stream.view.blocks]
+
+
+def influence_of(stream: Blocks, block: BlockView) -> float:
+    """Mean block influence of the block at whose entrance the stream is; the stream goes through it."""
+    from llmlite.pruning.scores import block_influence
+
+    before = stream.hidden
+    stream.advance(block)
+    turned = sum(
+        float(block_influence(stream.tokens(i, one), stream.tokens(i, other)).double().sum())
+        for i, (one, other) in enumerate(zip(before, stream.hidden, strict=True))
+    )
+    total, tokens = stream.summed(turned, sum(len(stream.tokens(i, hidden)) for i, hidden in enumerate(before)))
+    return total / tokens
 
 
 def calibration_loss(model: PreTrainedModel, windows_NT: Tensor, without: Collection[int] = ()) -> float:
@@ -134,7 +146,9 @@ def calibration_loss(model: PreTrainedModel, windows_NT: Tensor, without: Collec
         return math.log(measure_quality(model, batches).perplexity)
 
 
-def greedy_layers(model: PreTrainedModel, windows_NT: Tensor, count: int, influence: Sequence[float], candidates: int) -> tuple[list[int], list[float]]:
+def greedy_layers(
+    model: PreTrainedModel, windows_NT: Tensor, count: int, influence: Sequence[float], candidates: int, state: Path | None = None
+) -> tuple[list[int], list[float]]:
     """Layers to remove, in the order in which they go, and the loss after each.
 
     Args:
@@ -143,12 +157,22 @@ def greedy_layers(model: PreTrainedModel, windows_NT: Tensor, count: int, influe
         count: layers to remove.
         influence: block influence of each layer; only the `candidates` lowest of the layers still there are tried.
         candidates: see above.
+        state: a file that keeps every trial, so that a search that was stopped goes on behind the last one.
     """
+    known: dict[str, float] = json.loads(state.read_text(encoding="utf-8")) if state is not None and state.is_file() else {}
     removed: list[int] = []
     losses: list[float] = []
     for _ in range(count):
         tried = sorted((index for index in range(len(influence)) if index not in removed), key=influence.__getitem__)[:candidates]
-        found = {index: calibration_loss(model, windows_NT, [*removed, index]) for index in tried}
+        found = {}
+        for index in tried:
+            key = " ".join(str(gone) for gone in [*removed, index])
+            if key not in known:
+                known[key] = calibration_loss(model, windows_NT, [*removed, index])
+                if state is not None:
+                    state.parent.mkdir(parents=True, exist_ok=True)
+                    write_json(state, known)
+            found[index] = known[key]
         best = min(found, key=found.__getitem__)
         removed.append(best)
         losses.append(found[best])

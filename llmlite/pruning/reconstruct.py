@@ -14,6 +14,8 @@ Shapes: O outputs, I inputs, K inputs that stay.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -49,17 +51,40 @@ def least_squares(weight_OI: Tensor, keep_K: Tensor, moments: Moments, damping: 
 
 def output_error(weight_OI: Tensor, new_OK: Tensor, keep_K: Tensor, moments: Moments) -> float:
     """|| W' X_K - Y ||^2, up to the constant || Y ||^2 - || W X ||^2 when the target is the dense model's output; zero-based otherwise."""
-    gram_II, target_JI = moments.gram_II.double(), moments.target_JI.double()
-    new_OK, weight_OI = new_OK.double(), weight_OI.double()
+    gram_II, weight_OI, new_OK = moments.gram_II.double(), weight_OI.double(), new_OK.double()
+    if moments.cross_JI is None:
+        change_OI = -weight_OI
+        change_OI[:, keep_K] += new_OK
+        return float((change_OI @ gram_II * change_OI).sum())
     quadratic = (new_OK @ gram_II[keep_K][:, keep_K] * new_OK).sum()
-    linear = (weight_OI @ target_JI[:, keep_K] * new_OK).sum()
+    linear = (weight_OI @ moments.cross_JI.double()[:, keep_K] * new_OK).sum()
     return float(quadratic - 2 * linear + (weight_OI @ gram_II * weight_OI).sum())
 
 
 def choose_damping(
     weight_OI: Tensor, keep_K: Tensor, fit: Moments, held: Moments | None, candidates: Sequence[float] = DAMPINGS, default: float = 0.03
 ) -> float:
-    """The damping whose solution on `fit` errs least on `held`; `default` when nothing was held out."""
+    """The damping whose solution on `fit` errs least on `held`; `default` when nothing was held out.
+
+    The error on rows that were not fitted falls and then rises with the damping, so the search goes downhill from the candidate nearest to `default`.
+    """
     if held is None or not held.tokens:
         return default
-    return min(candidates, key=lambda damping: output_error(weight_OI, least_squares(weight_OI, keep_K, fit, damping), keep_K, held))
+    weight_OI = weight_OI.double()
+    gram_KK, held_KK = (moments.gram_II.double()[keep_K][:, keep_K] for moments in (fit, held))
+    weight_OK, wanted_OK = weight_OI[:, keep_K], weight_OI @ held.target_JI.double()[:, keep_K]
+    missing_OK = weight_OI @ fit.target_JI.double()[:, keep_K] - weight_OK @ gram_KK
+    size = float(gram_KK.diagonal().mean().clamp(min=1e-12))
+
+    @functools.cache
+    def error(index: int) -> float:
+        damped_KK = gram_KK + candidates[index] * size * torch.eye(len(gram_KK), dtype=gram_KK.dtype, device=gram_KK.device)
+        new_OK = weight_OK + torch.cholesky_solve(missing_OK.T, torch.linalg.cholesky(damped_KK)).T
+        return float(((new_OK @ held_KK - 2 * wanted_OK) * new_OK).sum())
+
+    best = min(range(len(candidates)), key=lambda index: abs(math.log(candidates[index] / default)))
+    while True:
+        nearest = min((index for index in (best - 1, best, best + 1) if 0 <= index < len(candidates)), key=error)
+        if nearest == best:
+            return candidates[best]
+        best = nearest

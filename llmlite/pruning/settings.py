@@ -73,19 +73,12 @@ def calibration_tokens(run: Run) -> int:
 
 def planned(model: ModelPlan, config: Any, run: Run, *, calibrated: bool, notes: tuple[str, ...], form: str | None = None) -> ModelPlan:
     """The plan after a pruning step, counted from the new config."""
-    from llmlite.models.families import family_of
+    from llmlite.calibration.memory import walk_bytes
     from llmlite.models.size import expected_bytes, runtime_bytes, size_of_config
 
     tokens = calibration_tokens(run) if calibrated else 0
-    family = family_of(config)
-    width = max(family.ffn_channels(model.config), family.heads(model.config) * family.dim_of_head(model.config))
-    # both models while rebuilding, the stored hidden states twice, sums with their float64 copies
-    peak = (
-        2 * expected_bytes(model.config, dtype=run.compute_dtype)
-        + 2 * 4 * tokens * family.width(model.config)
-        + (40 * width**2 if calibrated else 0)
-        + runtime_bytes(run.device)
-    )
+    # both models while rebuilding, and the walk
+    peak = 2 * expected_bytes(model.config, dtype=run.compute_dtype) + walk_bytes(model.config, tokens) + runtime_bytes(run.device)
     return dataclasses.replace(
         model,
         config=config,

@@ -1,11 +1,17 @@
-"""The step `prune.structured`: one number, the share of the decoder's parameters that stays, spread over query heads and FFN channels in a single walk.
+"""The step `prune.structured`: one number, the share of the decoder's parameters that stays, spread over layers, heads and FFN channels.
 
-Where to cut was measured, not guessed (SmolLM2-135M, 20 %): FFN channels alone lose least on text that the calibration did not resemble; layers and key/value
-groups lose more for the same parameters. So channels go first, heads only when asked or when the FFN would lose more than half.
+How it is spread is measured on the model and the calibration text at hand; see `llmlite.pruning.budget`. Without measuring (`spread`), channels go first, and
+heads only when asked or when the FFN would lose more than half.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -23,20 +29,29 @@ if TYPE_CHECKING:
 
 __all__ = ["PruneStructured", "allocate"]
 
+log = logging.getLogger(__name__)
+
 _LEAST_FFN = 0.5
 """Share of the FFN below which heads go as well."""
 
 
 @settings
 class PruneStructured(UnitStep):
-    """Shrink the decoder to a share of its parameters, over query heads and FFN channels, repaired by least squares."""
+    """Shrink the decoder to a share of its parameters, over layers, heads and FFN channels as measured, repaired by least squares."""
 
     keep_parameters: Keep = 0.8
     """Share of the decoder's parameters (without embeddings and output head) that stays, as near as the widths allow."""
     multiple_of: Annotated[int, Field(ge=1)] = 64
     """FFN widths are rounded to a multiple of this."""
-    spread: Literal["auto", "ffn", "query_heads+ffn"] = "auto"
-    """What goes: FFN channels, or one query head of each group and then channels. auto: channels, and heads only when half of the channels would not do."""
+    spread: Literal["measured", "auto", "ffn", "query_heads+ffn"] = "measured"
+    """What goes. measured: layers, heads and channels as trials on the calibration text decide. Without trials: ffn (channels), query_heads+ffn (one query
+    head of each group, then channels), auto (channels, and heads only when half of the channels would not do)."""
+    head_score: Literal["flap", "wanda", "magnitude", "taylor", "obs"] = "obs"
+    """How heads are judged, where heads go; see `score`. The second-order score measured best for heads."""
+    trial_sequences: Annotated[int, Field(ge=2)] = 40
+    """measured: calibration rows of the trials at most; one in five, at most eight, is held out to be read."""
+    trials: Annotated[int, Field(ge=1)] = 12
+    """measured: spreads tried at most."""
 
     def check(self, model: ModelPlan, run: Run) -> ModelPlan:
         """See `Step.check`.
@@ -47,6 +62,8 @@ class PruneStructured(UnitStep):
         require_plain(model, "prune.structured")
         from llmlite.models.size import size_of_config
 
+        if self.spread == "measured":
+            return self._estimate(model, run)
         cuts, config = allocate(model.config, self.keep_parameters, self.multiple_of, self.spread)
         if self.bias_compensation and cuts:
             kinds = {cut.role for cut in cuts}
@@ -59,12 +76,70 @@ class PruneStructured(UnitStep):
         """One walk through the blocks, then slice."""
         from llmlite.pruning.units import cut_units
 
+        if self.keep_parameters == 1:
+            return model
+        if self.spread == "measured":
+            return self._measured(model, run)
         cuts, _ = allocate(model.config, self.keep_parameters, self.multiple_of, self.spread)
         if not cuts:
             return model
+        cuts = [cut if cut.role == "down" else dataclasses.replace(cut, score=self.head_score) for cut in cuts]
         pruned, figures = cut_units(model, cuts, run.calibration_windows, self, walk_state(run))
         run.note(**figures)
         return pruned
+
+    def _estimate(self, model: ModelPlan, run: Run) -> ModelPlan:
+        """What the plan can say before anything is measured: the channels alone, if they can carry it."""
+        from llmlite.models.size import size_of_config
+        from llmlite.pruning.budget import Spread, cuts_of, fitted, layers_of, neighbours
+
+        config, start = model.config, Spread()
+        if self.keep_parameters < 1:
+            while (spread := fitted(model.config, start, self.keep_parameters, self.multiple_of)) is None:
+                start = next(iter(neighbours(model.config, start)))
+                if start.layers >= layers_of(model.config):
+                    raise ConfigError("prune.structured", [f"keep_parameters={self.keep_parameters} cannot be reached by layers, heads and FFN channels."])
+            config = cuts_of(model.config, spread)[1]
+        if self.bias_compensation and self.keep_parameters < 1:
+            config = compensated(config, "prune.structured", attention=True, ffn=True)
+        share = size_of_config(config).decoder / size_of_config(model.config).decoder
+        note = f"about {share:.1%} of the decoder stays; trials on the calibration text decide how much goes from layers, heads and FFN channels"
+        return planned(model, config, run, calibrated=self.keep_parameters < 1, notes=(note if self.keep_parameters < 1 else "everything stays",))
+
+    def _measured(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
+        """Measure where to cut, take the layers, then walk through the blocks that stay."""
+        from llmlite.models.rebuild import rebuild
+        from llmlite.models.slicing import take_layers
+        from llmlite.models.view import ModelView
+        from llmlite.pruning.budget import Trials, cuts_of, fitted, search
+        from llmlite.pruning.units import cut_units
+
+        config, windows_NT = model.config, run.calibration_windows
+        with _scratch_of(run) as folder:
+            trials = Trials(model, windows_NT[: self.trial_sequences], self, self.head_score, folder)
+            best, losses = search(config, self.keep_parameters, trials.loss, self.trials)
+            best, losses = run.agreed((best, losses))
+            gone, influence = trials.removed_layers(best), trials.influence
+        spread = fitted(config, best, self.keep_parameters, self.multiple_of) or best
+        log.info("%s go", spread)
+        run.note(spread=dataclasses.asdict(spread), trials={str(tried): loss for tried, loss in losses.items()})
+        if gone:
+            run.note(removed_layers=gone, block_influence=influence)
+            model = rebuild(model, *take_layers(ModelView(model), [index for index in range(len(influence)) if index not in gone]))
+        cuts, _ = cuts_of(model.config, dataclasses.replace(spread, layers=0), self.head_score)
+        pruned, figures = cut_units(model, cuts, windows_NT, self, walk_state(run))
+        run.note(**figures)
+        return pruned
+
+
+@contextmanager
+def _scratch_of(run: Run) -> Iterator[Path]:
+    """Where trials are kept: with the run, or for the moment."""
+    if run.scratch != Path():
+        yield run.own_scratch / "trials"
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 def allocate(config: Any, keep_parameters: float, multiple_of: int, spread: str) -> tuple[list[Cut], Any]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from llmlite.pruning.settings import UnitStep
 
-__all__ = ["Cut", "cut_units", "obs_choice", "strongest", "taylor_scores"]
+__all__ = ["Cut", "cut_block", "cut_units", "gradients_for", "obs_choice", "strongest", "taylor_scores"]
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +46,14 @@ class Cut:
         units: units that there are.
         keep: units that stay.
         groups: runs of units that must keep the same number (query heads of one key/value head).
+        score: how these units are judged, instead of the step's score.
     """
 
     kind: str
     units: int
     keep: int
     groups: int = 1
+    score: str | None = None
 
     @property
     def role(self) -> str:
@@ -81,13 +83,13 @@ def cut_units(
         roles = {cut.role for cut in cuts}
         model = rebuild(model, *with_zero_biases(ModelView(model), attention="o" in roles, ffn="down" in roles))
     batches = batches_of(windows_NT)
-    gradients = taylor_scores(model, windows_NT[:_TAYLOR_WINDOWS], cuts) if step.score == "taylor" else {}
+    gradients = gradients_for(model, windows_NT, cuts, step)
 
     def change(block: BlockView, found: dict[str, Statistics]) -> Mapping[str, Any]:
         notes = {}
         for cut in cuts:
             if cut.role in found:
-                notes[cut.kind] = _cut_block(block.linears[cut.role], cut, found[cut.role], step, gradients.get((cut.kind, block.index)))
+                notes[cut.kind] = cut_block(block.linears[cut.role], cut, found[cut.role], step, gradients.get((cut.kind, block.index)))
         return notes
 
     walk = Walk(stages=[(cut.role,) for cut in cuts], inputs=step.inputs, target=step.target)
@@ -106,18 +108,32 @@ def cut_units(
     return model, figures
 
 
-def _cut_block(linear: LinearView, cut: Cut, found: Statistics, step: UnitStep, gradient_U: Tensor | None) -> dict[str, Any]:
-    """Choose and repair in one projection; writes its weight and bias. Returns what to remember."""
+def gradients_for(model: PreTrainedModel, windows_NT: Tensor, cuts: Sequence[Cut], step: UnitStep) -> dict[tuple[str, int], Tensor]:
+    """First-order scores of the units of those cuts that are judged by them."""
+    judged = [cut for cut in cuts if (cut.score or step.score) == "taylor"]
+    return taylor_scores(model, windows_NT[:_TAYLOR_WINDOWS], judged) if judged else {}
+
+
+def cut_block(linear: LinearView, cut: Cut, found: Statistics, step: UnitStep, gradient_U: Tensor | None, damping: float | None = None) -> dict[str, Any]:
+    """Choose and repair in one projection; writes its weight and bias. Returns what to remember.
+
+    Args:
+        linear: the output projection.
+        cut: what goes.
+        found: sums over what it heard.
+        step: how to choose and repair.
+        gradient_U: first-order scores, where the units are judged by them.
+        damping: of the repair; None chooses it on the sums that were held out.
+    """
     weight_OI, moments = linear.weight_OI, found.all
-    kept = _choose(weight_OI.float(), cut, found, step.score, gradient_U)
+    kept = _choose(weight_OI.float(), cut, found, cut.score or step.score, gradient_U)
     size = weight_OI.shape[1] // cut.units
     keep_K = (torch.tensor(kept, device=weight_OI.device)[:, None] * size + torch.arange(size, device=weight_OI.device)).flatten()
-    damping = None
-    if step.reconstruct:
+    if not step.reconstruct:
+        damping = None
+    elif damping is None:
         damping = choose_damping(weight_OI, keep_K, found.fit, found.held)
-        new_OK = least_squares(weight_OI, keep_K, moments, damping)
-    else:
-        new_OK = weight_OI[:, keep_K].float()
+    new_OK = weight_OI[:, keep_K].float() if damping is None else least_squares(weight_OI, keep_K, moments, damping)
     energy = float((weight_OI.double() @ moments.gram_II.double() * weight_OI.double()).sum())
     error = output_error(weight_OI, new_OK, keep_K, moments) / max(energy, 1e-30)
     if step.bias_compensation and linear.bias is not None:

@@ -21,6 +21,7 @@ from llmlite.step import ModelPlan, Names, Step
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from torch import Tensor
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
@@ -44,6 +45,9 @@ class Quantize(Step):
     """int8: LLM.int8 (8.05 bits a weight), nf4: 16 normal quantiles (4.5 bits; 4.16 with double_quant), fp4: a 4-bit float."""
     double_quant: bool = True
     """Store the scales of the 4-bit schemes in 8 bits too."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of what stays dense (embedding, norms, lm_head) and of the activations; it is what stock transformers will compute in. auto: the run's own, which is
+    float32 on a CPU. bfloat16 makes the file of a small model a third smaller there, and slower."""
     skip: Names = ()
     """Layers to leave as they are, besides lm_head: whole dotted names, or parts of them such as down_proj, mlp or layers.0."""
     unaligned: Literal["refuse", "skip"] = "refuse"
@@ -65,7 +69,8 @@ class Quantize(Step):
         Raises:
             ConfigError: layers whose width bitsandbytes cannot represent, unless they are skipped; names in `skip` that no layer has.
         """
-        from llmlite.models.size import expected_bytes, linear_shapes, runtime_bytes
+        from llmlite.calibration.memory import walk_bytes
+        from llmlite.models.size import expected_bytes, runtime_bytes
 
         self._require_known_names(model)
         unaligned = self._unaligned(model)
@@ -79,7 +84,7 @@ class Quantize(Step):
                     f"them, silently. Prune to multiples of {BLOCK_SIZE}, or set unaligned: skip to leave these layers in 16 bit."
                 ],
             )
-        size = expected_bytes(model.config, dtype=run.compute_dtype, scheme=self.scheme, double_quant=self.double_quant)
+        size = expected_bytes(model.config, dtype=self._dense_dtype(run), scheme=self.scheme, double_quant=self.double_quant)
         dense = expected_bytes(model.config, dtype=run.compute_dtype)
         notes = [f"{self.scheme}{' with double quantization' if self.scheme != 'int8' and self.double_quant else ''}"]
         if self.scheme == "int8":
@@ -90,14 +95,11 @@ class Quantize(Step):
         tokens = sequences * run.recipe.data.max_length
         if self._calibrated:
             notes.append(f"codes and scales chosen on {sequences} calibration rows")
-        widths = {in_features for _, in_features in linear_shapes(model.config).values()}
-        # hidden states of all calibration rows, sums of one block's inputs, and working copies of the widest of them
-        walked = 4 * (2 * tokens * model.config.get_text_config().hidden_size + 2 * sum(w**2 for w in widths) + 3 * max(widths) ** 2) if tokens else 0
         return dataclasses.replace(
             model,
             form=self.scheme,
             disk_bytes=size,
-            peak_bytes=dense + size + walked + runtime_bytes(run.device),
+            peak_bytes=dense + size + walk_bytes(model.config, tokens) + runtime_bytes(run.device),
             tokens=tokens,
             trained_parameters=0,
             notes=tuple(notes),
@@ -164,15 +166,13 @@ class Quantize(Step):
         from llmlite.models.load import load_model
         from llmlite.quantization.safety import make_safe
 
-        model = load_model(folder, run.recipe.model, run.device, quantization_config=config)
+        model = load_model(folder, run.recipe.model, run.device, quantization_config=config, dtype=self._dense_dtype(run))
         make_safe(model)
         return model
 
     def bitsandbytes_config(self, model: ModelPlan, run: Run) -> BitsAndBytesConfig:
         """How transformers is told to load such a model quantized."""
         from transformers import BitsAndBytesConfig
-
-        from llmlite.models.load import compute_dtype
 
         # transformers skips lm_head by itself only while no names are given
         skipped = [*self._skipped(model), "lm_head"] if self._skipped(model) else None
@@ -182,9 +182,15 @@ class Quantize(Step):
             load_in_4bit=True,
             bnb_4bit_quant_type=self.scheme,
             bnb_4bit_use_double_quant=self.double_quant,
-            bnb_4bit_compute_dtype=compute_dtype(run.device, run.recipe.model.dtype),
+            bnb_4bit_compute_dtype=self._dense_dtype(run),
             llm_int8_skip_modules=skipped,
         )
+
+    def _dense_dtype(self, run: Run) -> torch.dtype:
+        """The type of what is not quantized."""
+        from llmlite.models.load import compute_dtype
+
+        return run.compute_dtype if self.dtype == "auto" else compute_dtype(run.device, self.dtype)
 
     def _skipped(self, model: ModelPlan) -> tuple[str, ...]:
         """Whole names of the layers that stay: transformers matches prefixes and suffixes only, so a part such as mlp would be ignored silently."""

@@ -11,6 +11,7 @@ PRESETS = {
     "LoraInt8": "lora_int8",
     "Lora": "lora",
     "DistillWhiteBox": "distill_whitebox",
+    "DistillBlackBox": "distill_blackbox",
     "PruneHeads": "prune_heads",
     "PruneStructured": "prune_structured",
     "PruneUnstructured": "prune_unstructured",

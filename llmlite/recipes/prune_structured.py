@@ -16,9 +16,10 @@ __all__ = ["PruneStructured"]
 class PruneStructured(Recipe):
     """Shrink the decoder to a share of its parameters in one shot, as a stock checkpoint of smaller widths.
 
-    --keep_parameters 0.8 is the share of the decoder's parameters that stays, as near as widths of multiples of 64 allow (--multiple_of 2 is finer). Nothing
-    is trained; the calibration text, half of it written by the model itself, decides what goes and how what stays makes up for it. More of it
-    (--calibration_sequences) and text like yours (--calibration "0.5*self + 0.5*mine.txt") make a better model.
+    --keep_parameters 0.8 is the share of the decoder's parameters that stays, as near as widths of multiples of 64 allow (--multiple_of 2 is finer). How
+    much of it comes from layers, heads and FFN channels is measured (--spread ffn takes channels alone and is faster). Nothing is trained; the calibration
+    text, half of it written by the model itself, decides what goes and how what stays makes up for it. More of it (--calibration_sequences) and text like
+    yours (--calibration "0.5*self + 0.5*mine.txt") make a better model.
     """
 
     name: ClassVar[str] = "prune_structured"

@@ -73,8 +73,8 @@ class StopRequest(TrainerCallback):  # type: ignore[misc]
 
 
 @contextmanager
-def stopping_at_signals(request: StopRequest) -> Iterator[None]:
-    """Within the block Ctrl-C and SIGTERM ask for a stop; a second one interrupts at once."""
+def stopping_at_signals(request: StopRequest, first: str = "finishing this optimizer step and saving a checkpoint") -> Iterator[None]:
+    """Within the block Ctrl-C and SIGTERM ask for a stop; a second one interrupts at once. `first` says what still happens."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -83,7 +83,7 @@ def stopping_at_signals(request: StopRequest) -> Iterator[None]:
         if request.asked:
             raise KeyboardInterrupt
         request.asked = True
-        log.warning("%s: finishing this optimizer step and saving a checkpoint; once more stops at once", signal.Signals(number).name)
+        log.warning("%s: %s; once more stops at once", signal.Signals(number).name, first)
 
     old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

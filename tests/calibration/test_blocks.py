@@ -163,13 +163,36 @@ def test_with_the_dense_target_cross_moments_join_the_two_streams() -> None:
     torch.testing.assert_close(seen[0].target_JI, seen[0].gram_II)
 
 
-def test_sums_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
-    script = f"""
-import sys, torch
+_TWO = """
+import json, sys
+import torch
 import torch.distributed as dist
+import llmlite
+from llmlite.calibration.blocks import Blocks, Walk, batches_of, walk_blocks
 from llmlite.calibration.moments import Moments
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://{tmp_path}/meet", rank=rank, world_size=2)
+from llmlite.pruning.layers import influences
+from tests.conftest import build_tiny, logits_of, token_ids
+from tests.pruning.test_steps import run_of
+
+folder, rank = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(1)
+ids = token_ids(20, 16)
+
+def everything():
+    stream, found = Blocks(build_tiny("qwen2"), batches_of(ids)), {}
+    for block in stream.view.blocks:
+        for role, statistics in stream.collect(block, ("o", "down")).items():
+            found[f"{block.index} {role} fit"], found[f"{block.index} {role} held"] = statistics.fit.gram_II, statistics.held.gram_II
+            found[f"{block.index} {role} tokens"] = torch.tensor([statistics.fit.tokens, statistics.held.tokens])
+        stream.advance(block)
+    found["influence"] = torch.tensor(influences(build_tiny("qwen2"), ids))
+    for name, step in {"ffn": llmlite.PruneFfn(keep=0.5, multiple_of=16, target="dense"), "weights": llmlite.PruneWeights(sparsity=0.5)}.items():
+        run = run_of(build_tiny("qwen2").config, ids)
+        found[name] = logits_of(step.apply(build_tiny("qwen2"), run))
+    return stream, found
+
+alone = everything()[1]
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 x = torch.randn(30, 5, generator=torch.Generator().manual_seed(0))
 whole, mine = Moments(5), Moments(5, cross=True)
 whole.add(x)
@@ -177,10 +200,63 @@ mine.add(x[rank::2], x[rank::2])
 mine.all_reduce()
 torch.testing.assert_close(mine.gram_II, whole.gram_II)
 torch.testing.assert_close(mine.cross_JI, whole.gram_II)
-torch.testing.assert_close(mine.total_I, whole.total_I)
 assert mine.tokens == 30
+stream, together = everything()
+assert stream.places == list(range(rank, 4, 2)) and len(stream.hidden) == 2
+for name in alone:
+    torch.testing.assert_close(together[name], alone[name], rtol=1e-3, atol=1e-3, msg=lambda text: f"{name}: {text}")
+
+# one process has kept one block more than the other: both go on behind the one that both have
+from pathlib import Path
+seen = []
+def change(block, found):
+    seen.append(block.index)
+    return {}
+state = Path(folder) / str(rank)
+walk_blocks(build_tiny("qwen2"), batches_of(ids), Walk((("down",),)), change, state)
+if rank:
+    (state / "block-001" / "notes.json").write_text("{")
+seen.clear()
+walk_blocks(build_tiny("qwen2"), batches_of(ids), Walk((("down",),)), change, state)
+assert seen == [1, 2], seen
 """
-    running = [subprocess.Popen([sys.executable, "-c", script, str(rank)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+
+
+def test_two_processes_share_the_batches_and_find_what_one_finds(tmp_path: Path) -> None:
+    running = [subprocess.Popen([sys.executable, "-c", _TWO, str(tmp_path), str(rank)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
     for process in running:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=180)
         assert process.returncode == 0, errors
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from llmlite.calibration.blocks import Walk, batches_of, walk_blocks
+from tests.calibration.test_blocks import halve
+from tests.conftest import build_tiny, token_ids
+
+def change(block, found):
+    if block.index == 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return halve(block, found)
+
+torch.set_num_threads(1)
+walk_blocks(build_tiny("llama", num_hidden_layers=30), batches_of(token_ids(8)), Walk((("down",),)), change, Path(sys.argv[1]))
+"""
+
+
+def test_a_process_that_is_killed_at_block_20_of_30_goes_on_at_block_20(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == -9, done.stderr
+    whole, resumed, seen = build_tiny("llama", num_hidden_layers=30), build_tiny("llama", num_hidden_layers=30), []
+    notes = walk_blocks(whole, batches_of(token_ids(8)), Walk((("down",),)), halve)
+
+    def change(block: BlockView, found: dict[str, Statistics]) -> Mapping[str, Any]:
+        seen.append(block.index)
+        return halve(block, found)
+
+    assert walk_blocks(resumed, batches_of(token_ids(8)), Walk((("down",),)), change, tmp_path) == notes
+    assert seen == list(range(20, 30))
+    assert torch.equal(logits_of(resumed), logits_of(whole))

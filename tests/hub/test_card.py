@@ -142,3 +142,26 @@ def test_the_base_s_folder_in_a_config_becomes_its_name_or_its_hub_id(tmp_path: 
 
     assert named(None) == "tiny"
     assert named("team/tiny") == "team/tiny"
+
+
+def test_the_card_has_what_was_evaluated_and_states_co2_only_with_a_stated_grid(tmp_path: Path) -> None:
+    report = report_of(tmp_path, [{"step": "quantize", "scheme": "nf4"}])
+    assert "- energy" in model_card(report, tmp_path, "me/x")
+    report.rows[-1].details["energy"] = {"joules": 3.6e5, "source": "RAPL", "kind": "measured"}
+    card = model_card(report, tmp_path, "me/x")
+    assert "| energy of all steps, joules (measured, RAPL) | | 3.6e+05 | |" in card.replace("  ", " ")
+    assert "- energy" not in card
+    assert "co2_eq_emissions" not in metadata(card)
+    report.recipe["grid_grams_per_kwh"] = 400.0
+    assert metadata(model_card(report, tmp_path, "me/x"))["co2_eq_emissions"]["emissions"] == pytest.approx(40)
+    latency = {"batch": 1, "ttft_p50": 0.1, "ttft_p95": 0.2, "tpot_p50": 0.01, "tpot_p95": 0.02}
+    latency |= {"prefill_tokens_per_second": 10.0, "decode_tokens_per_second": 5.0, "peak_memory_bytes": 10**9}
+    task = {"task": "arc", "metric": "acc", "value": 0.5, "standard_error": 0.05, "flips": 0.125}
+    figures = {"bytes_on_disk": 10, "perplexity": 9.0, "kl": 0.1, "top1_agreement": 0.9, "latency": [latency], "tasks": [task]}
+    energy = {"joules_per_1000_tokens": None, "energy": {}, "grid_grams_per_kwh": None}
+    models = {"base": {**figures, **energy}, "this": {**figures, **energy}}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"about": {"quality_on": "Quality on 7 tokens."}, "models": models}))
+    card = model_card(report, tmp_path, "me/x")
+    assert "| arc (acc) | 0.500 ± 0.050 | 0.500 ± 0.050 |" in card
+    assert "100 / 200" in card
+    assert "- benchmark tasks" not in card

@@ -8,6 +8,7 @@ import torch
 from llmlite.calibration.moments import Moments
 from llmlite.pruning import scores
 from llmlite.pruning.masks import follows_pattern, parse_pattern, pattern_mask, row_mask, tensor_mask
+from llmlite.pruning.owl import outlier_share, owl_sparsities
 from llmlite.pruning.reconstruct import DAMPINGS, choose_damping, least_squares, output_error
 from llmlite.pruning.sparsegpt import sparsegpt
 from llmlite.pruning.units import Cut, obs_choice, strongest
@@ -111,10 +112,41 @@ def test_the_output_error_is_that_of_the_data(weight: torch.Tensor) -> None:
     assert output_error(weight, weight[:, keep], keep, moments_of(x)) == pytest.approx(float(expected), rel=1e-6)
 
 
+@pytest.mark.parametrize("tokens", [8, 14, 40, 400])
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_damping_found_downhill_is_the_best_of_all_candidates(weight: torch.Tensor, tokens: int, dense: bool) -> None:
+    keep = torch.tensor([0, 1, 4, 5, 7, 8, 9])
+    fit, held = (moments_of(x, x + 0.1 * correlated(len(x), seed=8) if dense else None) for x in (correlated(tokens, seed=6), correlated(2000, seed=7)))
+    errors = {damping: output_error(weight, least_squares(weight, keep, fit, damping), keep, held) for damping in DAMPINGS}
+    assert errors[choose_damping(weight, keep, fit, held)] == pytest.approx(min(errors.values()), rel=1e-3)
+
+
 def test_damping_grows_when_the_fit_has_few_tokens(weight: torch.Tensor) -> None:
     keep, held = torch.arange(9), moments_of(correlated(2000, seed=3))
     few, many = (choose_damping(weight, keep, moments_of(correlated(tokens, seed=4)), held) for tokens in (6, 2000))
     assert few > many
+
+
+# OWL ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_outliers_are_counted_as_in_a_slow_loop() -> None:
+    weight, other = torch.randn(5, 6, generator=torch.Generator().manual_seed(2)), torch.full((3, 4), 0.01)
+    weight[2, 3], norm = 40.0, torch.rand(6, generator=torch.Generator().manual_seed(3)) + 0.5
+    values = [abs(float(weight[o, i])) * float(norm[i]) for o in range(5) for i in range(6)] + [0.01] * 12
+    mean = sum(values) / len(values)
+    expected = sum(value > 5 * mean for value in values) / len(values)
+    assert expected > 0
+    assert outlier_share([(weight, norm), (other, torch.ones(4))], 5) == pytest.approx(expected)
+
+
+def test_layers_with_more_outliers_keep_more_and_the_mean_share_is_the_one_asked_for() -> None:
+    shares = owl_sparsities([0.01, 0.05, 0.02, 0.01], 0.6, 0.08)
+    assert sum(shares) / 4 == pytest.approx(0.6)
+    assert shares[1] == min(shares)
+    assert shares[0] == shares[3] == max(shares)
+    assert max(shares) - min(shares) == pytest.approx(2 * 0.08)
+    assert owl_sparsities([0.3, 0.3], 0.6, 0.08) == [0.6, 0.6]
 
 
 # masks and SparseGPT ------------------------------------------------------------------------------------------------------------------

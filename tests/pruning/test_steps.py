@@ -47,7 +47,7 @@ STEPS = {
     "query heads": llmlite.PruneHeads(keep=0.5, unit="query_heads"),
     "layers": llmlite.PruneLayers(keep=0.67, candidates=2, greedy_windows=2),
     "hidden": llmlite.PruneHidden(keep=0.75, multiple_of=16),
-    "structured": llmlite.PruneStructured(keep_parameters=0.6, multiple_of=8),
+    "structured": llmlite.PruneStructured(keep_parameters=0.6, multiple_of=8, spread="auto"),
     "weights": llmlite.PruneWeights(sparsity="2:4"),
 }
 NEEDS_HEADS = ("heads", "query heads", "hidden")
@@ -68,9 +68,10 @@ def test_live_equals_reloaded_by_stock_code_in_a_fresh_process_for_every_family(
 
 
 @pytest.mark.parametrize("kind", STEPS)
-def test_what_comes_out_is_what_the_plan_said(kind: str) -> None:
-    for name in ("llama", "phi3", "gemma3_text"):
-        prune(build_tiny(name), STEPS[kind])  # holds the plan against the result
+def test_what_comes_out_is_what_the_plan_said_in_every_family(kind: str) -> None:
+    for name in ALL_FAMILIES:
+        if fits(name, kind):
+            prune(build_tiny(name), STEPS[kind])  # holds the plan against the result
 
 
 @pytest.mark.parametrize("name", ALL_FAMILIES)
@@ -97,11 +98,22 @@ def test_generating_with_a_cache_equals_generating_without(name: str) -> None:
 @pytest.mark.parametrize("kind", ["ffn", "heads", "query heads"])
 @pytest.mark.parametrize("score", ["flap", "wanda", "magnitude", "taylor", "obs"])
 def test_without_repair_the_result_is_the_model_with_the_units_masked(kind: str, score: str) -> None:
+    require_masked("qwen3", kind, score)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL_FAMILIES if name not in ("qwen3", "olmo2")])
+def test_pruned_equals_masked_in_every_family(name: str) -> None:
+    for kind in ("ffn", "heads", "query heads"):
+        if fits(name, kind):
+            require_masked(name, kind, "wanda")
+
+
+def require_masked(name: str, kind: str, score: str) -> None:
     import dataclasses
 
     step = dataclasses.replace(STEPS[kind], score=score, reconstruct=False)
-    model = build_tiny("qwen3")
-    masked = build_tiny("qwen3")
+    model = build_tiny(name)
+    masked = build_tiny(name)
     small, run = prune(model, step)
     (figures,) = run.notes.values()
     role, size = ("down", 1) if kind == "ffn" else ("o", 64 // figures["units"])
@@ -186,6 +198,27 @@ def test_a_layer_that_does_nothing_goes_first() -> None:
     torch.testing.assert_close(logits_of(small), before)
 
 
+def test_a_greedy_search_that_was_stopped_goes_on_behind_its_last_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, measured = build_tiny("qwen2"), token_ids(4, 24), []
+
+    def counted(*args: Any) -> float:
+        if len(measured) == 4:
+            raise KeyboardInterrupt
+        measured.append(tuple(args[2]))
+        return calibration_loss(*args)
+
+    influence, file = influences(model, ids), tmp_path / "greedy.json"
+    whole = greedy_layers(model, ids, 2, influence, 3)
+    monkeypatch.setattr("llmlite.pruning.layers.calibration_loss", counted)
+    with pytest.raises(KeyboardInterrupt):
+        greedy_layers(model, ids, 2, influence, 3, file)
+    first = list(measured)
+    measured.clear()
+    assert greedy_layers(model, ids, 2, influence, 3, file) == whole
+    assert not set(measured) & set(first)
+    assert len(measured) == 1
+
+
 def test_greedy_takes_the_layer_whose_absence_costs_least_of_those_tried() -> None:
     model, ids = build_tiny("qwen2"), token_ids(4, 24)
     influence = influences(model, ids)
@@ -204,6 +237,34 @@ def test_smollm3_keeps_its_layers_or_says_why() -> None:
 
 
 # weights ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL_FAMILIES)
+def test_patterns_hold_in_every_projection_of_every_family(name: str) -> None:
+    for pattern, zeros, group in (("2:4", 2, 4), ("4:8", 4, 8)):
+        model, run = prune(build_tiny(name), llmlite.PruneWeights(sparsity=pattern))
+        assert all(follows_pattern(linear.weight_OI, zeros, group) for linear in ModelView(model).linears())
+        assert run.notes["sparsity"] == 0.5
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+def test_owl_moves_zeros_between_layers_and_keeps_their_number(name: str, method: str) -> None:
+    model, run = prune(build_tiny(name), llmlite.PruneWeights(sparsity=0.5, method=method, allocation="owl", outlier_factor=3, allocation_reach=0.2))
+    assert count_zeros(model).sparsity == pytest.approx(0.5, abs=0.01)
+    by_block = [0.0] * 3
+    for linear in ModelView(model).linears():
+        by_block[linear.block] += float((linear.weight_OI == 0).sum()) / sum(other.weight_OI.numel() for other in ModelView(model).blocks[0].linears.values())
+    assert by_block == pytest.approx(run.notes["layer_sparsity"], abs=0.01)
+    assert max(by_block) - min(by_block) == pytest.approx(0.4, abs=0.02)
+    assert by_block.index(min(by_block)) == run.notes["outliers"].index(max(run.notes["outliers"]))
+
+
+def test_owl_is_refused_where_it_has_no_room() -> None:
+    config = tiny_config("llama")
+    for sparsity in ("2:4", 0.95, 0.1):
+        with pytest.raises(ConfigError, match="allocation: uniform"):
+            llmlite.PruneWeights(sparsity=sparsity, allocation="owl").check(ModelPlan(config), run_of(config))
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
@@ -266,8 +327,10 @@ def test_the_share_of_the_decoder_asked_for_is_what_stays(spread: str, keep: flo
 
 def test_a_share_that_no_width_reaches_is_refused() -> None:
     config = tiny_config("llama")
-    with pytest.raises(ConfigError, match=r"prune\.layers"):
+    with pytest.raises(ConfigError, match="cannot be reached by layers, heads"):
         llmlite.PruneStructured(keep_parameters=0.1).check(ModelPlan(config), run_of(config))
+    with pytest.raises(ConfigError, match=r"prune\.layers"):
+        llmlite.PruneStructured(keep_parameters=0.1, spread="ffn").check(ModelPlan(config), run_of(config))
 
 
 def test_a_repaired_model_reads_better_than_an_unrepaired_one() -> None:

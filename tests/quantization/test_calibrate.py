@@ -213,3 +213,16 @@ def test_skip_takes_whole_names_and_parts_of_them(tmp_path: Path, model_folder: 
 def test_a_name_to_skip_that_no_layer_has_is_refused(model_folder: Path, pairs_file: Path) -> None:
     with pytest.raises(ConfigError, match=r"skip: 'downproj' is part of no layer's name.*down_proj"):
         _checked(model_folder, pairs_file, skip=["downproj"])
+
+
+def test_what_stays_dense_can_be_kept_in_16_bit_and_comes_back_so(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
+    def run(dtype: str) -> Any:
+        step = llmlite.Quantize(scheme="nf4", calibrate=False, report_sequences=0, dtype=dtype)  # type: ignore[arg-type]
+        recipe = llmlite.Recipe(model=str(model_folder), data=str(pairs_file), output_dir=str(tmp_path / dtype), steps=[step], max_length=64, evaluation_rows=4)
+        return recipe.check().rows[-1], recipe.run()
+
+    (_, wide), (planned, narrow) = run("float32"), run("bfloat16")
+    assert narrow.reload_difference == 0.0
+    assert narrow.rows[-1].bytes_on_disk == pytest.approx(planned["disk_bytes"], rel=0.01)
+    assert narrow.rows[-1].bytes_on_disk < wide.rows[-1].bytes_on_disk - 320 * 64
+    assert narrow.rows[-1].perplexity == pytest.approx(wide.rows[-1].perplexity, rel=0.02)

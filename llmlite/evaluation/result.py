@@ -1,0 +1,101 @@
+"""What `llmlite evaluate` found: the figures of a base and of a result side by side, as JSON, as lines of text, as a table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmlite.report import human_bytes
+from llmlite.storage import write_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["EVALUATION", "Evaluation"]
+
+EVALUATION = "evaluation.json"
+
+
+@dataclass
+class Evaluation:
+    """Figures of a base and of what was made of it.
+
+    Attributes:
+        path: the folder that was evaluated.
+        about: text, window, stride, tokens, machine, versions, date.
+        models: ``base`` and ``this``; each has bytes_on_disk, perplexity, kl, top1_agreement, latency (see `llmlite.evaluation.speed.Latency`), energy and
+            joules_per_1000_tokens, tasks, answers.
+    """
+
+    path: Path
+    about: dict[str, Any] = field(default_factory=dict)
+    models: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, without the folder's place."""
+        return {"about": self.about, "models": self.models}
+
+    @classmethod
+    def read(cls, folder: Path) -> Evaluation | None:
+        """What `save` wrote into a folder; None where nothing was, or something else."""
+        try:
+            values = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
+            return cls(folder, values["about"], values["models"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def save(self) -> Path:
+        """Write ``evaluation.json`` into the folder."""
+        write_json(self.path / EVALUATION, self.to_json())
+        return self.path / EVALUATION
+
+    def lines(self) -> dict[str, list[str]]:
+        """A name, then a cell for each model."""
+        models = list(self.models.values())
+        rows: dict[str, list[str]] = {
+            "on disk": [human_bytes(model["bytes_on_disk"]) for model in models],
+            "perplexity": [f"{model['perplexity']:.4g}" for model in models],
+            "KL to the base": ["" if model["kl"] is None else f"{model['kl']:.4f}" for model in models],
+            "top-1 as the base": ["" if model["top1_agreement"] is None else f"{model['top1_agreement']:.1%}" for model in models],
+        }
+        for name in dict.fromkeys(task["task"] for model in models for task in model["tasks"]):
+            results = [next(task for task in model["tasks"] if task["task"] == name) for model in models]
+            rows[f"{name} ({results[0]['metric']})"] = [_task(task) for task in results]
+            rows[f"  {name}: answers flipped"] = ["" if task["flips"] is None else f"{task['flips']:.1%}" for task in results]
+        for place in range(max(len(model["latency"]) for model in models)):
+            found = [model["latency"][place] for model in models]
+            at = f"batch {found[0]['batch']}: "
+            rows[f"{at}TTFT ms, p50 / p95"] = [f"{1e3 * one['ttft_p50']:.0f} / {1e3 * one['ttft_p95']:.0f}" for one in found]
+            rows[f"{at}TPOT ms, p50 / p95"] = [f"{1e3 * one['tpot_p50']:.1f} / {1e3 * one['tpot_p95']:.1f}" for one in found]
+            rows[f"{at}prefill tokens/s"] = [f"{one['prefill_tokens_per_second']:.0f}" for one in found]
+            rows[f"{at}decode tokens/s"] = [f"{one['decode_tokens_per_second']:.1f}" for one in found]
+            rows[f"{at}peak memory"] = [human_bytes(one["peak_memory_bytes"]) for one in found]
+        rows["J per 1,000 tokens"] = [_joules(model) for model in models]
+        if any(model.get("grams_co2_per_1000_tokens") is not None for model in models):
+            rows["g CO2 per 1,000 tokens"] = [f"{model['grams_co2_per_1000_tokens']:.3g}" for model in models]
+        return rows
+
+    def table(self) -> Table:
+        """`lines` for a terminal."""
+        from rich.table import Table
+
+        table = Table(title=f"{self.path}", title_justify="left", caption=self.about["quality_on"], caption_justify="left")
+        table.add_column("")
+        for name in self.models:
+            table.add_column(name, justify="right", no_wrap=True)
+        for name, cells in self.lines().items():
+            table.add_row(name, *cells)
+        return table
+
+
+def _task(task: dict[str, Any]) -> str:
+    error = "" if task["standard_error"] is None else f" ± {task['standard_error']:.3f}"
+    return f"{task['value']:.3f}{error}"
+
+
+def _joules(model: dict[str, Any]) -> str:
+    if model["joules_per_1000_tokens"] is None:
+        return "not available"
+    return f"{model['joules_per_1000_tokens']:.3g} ({model['energy']['kind']}, {model['energy']['source']})"

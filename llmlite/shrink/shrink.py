@@ -1,0 +1,196 @@
+"""Measure, search, choose, write the recipe, and run it if asked. What `llmlite shrink MODEL --target 0.5` does."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmlite.config import to_yaml
+from llmlite.errors import ConfigError, RunError
+from llmlite.recipe import Recipe
+from llmlite.report import Report, human_bytes
+from llmlite.shrink.measure import NOTHING, measured, prune_options, recipe_of, sizes_of, store_options
+from llmlite.shrink.search import Candidate, Limits, best, combinations, frontier
+from llmlite.storage import locked, telling, write_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Shrunk", "shrink"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Shrunk:
+    """What was found.
+
+    Attributes:
+        folder: holds shrink.yaml, the figures, and result/ when it was run.
+        full_bytes: of the model in 16 bit.
+        chosen: the candidate.
+        front: candidates that nothing else beats, the largest first.
+        limits: what was asked for.
+        report: of the run, or None.
+    """
+
+    folder: Path
+    full_bytes: int
+    chosen: Candidate
+    front: list[Candidate]
+    limits: Limits
+    report: Report | None = None
+
+    def table(self) -> Table:
+        """Size against expected quality."""
+        from rich.table import Table
+
+        table = Table(title="Size against expected quality", title_justify="left", caption="* is the choice", caption_justify="left")
+        for name in ("", "how", "on disk", "of 16 bit", "KL", "perplexity", "decode"):
+            table.add_column(name, justify="left" if name in {"", "how"} else "right", no_wrap=name != "how")
+        for candidate in dict.fromkeys([*self.front, self.chosen]):
+            table.add_row(
+                "*" if candidate == self.chosen else "",
+                candidate.name,
+                human_bytes(candidate.bytes_on_disk),
+                f"{candidate.bytes_on_disk / self.full_bytes:.2f}",
+                f"{candidate.kl:.4f}",
+                f"{candidate.perplexity_ratio:.3f}x",
+                f"{candidate.decode_speedup:.2f}x",
+            )
+        return table
+
+
+def shrink(
+    recipe: Recipe,
+    *,
+    target: float | None = None,
+    max_bytes: float | None = None,
+    max_memory: float | None = None,
+    min_speedup: float | None = None,
+    max_perplexity_increase: float | None = None,
+    keeps: Sequence[float] = (0.9, 0.8, 0.7, 0.6),
+    heal_steps: int = 40,
+    run: bool = False,
+) -> Shrunk:
+    """Find the recipe with the least expected KL within the limits.
+
+    Args:
+        recipe: model, data, seed and output folder; its steps do not count.
+        target: share of the 16-bit size that the files may have.
+        max_bytes: bytes they may have.
+        max_memory: bytes that the weights may need in memory.
+        min_speedup: decoding speed wanted, against the base's on this machine.
+        max_perplexity_increase: most that perplexity may rise, as a share.
+        keeps: shares of the decoder's parameters that are tried.
+        heal_steps: optimizer steps of distillation behind pruning; 0 leaves it out.
+        run: run the chosen recipe too, into ``result/``.
+
+    Raises:
+        ConfigError: no limit at all, or one that makes no sense.
+        RunError: nothing that was tried keeps the limits; says what comes nearest.
+    """
+    from llmlite.models.size import expected_bytes
+    from llmlite.run import Run
+
+    problems = [f"{name}={value:g} should be above 0." for name, value in _limits(target, max_bytes, max_memory, min_speedup).items() if value <= 0]
+    if all(value is None for value in (target, max_bytes, max_memory, min_speedup)):
+        problems.append("say how small: --target 0.5 (of the 16-bit size), --max_bytes 60MB, --max_memory 1GB or --min_speedup 1.5.")
+    problems += [f"keeps: {keep:g} should be above 0 and below 1; it is the share of the decoder that stays." for keep in keeps if not 0 < keep < 1]
+    if problems:
+        raise ConfigError("llmlite shrink", problems)
+    import torch
+
+    context = Run(recipe)
+    full = expected_bytes(context.config, dtype=torch.bfloat16)
+    folder = recipe.folder
+    wanted = min((value for value in (target and target * full, max_bytes) if value), default=None)
+    limits = Limits(wanted, max_memory, min_speedup, max_perplexity_increase)
+    prunes = prune_options(keeps, heal_steps)
+    stores = store_options(narrow=context.compute_dtype == torch.float32)
+    sizes = _sizes(recipe, folder, prunes, stores)
+    _require_reachable(limits, sizes, full)
+    with telling(folder):
+        (folder / "measured").mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        known = [[NOTHING, *(measured(recipe, option, folder / "measured") for option in options if _fits(option.name, sizes))] for options in (prunes, stores)]
+        candidates = combinations(known[0], known[1], sizes)
+        chosen = best(candidates, limits)
+        if chosen is None:
+            raise RunError(_nothing_fits(candidates, limits))
+        found = Shrunk(folder, full, chosen, frontier(candidates), limits)
+        write_text(folder / "shrink.yaml", _yaml(recipe, found))
+    if run and chosen.steps:
+        found.report = _run(recipe, chosen, folder / "result")
+    return found
+
+
+def _limits(target: float | None, max_bytes: float | None, max_memory: float | None, min_speedup: float | None) -> dict[str, float]:
+    named = {"target": target, "max_bytes": max_bytes, "max_memory": max_memory, "min_speedup": min_speedup}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _sizes(recipe: Recipe, folder: Path, prunes: Sequence[Any], stores: Sequence[Any]) -> dict[tuple[str, str], tuple[int, int]]:
+    """Sizes of all combinations that the formats can hold."""
+    found = {}
+    for prune in (NOTHING, *prunes):
+        for store in (NOTHING, *stores):
+            try:
+                found[prune.name, store.name] = sizes_of(recipe, prune.steps + store.steps, folder)
+            except ConfigError as error:
+                log.info("left out: %s + %s: %s", prune.name, store.name, error.problems[0])
+    return found
+
+
+def _fits(name: str, sizes: dict[tuple[str, str], tuple[int, int]]) -> bool:
+    return any(name in pair for pair in sizes)
+
+
+def _require_reachable(limits: Limits, sizes: dict[tuple[str, str], tuple[int, int]], full: int) -> None:
+    smallest, lightest = min(size for size, _ in sizes.values()), min(weight for _, weight in sizes.values())
+    problems = []
+    if limits.bytes_on_disk is not None and smallest > limits.bytes_on_disk:
+        problems.append(
+            f"nothing that is tried gets below {human_bytes(smallest)} ({smallest / full:.2f} of the 16-bit size); "
+            f"{human_bytes(limits.bytes_on_disk)} was asked for. Add smaller --keeps (0.5,0.4), or prune the vocabulary first: step prune.vocabulary."
+        )
+    if limits.weight_bytes is not None and lightest > limits.weight_bytes:
+        problems.append(f"nothing that is tried needs less than {human_bytes(lightest)} for its weights; {human_bytes(limits.weight_bytes)} was asked for.")
+    if problems:
+        raise ConfigError("llmlite shrink", problems)
+
+
+def _nothing_fits(candidates: Sequence[Candidate], limits: Limits) -> str:
+    nearest = min(candidates, key=lambda candidate: (len(limits.broken_by(candidate)), candidate.kl))
+    return (
+        f"shrink: nothing that was tried keeps all limits. Nearest: {nearest.name}, {human_bytes(nearest.bytes_on_disk)}, expected perplexity "
+        f"{nearest.perplexity_ratio:.2f}x, decoding {nearest.decode_speedup:.2f}x; it breaks the limit on {' and '.join(limits.broken_by(nearest))}. "
+        "Heal longer (--heal_steps), try other --keeps, or loosen a limit. What was measured is kept."
+    )
+
+
+def _yaml(recipe: Recipe, found: Shrunk) -> str:
+    """The chosen recipe, runnable by `llmlite run`, with what is expected of it."""
+    chosen = found.chosen
+    mapping = {key: value for key, value in recipe.to_mapping(defaults=False).items() if key not in {"steps", "output_dir", "gate"}}
+    head = [
+        f"# llmlite run {found.folder / 'shrink.yaml'}",
+        "#",
+        f"# {chosen.name}: {human_bytes(chosen.bytes_on_disk)}, {chosen.bytes_on_disk / found.full_bytes:.2f} of the 16-bit size",
+        f"# expected: KL {chosen.kl:.4f} nats a token, perplexity {chosen.perplexity_ratio:.3f}x the base's, decoding {chosen.decode_speedup:.2f}x",
+    ]
+    return "\n".join(head) + "\n\n" + to_yaml({**mapping, "steps": [dict(step) for step in chosen.steps]})
+
+
+def _run(recipe: Recipe, chosen: Candidate, folder: Path) -> Report:
+    from llmlite.html.page import write_page
+
+    report = recipe_of(recipe, chosen.steps, folder).run()
+    base = report.rows[0].perplexity
+    report.expected = {"kl": chosen.kl, "perplexity": base * chosen.perplexity_ratio, "bytes_on_disk": chosen.bytes_on_disk}
+    report.save()
+    write_page(report)
+    return report

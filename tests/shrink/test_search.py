@@ -1,0 +1,47 @@
+"""The search finds what a look at every combination finds, and says no early."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmlite.shrink.search import Candidate, Limits, Option, best, combinations, frontier
+
+OPTIONS = st.builds(Option, st.text(min_size=1, max_size=3), st.just(()), st.floats(0, 1), st.floats(1, 2), st.floats(0.5, 2))
+CANDIDATES = st.lists(st.builds(Candidate, OPTIONS, OPTIONS, st.integers(1, 50), st.integers(1, 50)), max_size=12)
+
+
+@given(CANDIDATES)
+def test_nothing_beats_what_is_on_the_frontier_and_something_beats_the_rest(candidates: list[Candidate]) -> None:
+    front = frontier(candidates)
+    for one in candidates:
+        beaten = any(
+            other.bytes_on_disk <= one.bytes_on_disk and other.kl <= one.kl and (other.bytes_on_disk, other.kl) != (one.bytes_on_disk, one.kl)
+            for other in candidates
+        )
+        assert beaten or any((other.bytes_on_disk, other.kl) == (one.bytes_on_disk, one.kl) for other in front)
+    assert [c.bytes_on_disk for c in front] == sorted((c.bytes_on_disk for c in front), reverse=True)
+    assert all(before.kl < after.kl for before, after in itertools.pairwise(front))
+
+
+@given(CANDIDATES, st.integers(1, 50), st.floats(0, 2))
+def test_the_best_is_the_least_kl_within_the_limits(candidates: list[Candidate], most: int, increase: float) -> None:
+    limits = Limits(bytes_on_disk=most, perplexity_increase=increase)
+    found = best(candidates, limits)
+    fitting = [c for c in candidates if c.bytes_on_disk <= most and c.perplexity_ratio <= 1 + increase]
+    assert (found is None) == (not fitting)
+    if found is not None:
+        assert found.kl == min(c.kl for c in fitting)
+
+
+def test_kl_adds_and_ratios_multiply() -> None:
+    prune, store = Option("p", ({"step": "a"},), 0.1, 1.2, 1.5), Option("s", ({"step": "b"},), 0.05, 1.1, 0.8)
+    (candidate,) = combinations([prune], [store], {("p", "s"): (10, 20)})
+    assert candidate.kl == pytest.approx(0.15)
+    assert candidate.perplexity_ratio == pytest.approx(1.32)
+    assert candidate.decode_speedup == pytest.approx(1.2)
+    assert candidate.steps == ({"step": "a"}, {"step": "b"})
+    assert Limits(5, 30, 1.3, 0.3).broken_by(candidate) == ["bytes", "speed", "perplexity"]
