@@ -32,6 +32,7 @@ __all__ = [
     "problems_of",
     "read_yaml",
     "settings",
+    "shorten",
     "to_mapping",
     "to_yaml",
     "validate",
@@ -164,8 +165,12 @@ def _placed(where: str, problem: str) -> str:
     return f"{where}: {problem}" if where else problem
 
 
-def _short(value: object, limit: int = 80) -> str:
-    text = repr(value)
+def _short(value: object) -> str:
+    return shorten(repr(value))
+
+
+def shorten(text: str, limit: int = 80) -> str:
+    """At most `limit` characters of what somebody gave us, for a message."""
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
@@ -227,11 +232,26 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
         raise ConfigError(str(path), [f"{place}{error.problem}."]) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(str(path), [f"not YAML: {str(error).splitlines()[0] if str(error) else type(error).__name__}."]) from None
+    if not _is_small(loaded):
+        raise ConfigError(str(path), [f"its aliases (&name, *name) unfold to more than {_MOST_VALUES:,} values."])
     if loaded is None:
         raise ConfigError(str(path), ["the file is empty. A recipe has at least 'steps'."])
     if not isinstance(loaded, dict):
         raise ConfigError(str(path), [f"should be a mapping of options, got a {type(loaded).__name__}."])
     return loaded
+
+
+_MOST_VALUES = 20_000
+
+
+def _is_small(value: Any) -> bool:
+    """Whether a loaded file holds few enough values: aliases can unfold to billions, or to themselves."""
+    left, rest = _MOST_VALUES, [value]
+    while rest and left:
+        item = rest.pop()
+        left -= 1
+        rest += item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+    return not rest
 
 
 def parse_flag(text: str, takes_text: bool) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import pydantic
 
-from llmlite.config import near, settings, validate
+from llmlite.config import near, settings, shorten, validate
 from llmlite.gate import Gate, GateSettings
 
 if TYPE_CHECKING:
@@ -121,16 +121,19 @@ def step_class(name: str) -> type[Step]:
         ValueError: no such step; the message is a sentence for the user.
     """
     path = STEPS.get(name, name)
+    shown = shorten(name)
     if ":" not in path:
         guess = near(name, STEPS)
-        raise ValueError(f"no step '{name}'. " + (f"Did you mean '{guess}'?" if guess else f"Known: {', '.join(STEPS)}; your own: 'module:Class'."))
+        raise ValueError(f"no step '{shown}'. " + (f"Did you mean '{guess}'?" if guess else f"Known: {', '.join(STEPS)}; your own: 'module:Class'."))
     module_name, _, class_name = path.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), class_name]):
+        raise ValueError(f"step '{shown}' is no place of a class. Write it as 'package.module:Class'.")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"step '{name}' cannot be imported: {error}.") from None
+        raise ValueError(f"step '{shown}' cannot be imported: {shorten(str(error))}.") from None
     if not (isinstance(found, type) and issubclass(found, Step)):
-        raise ValueError(f"step '{name}' is not a subclass of llmlite.Step.")
+        raise ValueError(f"step '{shown}' is not a subclass of llmlite.Step.")
     return found
 
 
