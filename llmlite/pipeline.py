@@ -142,24 +142,24 @@ class _Pipeline:
             started = time.perf_counter()
             with measured_peak(self.context.device.type) as peak:
                 model = self.context.load_base()
-                reference, quality = reference_of(model, self.context.evaluation_batches())
-            speed = measure_speed(model)
-            row = Row(
-                "base",
-                model.num_parameters(),
-                folder_bytes(self.context.source.folder),
-                quality.perplexity,
-                prefill_tokens_per_second=speed.prefill_tokens_per_second,
-                decode_tokens_per_second=speed.decode_tokens_per_second,
-                peak_memory_bytes=peak.bytes,
-                seconds=time.perf_counter() - started,
-                details={
-                    "tokens": quality.tokens,
-                    "text": self.context.evaluation_data.fingerprint(),
-                    "sample": sample(model, self.context.tokenizer, self.context.evaluation_data.rows),
-                },
-            )
-            if self.context.is_main:
+                reference, quality = reference_of(model, self.context.evaluation_batches(), shared=True)
+            if self.context.is_main:  # one process writes and is timed, the others keep still
+                speed = measure_speed(model)
+                row = Row(
+                    "base",
+                    model.num_parameters(),
+                    folder_bytes(self.context.source.folder),
+                    quality.perplexity,
+                    prefill_tokens_per_second=speed.prefill_tokens_per_second,
+                    decode_tokens_per_second=speed.decode_tokens_per_second,
+                    peak_memory_bytes=peak.bytes,
+                    seconds=time.perf_counter() - started,
+                    details={
+                        "tokens": quality.tokens,
+                        "text": self.context.evaluation_data.fingerprint(),
+                        "sample": sample(model, self.context.tokenizer, self.context.evaluation_data.rows),
+                    },
+                )
                 with writing_folder(folder) as temporary:
                     reference.save(temporary / "reference.safetensors")
                     _write_row(temporary, row)
@@ -231,24 +231,24 @@ class _Pipeline:
         self.context.note(energy=energy.to_json())
         seconds = time.perf_counter() - started
         log.info("step %d of %d: %s took %.0f s; measuring", index + 1, len(self.recipe.steps), name, seconds)
-        quality = measure_quality(model, self.context.evaluation_batches(), self.context.over_present_tokens(reference))
-        with packed_generation(model):  # as stock transformers runs it
-            speed = measure_speed(model)
-            self.context.note(sample=sample(model, self.context.tokenizer, self.context.evaluation_data.rows))
-        row = Row(
-            name,
-            _logical_parameters(model),
-            0,
-            quality.perplexity,
-            quality.kl,
-            quality.top1_agreement,
-            speed.prefill_tokens_per_second,
-            speed.decode_tokens_per_second,
-            peak.bytes,
-            seconds,
-            dict(self.context.notes),
-        )
-        if self.context.is_main:
+        quality = measure_quality(model, self.context.evaluation_batches(), self.context.over_present_tokens(reference), shared=True)
+        if self.context.is_main:  # one process writes and is timed, the others keep still
+            with packed_generation(model):  # as stock transformers runs it
+                speed = measure_speed(model)
+                self.context.note(sample=sample(model, self.context.tokenizer, self.context.evaluation_data.rows))
+            row = Row(
+                name,
+                _logical_parameters(model),
+                0,
+                quality.perplexity,
+                quality.kl,
+                quality.top1_agreement,
+                speed.prefill_tokens_per_second,
+                speed.decode_tokens_per_second,
+                peak.bytes,
+                seconds,
+                dict(self.context.notes),
+            )
             with writing_folder(folder) as temporary:
                 self._save(model, temporary)
                 size = folder_bytes(temporary) + (folder_bytes(self._base_of(index)) if is_adapted(model) else 0)

@@ -15,6 +15,7 @@ from llmlite.report import human_bytes
 from llmlite.run import Run
 from llmlite.step import ModelPlan, name_of_step
 from llmlite.storage import require_space, telling, write_text
+from llmlite.training.settings import TrainingStep
 
 __all__ = ["Plan", "check", "claim", "made_before_adapter", "size_line"]
 
@@ -31,12 +32,14 @@ class Plan:
     Attributes:
         rows: the base and each step: name, form, parameters, bytes, tokens, notes. See `ModelPlan`.
         disk_bytes: bytes the run writes at most.
-        peak_bytes: peak memory of the hungriest step.
+        peak_bytes: peak memory of the hungriest step, on each device of the launch.
+        launch: what a launch of several processes means, else empty.
     """
 
     rows: tuple[dict[str, Any], ...]
     disk_bytes: int
     peak_bytes: int
+    launch: str = ""
 
 
 def check(recipe: Recipe, context: Run | None = None) -> Plan:
@@ -57,6 +60,7 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
 
     if recipe.push_to_hub and not recipe.hub_model_id:
         raise ConfigError(recipe.name, ["push_to_hub needs hub_model_id: where to upload, as owner/name."])
+    _refuse_launch(context)
     _refuse_other_contents(recipe)
     context.check_data()
     config = context.config
@@ -90,12 +94,16 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
                 f"steps[{index}] {name}: the model already carries an adapter. Put a step 'merge' before this one, or do it before the adapter is trained."
             )
             continue
+        if context.layout.sharded and isinstance(step, TrainingStep) and (reason := step.no_sharding(model.form)):
+            problems.append(f"steps[{index}] {name}: {reason}")
+            continue
         try:
             model = step.check(model, context)
         except ConfigError as error:
             problems += [f"steps[{index}] {problem if problem.startswith(name) else f'{name}: {problem}'}" for problem in error.problems]
             continue
-        rows.append(_plan_row(name, model))
+        peak = context.layout.peak_bytes(model.peak_bytes, model.trained_parameters, model.parameters, rows[0]["peak_bytes"])
+        rows.append({**_plan_row(name, model), "peak_bytes": peak})
     if problems:
         raise ConfigError(recipe.name, problems)
     if recipe.push_to_hub and context.is_main:
@@ -103,7 +111,18 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
     # each step's checkpoint, the held-out distributions, and twice the trained state for the checkpoints of training
     disk = sum(row["disk_bytes"] + 8 * 2 * row["trained_parameters"] for row in rows[1:]) + rows[0]["disk_bytes"] // 2
     require_space(recipe.folder, int(disk))
-    return Plan(tuple(rows), int(disk), max(row["peak_bytes"] for row in rows))
+    return Plan(tuple(rows), int(disk), max(row["peak_bytes"] for row in rows), context.layout.sentence())
+
+
+def _refuse_launch(context: Run) -> None:
+    """Raise ConfigError for a launch that cannot work, before it costs anything."""
+    if context.layout.kind not in {"one", "ddp"}:
+        from accelerate.utils import DistributedType
+
+        on_accelerators = context.processes.distributed_type not in {DistributedType.NO, DistributedType.MULTI_CPU}
+        problems = context.layout.problems(on_accelerators)
+        if problems:
+            raise ConfigError("the launch", problems)
 
 
 def _require_buildable(context: Run) -> None:
@@ -234,5 +253,6 @@ def claim(recipe: Recipe) -> None:
 
 
 def size_line(plan: Plan) -> str:
-    """The plan in one line."""
-    return f"disk {human_bytes(plan.disk_bytes)}, peak memory about {human_bytes(plan.peak_bytes)}"
+    """The plan in one line, and one more for a launch of several processes."""
+    line = f"disk {human_bytes(plan.disk_bytes)}, peak memory about {human_bytes(plan.peak_bytes)}"
+    return f"{line} on each device\n{plan.launch}" if plan.launch else line

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llmlite.layout import Layout
 from llmlite.models.load import Source, compute_dtype, find, load_config, load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -51,6 +52,11 @@ class Run:
         from accelerate.utils import parse_flag_from_env
 
         return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How this launch lays a model out over its processes."""
+        return Layout.of_launch()
 
     @cached_property
     def device(self) -> torch.device:

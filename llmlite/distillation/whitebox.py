@@ -279,6 +279,12 @@ class DistillWhiteBox(TrainingStep):
         """The adapter's own optimizer, if it has one (LoRA+)."""
         return self.adapter.optimizer(model, learning_rate) if self.adapter else None
 
+    def no_sharding(self, form: str) -> str:
+        """See `TrainingStep.no_sharding`."""
+        if self.hidden_weight or self.attention_weight or self.on_policy:
+            return "hidden_weight, attention_weight and on_policy under FSDP2 are not built yet. Launch it with recipes/accelerate/ddp.yaml."
+        return super().no_sharding(form)
+
     def peak_learning_rate(self, hidden_size: int) -> float:
         """The learning rate as asked, else 1e-4."""
         return self.learning_rate or 1e-4

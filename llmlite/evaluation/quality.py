@@ -12,6 +12,7 @@ Source for agreement beside perplexity: Dutta et al. 2024, arXiv:2407.09141 (acc
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -91,23 +92,35 @@ class Reference:
 
 
 @torch.no_grad()
-def reference_of(model: PreTrainedModel, batches: Iterable[Batch]) -> tuple[Reference, Quality]:
-    """Run the base once: its perplexity, and what is needed to compare others with it."""
-    parts = []
+def reference_of(model: PreTrainedModel, batches: Iterable[Batch], shared: bool = False) -> tuple[Reference, Quality]:
+    """Run the base once: its perplexity, and what is needed to compare others with it.
+
+    Args:
+        model: any causal LM, on its device.
+        batches: see `measure_quality`.
+        shared: see `measure_quality`; the hidden states are gathered too, on every process.
+    """
+    batches = list(batches)
+    places = _own_places(len(batches), shared)
+    parts = {}
     counter = _Counter()
     transform = logit_transform(model.config)
     head = model.get_output_embeddings()
-    for hidden_ND, labels_N, _ in _hidden(model, batches):
-        parts.append(hidden_ND.cpu())
+    for place, (hidden_ND, labels_N, _) in zip(places, _hidden(model, [batches[place] for place in places]), strict=True):
+        parts[place] = hidden_ND.cpu()
         for start in range(0, len(labels_N), _CHUNK_TOKENS):
             rows = slice(start, start + _CHUNK_TOKENS)
             counter.add(head_logits(hidden_ND[rows], head, transform=transform).float().log_softmax(-1), labels_N[rows])
-    reference = Reference(torch.cat(parts), head.weight.detach().cpu(), None if getattr(head, "bias", None) is None else head.bias.detach().cpu(), transform)
+    if shared:
+        counter.sum_over_processes(head.weight.device)
+        parts = _gathered(parts)
+    whole_ND = torch.cat([parts[place] for place in sorted(parts)])
+    reference = Reference(whole_ND, head.weight.detach().cpu(), None if getattr(head, "bias", None) is None else head.bias.detach().cpu(), transform)
     return reference, counter.quality(compared=False)
 
 
 @torch.no_grad()
-def measure_quality(model: PreTrainedModel, batches: Iterable[Batch], reference: Reference | None = None) -> Quality:
+def measure_quality(model: PreTrainedModel, batches: Iterable[Batch], reference: Reference | None = None, shared: bool = False) -> Quality:
     """Perplexity of the trained tokens of the batches, and with a reference KL and agreement on the same tokens.
 
     Args:
@@ -115,13 +128,18 @@ def measure_quality(model: PreTrainedModel, batches: Iterable[Batch], reference:
         batches: model inputs with ``labels`` (-100 where a token does not count), the same and in the same order as the reference's. With ``starts`` (1 at the
             first piece of a token of the base) means are over the tokens of the base: losses of pieces add up, KL and agreement are taken at first pieces.
         reference: the base's distributions, from `reference_of`.
+        shared: share the batches out over the processes of `torch.distributed` and add up the sums once; then every process must call this alike. With one
+            process, or False, this process reads all of them.
     """
+    batches = list(batches)
+    places = _own_places(len(batches), shared)
+    starts = list(itertools.accumulate((_first_pieces(batch) for batch in batches), initial=0))  # where each batch begins in the reference
     counter = _Counter()
     transform = logit_transform(model.config)
     head = model.get_output_embeddings()
-    done = 0
     teacher_head = teacher_bias = None
-    for hidden_ND, labels_N, starts_N in _hidden(model, batches):
+    for place, (hidden_ND, labels_N, starts_N) in zip(places, _hidden(model, [batches[place] for place in places]), strict=True):
+        done = starts[place]
         device = hidden_ND.device
         if reference is not None and teacher_head is None:
             teacher_head = reference.head_VD.to(device)
@@ -135,7 +153,37 @@ def measure_quality(model: PreTrainedModel, batches: Iterable[Batch], reference:
                 hidden_CD = reference.hidden_ND[done : done + len(first_CV)].to(device)
                 counter.compare(first_CV, head_logits(hidden_CD, teacher_head, teacher_bias, reference.transform).float().log_softmax(-1))
                 done += len(first_CV)
+    if shared:
+        counter.sum_over_processes(head.weight.device)
     return counter.quality(compared=reference is not None)
+
+
+def _own_places(batches: int, shared: bool) -> list[int]:
+    """Which of the batches this process reads."""
+    rank, processes = _rank_and_processes() if shared else (0, 1)
+    return list(range(rank, batches, processes))
+
+
+def _rank_and_processes() -> tuple[int, int]:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _first_pieces(batch: Batch) -> int:
+    """Tokens of a batch that the reference has a distribution for."""
+    counted_BT = next_token_labels(batch["labels"]) != IGNORE_INDEX
+    return int((counted_BT if "starts" not in batch else counted_BT & (next_token_labels(batch["starts"]) == 1)).sum())
+
+
+def _gathered(parts: dict[int, Tensor]) -> dict[int, Tensor]:
+    """The parts of all processes, on every process."""
+    processes = _rank_and_processes()[1]
+    if processes == 1:
+        return parts
+    found: list[Any] = [None] * processes
+    torch.distributed.all_gather_object(found, parts)
+    return {place: part for each in found for place, part in each.items()}
 
 
 def _hidden(model: PreTrainedModel, batches: Iterable[Batch]) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
@@ -144,7 +192,8 @@ def _hidden(model: PreTrainedModel, batches: Iterable[Batch]) -> Iterable[tuple[
     model.eval()
     device = model.get_input_embeddings().weight.device
     try:
-        for batch in tqdm(list(batches), desc="measuring", leave=False, disable=None):
+        quiet = True if _rank_and_processes()[0] else None  # None: no bar where nobody looks
+        for batch in tqdm(list(batches), desc="measuring", leave=False, disable=quiet):
             inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items() if key not in ("labels", "starts")}
             labels_BT = next_token_labels(batch["labels"].to(device))
             counted_BT = labels_BT != IGNORE_INDEX
@@ -172,6 +221,15 @@ class _Counter:
         student_CV, teacher_CV = student_CV[:, :shared], teacher_CV[:, :shared]
         self.agree += int((student_CV.argmax(-1) == teacher_CV.argmax(-1)).sum())
         self.kl += (teacher_CV.exp() * (teacher_CV - student_CV)).sum().double().item()
+
+    def sum_over_processes(self, device: torch.device) -> None:
+        """Add up what all processes have counted; nothing when there is one."""
+        if _rank_and_processes()[1] == 1:
+            return
+        sums = torch.tensor([self.nll, self.kl, self.agree, self.tokens], dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(sums)
+        self.nll, self.kl = float(sums[0]), float(sums[1])
+        self.agree, self.tokens = int(sums[2]), int(sums[3])
 
     def quality(self, compared: bool) -> Quality:
         """The means so far."""

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from llmlite.errors import UnsupportedModel
 from llmlite.training.token_loss import LogitTransform
@@ -42,7 +43,7 @@ def hidden_and_head(model: nn.Module, inputs: Mapping[str, Any]) -> HiddenAndHea
     """Run a causal LM up to its head, differentiably.
 
     Args:
-        model: a transformers causal LM, bare or wrapped by PEFT, DistributedDataParallel or `torch.compile`.
+        model: a transformers causal LM, bare or wrapped by PEFT, DistributedDataParallel, FSDP2 or `torch.compile`.
         inputs: its keyword arguments; labels are left out, and no key/value cache is kept.
 
     Raises:
@@ -51,8 +52,12 @@ def hidden_and_head(model: nn.Module, inputs: Mapping[str, Any]) -> HiddenAndHea
     bare = _unwrap(model)
     head = _head(bare)
     with _intercepted(head, lambda hidden: hidden[..., :1, :]) as seen:
-        model(**{name: value for name, value in inputs.items() if name not in _NOT_FOR_HIDDEN}, use_cache=False)
-    return HiddenAndHead(_only(seen, bare), head, logit_transform(bare.config))
+        output = model(**{name: value for name, value in inputs.items() if name not in _NOT_FOR_HIDDEN}, use_cache=False)
+    hidden = _only(seen, bare)
+    if isinstance(model, FSDPModule) and torch.is_grad_enabled():
+        # FSDP2 prepares the backward pass when a gradient reaches the model's output, which the loss goes around (torch 2.13 crashes without)
+        hidden = hidden + 0 * output.logits.sum().to(hidden.dtype)
+    return HiddenAndHead(hidden, head, logit_transform(bare.config))
 
 
 def logit_transform(config: Any) -> LogitTransform:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from llmlite.config import settings
+from llmlite.layout import QUANTIZED
 from llmlite.step import Names, Step
 
 if TYPE_CHECKING:
@@ -58,6 +59,18 @@ class TrainingStep(Step):
             hidden_size: width of the model, for steps whose choice depends on it.
         """
         return self.learning_rate or 5e-5
+
+    def no_sharding(self, form: str) -> str:
+        """Why FSDP2 cannot split this step's training, as a sentence; empty where it can.
+
+        Args:
+            form: of the model that the step gets; see `ModelPlan.form`.
+        """
+        if form in QUANTIZED:
+            return f"training on a model in {form} under FSDP2 is not built yet. Launch it with recipes/accelerate/ddp.yaml: such a base is small."
+        if form == "sparse":
+            return "training a sparse model under FSDP2 is not built yet. Launch it with recipes/accelerate/ddp.yaml."
+        return ""
 
     def optimizer(self, model: Any, learning_rate: float) -> torch.optim.Optimizer | None:
         """An optimizer of the step's own; None for the Trainer's AdamW.

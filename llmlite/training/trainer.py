@@ -25,6 +25,7 @@ from llmlite.training.checkpoints import SealCheckpoints, StopRequest, newest_co
 from llmlite.training.chunked import chunked_head_loss
 from llmlite.training.keep_zeros import KeepZeros
 from llmlite.training.settings import TrainingStep
+from llmlite.training.sharded import lend, take_back
 from llmlite.training.token_loss import IGNORE_INDEX, CrossEntropy, TokenLoss, next_token_labels
 
 if TYPE_CHECKING:
@@ -210,10 +211,11 @@ def train(
         _require_same_rows(folder, data.fingerprint(), checkpoint)
     stop = StopRequest()
     arguments = trainer_arguments(step, run, folder)
+    trained = lend(model) if run.layout.sharded else model
     trainer = LiteTrainer(
-        model=model,
+        model=trained,
         args=arguments,
-        optimizers=(step.optimizer(model, arguments.learning_rate), None),
+        optimizers=(step.optimizer(trained, arguments.learning_rate), None),
         train_dataset=data.dataset.add_column("row", list(range(len(data.dataset)))),
         data_collator=_Numbered(data.collator(flatten="flash" in str(model.config._attn_implementation))),
         callbacks=[*(companion.callbacks() if companion else ()), SealCheckpoints(), stop, _StopAtNan(), KeepZeros()],
@@ -224,6 +226,8 @@ def train(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.asked:
         raise Interrupted(f"stopped after optimizer step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint is saved.")
+    if trained is not model:
+        take_back(model, trained)
     model.eval()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     run.note(

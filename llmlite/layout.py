@@ -1,0 +1,105 @@
+"""How a launch lays models out over its processes, from what torchrun and accelerate put into the environment. Imports no torch.
+
+    one      a single process
+    ddp      every process holds whole models and reads its own rows
+    fsdp2    as ddp, but while a step trains, weights, gradients and optimizer are split over the processes (`llmlite.training.sharded`)
+
+Other layouts (FSDP1, DeepSpeed) are recognised so that they can be refused.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Layout"]
+
+QUANTIZED = frozenset({"int8", "nf4", "fp4"})
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A launch.
+
+    Attributes:
+        kind: see the module.
+        processes: how many there are, each with a device of its own.
+        rank0_loading: accelerate was asked to load weights on the first process alone.
+    """
+
+    kind: Literal["one", "ddp", "fsdp1", "fsdp2", "deepspeed"] = "one"
+    processes: int = 1
+    rank0_loading: bool = False
+
+    @classmethod
+    def of_launch(cls, environment: Mapping[str, str] | None = None) -> Layout:
+        """The layout of this launch, or of the one that an environment describes."""
+        found = os.environ if environment is None else environment
+
+        def on(name: str) -> bool:
+            return found.get(name, "").lower() in {"1", "true", "yes", "on", "y", "t"}
+
+        processes = int(found.get("WORLD_SIZE", "1"))
+        kind: Literal["one", "ddp", "fsdp1", "fsdp2", "deepspeed"] = "ddp" if processes > 1 else "one"
+        if on("ACCELERATE_USE_DEEPSPEED"):
+            kind = "deepspeed"
+        elif on("ACCELERATE_USE_FSDP"):
+            kind = "fsdp2" if found.get("FSDP_VERSION", "1") == "2" else "fsdp1"
+        return cls(kind, processes, on("FSDP_CPU_RAM_EFFICIENT_LOADING"))
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights are split over the processes while a step trains."""
+        return self.kind == "fsdp2"
+
+    def problems(self, on_accelerators: bool) -> list[str]:
+        """Why this launch cannot work, as sentences.
+
+        Args:
+            on_accelerators: whether the processes compute on GPUs or the like; on CPUs accelerate takes DDP for FSDP2 and does not say so.
+        """
+        if self.kind == "deepspeed":
+            return [
+                "this launch uses DeepSpeed, which llmlite does not support yet: its results could not be saved. Use recipes/accelerate/fsdp2.yaml, which "
+                "splits the same things as ZeRO-3, or ddp.yaml."
+            ]
+        if self.kind == "fsdp1":
+            return ["this launch uses FSDP version 1. Set fsdp_version: 2, as recipes/accelerate/fsdp2.yaml does."]
+        if self.kind != "fsdp2":
+            return []
+        problems = []
+        if not on_accelerators:
+            problems.append("FSDP2 splits nothing on CPUs: accelerate would run DDP and not say so. Use recipes/accelerate/cpu2.yaml.")
+        if self.rank0_loading:
+            problems.append("fsdp_cpu_ram_efficient_loading gives the other processes empty weights to measure and calibrate with. Set it to false.")
+        return problems
+
+    def peak_bytes(self, peak: int, trained: int, parameters: int, whole: int) -> int:
+        """Peak bytes on one device in a step, from what one process without a launch would need.
+
+            fsdp2: max(peak - 16 trained (1 - 1/processes), whole)
+
+        Args:
+            peak: of one process.
+            trained: parameters trained, 16 bytes each in float32 with their gradient and AdamW's two moments.
+            parameters: all of them.
+            whole: what measuring the whole base needs, which every device does before and after training.
+        """
+        if not self.sharded or not trained:
+            return peak
+        if trained == parameters:  # all weights are made float32 before they are split, and are gathered in float32
+            whole += 4 * parameters
+        return max(peak - 16 * trained * (self.processes - 1) // self.processes, whole)
+
+    def sentence(self) -> str:
+        """What the launch means, for the plan; empty for one process."""
+        if self.processes == 1:
+            return ""
+        if self.sharded:
+            return (
+                f"{self.processes} processes, FSDP2: weights, gradients and optimizer are split while a step trains; before and after it, and while "
+                "calibrating, each device holds the whole model."
+            )
+        return f"{self.processes} processes, DDP: the whole model, its gradients and optimizer on each device; rows are shared out."

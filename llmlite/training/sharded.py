@@ -1,0 +1,57 @@
+"""Training under FSDP2, where each process holds its share of every weight, and whole models before and after.
+
+FSDP2 rebuilds a model's modules for good: weights become DTensors, classes are swapped, hooks are added. So it is given a twin that takes the weights over;
+the model itself keeps its plain structure, empty meanwhile, and gets whole weights back at the end: every process takes part in gathering each weight once,
+and weights that are tied stay one. What comes after training (evaluation, saving, the next step) meets a plain model on every process.
+
+Sharded are therefore the weights, their gradients and the optimizer's state while training runs; before and behind it a whole model must fit each device.
+
+Source: Zhao et al. 2023, arXiv:2304.11277 (FSDP); Rajbhandari et al. 2020, arXiv:1910.02054 (ZeRO, whose stage 3 it is).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+__all__ = ["lend", "take_back"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def lend(model: M) -> M:
+    """A twin of the model that takes its parameters over. The model keeps empty ones, on the meta device, until `take_back`.
+
+    Buffers are copied. What holds on to modules of the model (hooks, for instance) does not see the twin.
+    """
+    parameters = list(model.parameters())
+    twin = copy.deepcopy(model, {id(parameter): parameter for parameter in parameters})
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad) for p in parameters}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = empty[id(parameter)]
+    return twin
+
+
+@torch.no_grad()
+def take_back(model: nn.Module, twin: nn.Module) -> None:
+    """Give the model the twin's parameters, whole. Every process must call this; tied ones are gathered once and stay tied.
+
+    Args:
+        model: what was given to `lend`.
+        twin: what that returned, sharded since then or not.
+    """
+    named = dict(model.named_parameters())
+    made: dict[int, nn.Parameter] = {}
+    for name, parameter in twin.named_parameters():
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+        made[id(named[name])] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+    for module in model.modules():
+        for name, empty in module._parameters.items():
+            if empty is not None:
+                module._parameters[name] = made[id(empty)]

@@ -1,0 +1,51 @@
+"""FSDP2 on CPU processes, for tests only: accelerate shards only what it believes to be on accelerators, so it is told that the launch is.
+
+torchrun --nproc_per_node 2 fsdp2_on_cpu.py FOLDER run RECIPE.yaml ...    the command line of llmlite; FOLDER gets each process's local sizes
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+
+def _believe() -> None:
+    """Every new state of a launch over gloo calls itself MULTI_GPU, which accelerate turns into FSDP."""
+    make = PartialState.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        if self._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
+            self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = init
+
+
+def _note_sizes(folder: Path) -> None:
+    """Write how many numbers of each trained parameter this process holds, at its first loss."""
+    from llmlite.training.trainer import LiteTrainer
+
+    compute = LiteTrainer.compute_loss
+
+    def noting(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        sizes = {name: (p.to_local() if hasattr(p, "to_local") else p).numel() for name, p in model.named_parameters()}
+        file = folder / f"local-{os.environ['RANK']}.json"
+        if not file.exists():
+            file.write_text(json.dumps(sizes), encoding="utf-8")
+        return compute(self, model, *args, **kwargs)
+
+    LiteTrainer.compute_loss = noting
+
+
+if __name__ == "__main__":
+    from llmlite.cli import main
+
+    _believe()
+    _note_sizes(Path(sys.argv[1]))
+    main(sys.argv[2:])
