@@ -163,9 +163,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(200, self.hub.repos[match[1]].large[match[2]])
         if match := re.fullmatch(r"/(.+?)\.git/info/lfs/objects/batch", self.route):
             return self._batch(match[1])
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/([a-z-]+)(?:/(.+))?)?", self.route):
+        if match := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/([a-z-]+)(?:/(.+))?)?", self.route):
             return self._api(match[1], match[2] or "revision", match[3] or "main")
-        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/(refs/pr/\d+|[^/]+)/(.+)", self.route):
+        if match := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/(refs/pr/\d+|[^/]+)/(.+)", self.route):
             return self._resolve(*match.groups())
         return self._send(404, {"error": f"no route {self.command} {self.route}"})
 
