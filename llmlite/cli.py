@@ -265,6 +265,19 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _speaker() -> str:
+    """Who speaks, where there are several processes."""
+    import os
+
+    return f"[process {os.environ.get('RANK', '0')}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
+def _lost_another_process(error: Exception) -> bool:
+    """Whether an error only says that another process of this launch has gone: its own message is the one to read."""
+    text = str(error)
+    return bool(_speaker()) and any(sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "remote process exited"))
+
+
 def _hush_loggers() -> None:
     """Silence what other libraries log harmlessly: each request, and of bitsandbytes a kernel that it cannot fetch."""
     for name in ("bitsandbytes", "httpx", "httpx2", "httpcore", "httpcore2", "filelock", "urllib3", "fsspec"):
@@ -295,13 +308,16 @@ def _exits(command: str) -> Iterator[None]:
         click.echo(f"\nInterrupted. What was complete is kept. To continue:\n  {command}", err=True)
         sys.exit(130)
     except LlmliteError as error:
-        click.echo(f"{type(error).__name__}: {error}", err=True)
+        click.echo(f"{_speaker()}{type(error).__name__}: {error}", err=True)
         if isinstance(error, Interrupted):
             click.echo(f"To continue:\n  {command}", err=True)
         sys.exit(error.exit_code)
-    except Exception:
+    except Exception as error:
+        if _lost_another_process(error):
+            click.echo(f"{_speaker()}stopped, because another process of the launch has ended; the reason stands above. What was complete is kept.", err=True)
+            sys.exit(1)
         traceback.print_exc()
-        click.echo(f"\nThis is a bug in llmlite {__version__}. What was complete is kept; the same command continues.", err=True)
+        click.echo(f"\n{_speaker()}This is a bug in llmlite {__version__}. What was complete is kept; the same command continues.", err=True)
         sys.exit(1)
 
 

@@ -1,18 +1,22 @@
 """FSDP2 on CPU processes, for tests only: accelerate shards only what it believes to be on accelerators, so it is told that the launch is.
 
 torchrun --nproc_per_node 2 fsdp2_on_cpu.py FOLDER run RECIPE.yaml ...    the command line of llmlite; FOLDER gets each process's local sizes
+
+With DIE_AT_STEP=N in the environment the second process kills itself there.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
 
 
 def _believe() -> None:
@@ -27,25 +31,27 @@ def _believe() -> None:
     PartialState.__init__ = init
 
 
-def _note_sizes(folder: Path) -> None:
-    """Write how many numbers of each trained parameter this process holds, at its first loss."""
+def _watch(folder: Path) -> None:
+    """Write how many numbers of each parameter this process holds, at the first loss of each training; die where that is asked for."""
     from llmlite.training.trainer import LiteTrainer
 
     compute = LiteTrainer.compute_loss
 
-    def noting(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        sizes = {name: (p.to_local() if hasattr(p, "to_local") else p).numel() for name, p in model.named_parameters()}
-        file = folder / f"local-{os.environ['RANK']}.json"
+    def watching(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if os.environ["RANK"] == "1" and str(self.state.global_step) == os.environ.get("DIE_AT_STEP"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        file = folder / f"{Path(self.args.output_dir).parent.name}-{os.environ['RANK']}.json"
         if not file.exists():
+            sizes = {name: [p.numel(), (p.to_local() if isinstance(p, DTensor) else p).numel()] for name, p in model.named_parameters()}
             file.write_text(json.dumps(sizes), encoding="utf-8")
         return compute(self, model, *args, **kwargs)
 
-    LiteTrainer.compute_loss = noting
+    LiteTrainer.compute_loss = watching
 
 
 if __name__ == "__main__":
     from llmlite.cli import main
 
     _believe()
-    _note_sizes(Path(sys.argv[1]))
+    _watch(Path(sys.argv[1]))
     main(sys.argv[2:])

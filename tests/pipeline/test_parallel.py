@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from llmlite.recipe import Recipe
 from llmlite.report import Report, Row
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo over loopback as CI has it")
@@ -31,20 +34,24 @@ steps:
 """
 
 
-def launch(processes: int, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    return subprocess.run([sys.executable, *torchrun, *command], env=environment, capture_output=True, text=True, check=False)
+def torchrun(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Two CPU processes over gloo."""
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", **variables}
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.run([*start, *command], env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
 def one_and_two(model_folder: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The same recipe on one process with batch 4 and on two with batch 2."""
     folder = tmp_path_factory.mktemp("parallel")
-    for processes, name in ((1, "one"), (2, "two")):
-        (folder / f"{name}.yaml").write_text(RECIPE.format(model=model_folder, pairs=pairs_file, batch=4 // processes), encoding="utf-8")
-        done = launch(processes, "-m", "llmlite", "run", str(folder / f"{name}.yaml"), "--output_dir", str(folder / name))
-        assert done.returncode == 0, done.stderr[-3000:]
+    for name, batch in (("one", 4), ("two", 2)):
+        (folder / f"{name}.yaml").write_text(RECIPE.format(model=model_folder, pairs=pairs_file, batch=batch), encoding="utf-8")
+    done = torchrun("-m", "llmlite", "run", str(folder / "two.yaml"), "--output_dir", str(folder / "two"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("The plan") == 1
+    assert "2 processes, DDP: the whole model" in done.stdout
+    Recipe.from_file(folder / "one.yaml", output_dir=str(folder / "one")).run()
     return folder / "one", folder / "two"
 
 
@@ -73,3 +80,40 @@ def test_rows_measured_by_several_processes_give_the_figures_of_one(one_and_two:
     assert rows(one_and_two[0])[0].details["tokens"] == rows(one_and_two[1])[0].details["tokens"]
     one, two = (load_file(out / "steps" / "00-base" / "reference.safetensors") for out in one_and_two)
     assert torch.equal(one["hidden"], two["hidden"])
+
+
+FAILING = """
+from llmlite.config import settings
+from llmlite.errors import ResourceError
+from llmlite.step import Step
+
+@settings
+class Fails(Step):
+    '''Fails on the second process while the first waits for it.'''
+
+    def check(self, model, run):
+        return model
+
+    def apply(self, model, run):
+        if not run.is_main:
+            raise ResourceError("the second device is full. Lower max_length.")
+        run.wait()
+        return model
+"""
+
+
+def test_a_process_that_fails_ends_the_run_at_once_with_its_own_message_first(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "failing.py").write_text(FAILING, encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {model_folder}\ndata: {{train: {pairs_file}, max_length: 64, evaluation_rows: 2}}\nsteps: [{{step: 'failing:Fails'}}]\n", encoding="utf-8"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    started = time.monotonic()
+    done = torchrun("-m", "llmlite", "run", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "out"), PYTHONPATH=path)
+    assert time.monotonic() - started < 120  # the start of two interpreters included; the wait of a barrier alone would be 30 minutes
+    assert done.returncode != 0
+    spoken = [line for line in done.stderr.splitlines() if line.startswith("[process ")]
+    assert spoken[0] == "[process 1] ResourceError: the second device is full. Lower max_length."
+    assert all("another process of the launch has ended" in line for line in spoken[1:])
+    assert "This is a bug" not in done.stderr
+    assert not (tmp_path / "out" / "steps" / "01-Fails").exists()

@@ -1,0 +1,70 @@
+"""Training under FSDP2 on two CPU processes (`fsdp2_on_cpu.py`): each holds half, is killed, goes on, and leaves what one process leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from llmlite.recipe import Recipe
+from tests.conftest import save_tiny
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo over loopback as CI has it")
+
+RECIPE = """
+model: {model}
+data: {{train: {pairs}, max_length: 64, evaluation_rows: 4}}
+steps:
+  - {{step: finetune, max_steps: 3, save_steps: 2, per_device_train_batch_size: {batch}, learning_rate: 0.005}}
+  - {{step: lora, r: 4, max_steps: 2, per_device_train_batch_size: {batch}}}
+"""
+FSDP2 = {
+    "ACCELERATE_USE_CPU": "1",
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """one/: a plain run. two/: FSDP2, killed after the first checkpoint and started again. sizes/: what each process held."""
+    folder = tmp_path_factory.mktemp("fsdp2")
+    model = save_tiny(folder / "tied", tie_word_embeddings=True)
+    for name, batch in (("one", 4), ("two", 2)):
+        (folder / f"{name}.yaml").write_text(RECIPE.format(model=model, pairs=pairs_file, batch=batch), encoding="utf-8")
+    (folder / "sizes").mkdir()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(Path(__file__).with_name("fsdp2_on_cpu.py"))]
+    command = [*torchrun, str(folder / "sizes"), "run", str(folder / "two.yaml"), "--output_dir", str(folder / "two")]
+    for more in ({"DIE_AT_STEP": "2"}, {}):
+        done = subprocess.run(command, env={**os.environ, **FSDP2, **more}, capture_output=True, text=True, check=False, timeout=300)
+        assert (done.returncode == 0) == (not more), done.stderr[-3000:]
+    assert "continuing the training from checkpoint-2" in done.stderr
+    assert "2 processes, FSDP2" in done.stdout
+    Recipe.from_file(folder / "one.yaml", output_dir=str(folder / "one")).run()
+    return folder
+
+
+@pytest.mark.parametrize("step", ["01-finetune", "02-lora"])
+def test_each_process_holds_half_of_every_weight(folder: Path, step: str) -> None:
+    for rank in (0, 1):
+        sizes = json.loads((folder / "sizes" / f"{step}.work-{rank}.json").read_text(encoding="utf-8"))
+        assert len(sizes) > 20
+        assert all(2 * local == whole for whole, local in sizes.values())
+
+
+@pytest.mark.parametrize(("step", "file"), [("01-finetune", "model.safetensors"), ("02-lora", "adapter_model.safetensors")])
+def test_killed_and_continued_it_leaves_the_weights_of_one_process_tied_ones_once(folder: Path, step: str, file: str) -> None:
+    one, two = (load_file(folder / name / "steps" / step / file) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert "lm_head.weight" not in two
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5

@@ -1,0 +1,91 @@
+"""The layouts of launches: accelerate reads every file under recipes/accelerate, and what cannot work is refused before it costs anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import prepare_multi_gpu_env
+
+import llmlite.plan
+from llmlite.errors import ConfigError
+from llmlite.layout import Layout
+from llmlite.recipe import Recipe
+from llmlite.run import Run
+
+FILES = sorted((Path(__file__).parents[2] / "recipes" / "accelerate").glob("*.yaml"))
+
+
+def environment_of(file: Path) -> dict[str, str]:
+    """What accelerate puts into the environment of the processes that it starts with this file."""
+    args = launch_command_parser().parse_args(["--config_file", str(file), "--num_processes", "2", "script.py"])
+    args, _, _ = _validate_launch_command(args)
+    return dict(prepare_multi_gpu_env(args)) | {"WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_accelerate_reads_the_file_and_its_launch_has_the_layout_of_its_name(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_config_from_file(str(file))  # refuses unknown keys
+    assert file.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ").removeprefix("ACCELERATE_USE_CPU=1 ").startswith("accelerate launch --config_file")
+    layout = Layout.of_launch(environment_of(file))
+    assert layout.kind == {"cpu2": "ddp"}.get(file.stem, file.stem)
+    assert layout.processes == 2
+    assert not layout.problems(on_accelerators=True)
+
+
+@pytest.mark.parametrize(
+    ("variables", "word"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version: 2"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "splits nothing on CPUs"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+    ],
+)
+def test_a_launch_that_cannot_work_is_refused_by_the_check(
+    variables: dict[str, str], word: str, model_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe.from_options(("test", {"model": str(model_folder), "data": str(pairs_file), "steps": ["finetune"]}))
+    context = Run(recipe)
+    context.layout = Layout.of_launch({**variables, "WORLD_SIZE": "2"})
+    with pytest.raises(ConfigError, match=word):
+        llmlite.plan.check(recipe, context)
+
+
+@pytest.mark.parametrize(
+    ("steps", "word"),
+    [
+        ([{"step": "quantize", "calibrate": False}, "lora"], "nf4 under FSDP2 is not built"),
+        ([{"step": "prune.weights", "sparsity": 0.5}, "finetune"], "sparse model under FSDP2 is not built"),
+        ([{"step": "distill.whitebox", "hidden_weight": 1.0}], "hidden_weight, attention_weight and on_policy"),
+    ],
+)
+def test_steps_that_fsdp2_cannot_split_are_refused(
+    steps: list[object], word: str, model_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llmlite.plan, "_refuse_launch", lambda context: None)
+    recipe = Recipe.from_options(("test", {"model": str(model_folder), "data": {"train": str(pairs_file), "max_length": 64}, "steps": steps}))
+    context = Run(recipe)
+    context.layout = Layout("fsdp2", 2)
+    with pytest.raises(ConfigError, match=word):
+        llmlite.plan.check(recipe, context)
+
+
+def test_the_plan_says_what_each_device_holds(model_folder: Path, pairs_file: Path) -> None:
+    recipe = Recipe.from_options(("test", {"model": str(model_folder), "data": {"train": str(pairs_file), "max_length": 64}, "steps": ["finetune"]}))
+    one = llmlite.plan.check(recipe)
+    context = Run(recipe)
+    context.layout = Layout("ddp", 4)
+    four = llmlite.plan.check(recipe, context)
+    assert four.peak_bytes == one.peak_bytes  # DDP saves time, no memory
+    assert "4 processes, DDP: the whole model" in llmlite.plan.size_line(four)
+    assert "\n" not in llmlite.plan.size_line(one)
+
+
+def test_fsdp2_divides_what_is_trained_and_never_goes_below_the_whole_model() -> None:
+    layout = Layout("fsdp2", 4)
+    assert layout.peak_bytes(peak=10_000, trained=400, parameters=500, whole=2_000) == 10_000 - 16 * 300
+    assert layout.peak_bytes(peak=10_000, trained=600, parameters=700, whole=9_000) == 9_000
+    assert layout.peak_bytes(peak=10_000, trained=0, parameters=700, whole=2_000) == 10_000
+    assert Layout("ddp", 4).peak_bytes(peak=10_000, trained=400, parameters=500, whole=2_000) == 10_000
