@@ -17,7 +17,7 @@ LAYERS = [
     {"run", "report", "calibration", "evaluation", "html", "hub"},
     {"pruning", "distillation", "quantization", "adapters"},
     {"recipe", "plan", "pipeline", "side_by_side", "shrink"},
-    {"recipes", "cli", "__main__", "__init__"},
+    {"recipes", "cli", "commands", "__main__", "__init__"},
 ]
 
 

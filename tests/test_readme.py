@@ -10,7 +10,8 @@ import click
 import pytest
 
 import llmlite
-from llmlite.cli import _group, main, recipe_main
+from llmlite.cli import main, recipe_main
+from llmlite.commands import group
 from llmlite.recipes.lora_int4 import LoraInt4
 
 ROOT = Path(__file__).parent.parent
@@ -41,8 +42,8 @@ def test_a_recipes_command_is_understood(command: str, model_folder: Path, pairs
 def test_an_llmlite_command_works(command: str, model_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(command)[1:]
     if words[0] in {"evaluate", "compare", "shrink"}:  # minutes of work; their own tests run them, here they are only understood
-        with click.Context(_group, info_name="llmlite") as context:
-            name, found, rest = _group.resolve_command(context, words)
+        with click.Context(group, info_name="llmlite") as context:
+            name, found, rest = group.resolve_command(context, words)
             assert found is not None
             found.make_context(name, list(rest))
         return

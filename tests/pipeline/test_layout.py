@@ -28,7 +28,9 @@ def environment_of(file: Path) -> dict[str, str]:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_accelerate_reads_the_file_and_its_launch_has_the_layout_of_its_name(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load_config_from_file(str(file))  # refuses unknown keys
-    assert file.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ").removeprefix("ACCELERATE_USE_CPU=1 ").startswith("accelerate launch --config_file")
+    assert (
+        file.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ").removeprefix("ACCELERATE_USE_CPU=1 ").startswith("accelerate launch --config_file")
+    )
     layout = Layout.of_launch(environment_of(file))
     assert layout.kind == {"cpu2": "ddp"}.get(file.stem, file.stem)
     assert layout.processes == 2
