@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import shlex
 import sys
+import time
 import traceback
 import types
 import typing
@@ -307,6 +308,8 @@ def _exits(command: str) -> Iterator[None]:
         click.echo(f"\nInterrupted. What was complete is kept. To continue:\n  {command}", err=True)
         sys.exit(130)
     except LlmliteError as error:
+        if error.exit_code == 2 and not _is_main():
+            time.sleep(3)  # the main process finds the same in the settings, says it, and the launcher then ends this one
         click.echo(f"{_speaker()}{type(error).__name__}: {error}", err=True)
         if isinstance(error, Interrupted):
             click.echo(f"To continue:\n  {command}", err=True)

@@ -10,8 +10,10 @@ Other layouts (FSDP1, DeepSpeed) are recognised so that they can be refused.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 __all__ = ["Layout"]
@@ -53,6 +55,23 @@ class Layout:
     def sharded(self) -> bool:
         """Whether weights are split over the processes while a step trains."""
         return self.kind == "fsdp2"
+
+    def not_as_asked(self, launcher: Sequence[str] | None = None) -> str:
+        """Why this is not the launch that was asked for, as a sentence; empty when it is, or when nobody can tell.
+
+        ``accelerate launch --cpu --num_processes 2`` starts one process and does not say so.
+
+        Args:
+            launcher: words of the command that started this process; None reads those of the parent process, where the system shows them.
+        """
+        asked = _asked_processes(_parent_command() if launcher is None else launcher)
+        if self.processes > 1 or asked is None or asked < 2:
+            return ""
+        return (
+            f"accelerate was asked for {asked} processes and started one. On CPUs: ACCELERATE_USE_CPU=1 accelerate launch --config_file "
+            "recipes/accelerate/cpu2.yaml ..., or ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 -m ...; on GPUs: recipes/accelerate/ddp.yaml. For one "
+            "process leave --num_processes out."
+        )
 
     def problems(self, on_accelerators: bool) -> list[str]:
         """Why this launch cannot work, as sentences.
@@ -103,3 +122,26 @@ class Layout:
                 "calibrating, each device holds the whole model."
             )
         return f"{self.processes} processes, DDP: the whole model, its gradients and optimizer on each device; rows are shared out."
+
+
+def _parent_command() -> list[str]:
+    """Words of the command that started this process; empty where the system does not show them."""
+    try:
+        return Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode("utf-8", "replace").rstrip("\0").split("\0")
+    except OSError:
+        return []
+
+
+def _asked_processes(words: Sequence[str]) -> int | None:
+    """How many processes an `accelerate launch` command line or its config file asks for; None when it is another command or says nothing."""
+    if not any(word.endswith(("accelerate", "accelerate-launch")) or "accelerate.commands" in word for word in words[:4]):
+        return None
+    options = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    for place, word in enumerate(options[:-1]):
+        if word.replace("-", "_") in {"__num_processes", "__num_process"} and options[place + 1].isdigit():
+            return int(options[place + 1])
+    for place, word in enumerate(options[:-1]):
+        if word.replace("-", "_") == "__config_file" and Path(options[place + 1]).is_file():
+            found = re.search(r"^num_processes:\s*(\d+)", Path(options[place + 1]).read_text(encoding="utf-8"), re.MULTILINE)
+            return int(found[1]) if found else None
+    return None

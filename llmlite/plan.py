@@ -115,7 +115,9 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
 
 
 def _refuse_launch(context: Run) -> None:
-    """Raise ConfigError for a launch that cannot work, before it costs anything."""
+    """Raise ConfigError for a launch that cannot work, or is not the one asked for, before it costs anything."""
+    if other := context.layout.not_as_asked():
+        raise ConfigError("the launch", [other])
     if context.layout.kind not in {"one", "ddp"}:
         from accelerate.utils import DistributedType
 

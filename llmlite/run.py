@@ -243,7 +243,8 @@ class Run:
     def training_tokens(self, step: TrainingStep) -> int:
         """Tokens a training step reads at most; 0 when only the data, not yet read, will tell."""
         steps = self.max_steps(step)
-        return steps * step.per_device_train_batch_size * step.gradient_accumulation_steps * self.recipe.data.max_length if steps else 0
+        rows = step.per_device_train_batch_size * step.gradient_accumulation_steps * self.layout.processes
+        return steps * rows * self.recipe.data.max_length if steps else 0
 
     @property
     def calibration(self) -> str:

@@ -26,7 +26,7 @@ def environment_of(file: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_accelerate_reads_the_file_and_its_launch_has_the_layout_of_its_name(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerate_reads_the_file_and_its_launch_has_the_layout_of_its_name(file: Path) -> None:
     load_config_from_file(str(file))  # refuses unknown keys
     assert (
         file.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ").removeprefix("ACCELERATE_USE_CPU=1 ").startswith("accelerate launch --config_file")
@@ -45,9 +45,7 @@ def test_accelerate_reads_the_file_and_its_launch_has_the_layout_of_its_name(fil
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
     ],
 )
-def test_a_launch_that_cannot_work_is_refused_by_the_check(
-    variables: dict[str, str], word: str, model_folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_launch_that_cannot_work_is_refused_by_the_check(variables: dict[str, str], word: str, model_folder: Path, pairs_file: Path) -> None:
     recipe = Recipe.from_options(("test", {"model": str(model_folder), "data": str(pairs_file), "steps": ["finetune"]}))
     context = Run(recipe)
     context.layout = Layout.of_launch({**variables, "WORLD_SIZE": "2"})
@@ -91,3 +89,12 @@ def test_fsdp2_divides_what_is_trained_and_never_goes_below_the_whole_model() ->
     assert layout.peak_bytes(peak=10_000, trained=600, parameters=700, whole=9_000) == 9_000
     assert layout.peak_bytes(peak=10_000, trained=0, parameters=700, whole=2_000) == 10_000
     assert Layout("ddp", 4).peak_bytes(peak=10_000, trained=400, parameters=500, whole=2_000) == 10_000
+
+
+@pytest.mark.parametrize("words", [["--num_processes", "2"], ["--num-processes=2"], ["--config_file", str(FILES[0])]], ids=lambda words: words[0])
+def test_one_process_where_several_were_asked_for_is_refused(words: list[str]) -> None:
+    command = ["python", "/usr/bin/accelerate", "launch", "--cpu", *words, "-m", "llmlite.recipes.lora"]
+    assert "started one" in Layout().not_as_asked(command)
+    assert not Layout("ddp", 2).not_as_asked(command)
+    assert not Layout().not_as_asked(["python", "/usr/bin/accelerate", "launch", "-m", "llmlite.recipes.lora"])
+    assert not Layout().not_as_asked(["bash", "run.sh", *words])
