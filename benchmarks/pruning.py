@@ -108,6 +108,7 @@ def main() -> None:
             "steps": [given] if isinstance(given, dict) else given,
             "decoder": size_of_model(model).decoder / size.decoder,
             "sparsity": run.notes.get("sparsity"),
+            **{name: run.notes[name] for name in ("spread", "trials") if name in run.notes},
             "seconds": time.perf_counter() - started,
             "cpu_seconds": time.process_time() - cpu,
             **{name: measure_quality(model, batches).perplexity for name, batches in tests.items()},
