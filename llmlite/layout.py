@@ -18,8 +18,6 @@ from typing import Literal
 
 __all__ = ["Layout"]
 
-QUANTIZED = frozenset({"int8", "nf4", "fp4"})
-
 
 @dataclass(frozen=True)
 class Layout:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from llmlite.config import settings
-from llmlite.layout import QUANTIZED
 from llmlite.step import Names, Step
 
 if TYPE_CHECKING:
@@ -66,8 +65,8 @@ class TrainingStep(Step):
         Args:
             form: of the model that the step gets; see `ModelPlan.form`.
         """
-        if form in QUANTIZED:
-            return f"training on a model in {form} under FSDP2 is not built yet. Launch it with recipes/accelerate/ddp.yaml: such a base is small."
+        if form == "int8":
+            return "training on a model in int8 under FSDP2 is not built. Take nf4, or launch it with recipes/accelerate/ddp.yaml."
         if form == "sparse":
             return "training a sparse model under FSDP2 is not built yet. Launch it with recipes/accelerate/ddp.yaml."
         return ""

@@ -30,7 +30,7 @@ def lend(model: M) -> M:
     """
     parameters = list(model.parameters())
     twin = copy.deepcopy(model, {id(parameter): parameter for parameter in parameters})
-    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad) for p in parameters}
+    empty = {id(p): _like(p, torch.empty(p.shape, dtype=p.dtype, device="meta"), p.requires_grad) for p in parameters}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -49,9 +49,16 @@ def take_back(model: nn.Module, twin: nn.Module) -> None:
     named = dict(model.named_parameters())
     made: dict[int, nn.Parameter] = {}
     for name, parameter in twin.named_parameters():
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
-        made[id(named[name])] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.data
+        made[id(named[name])] = _like(named[name], whole, parameter.requires_grad)
     for module in model.modules():
         for name, empty in module._parameters.items():
             if empty is not None:
                 module._parameters[name] = made[id(empty)]
+
+
+def _like(parameter: nn.Parameter, data: torch.Tensor, requires_grad: bool) -> nn.Parameter:
+    """A parameter of the same class with other numbers; bitsandbytes' keep their scales in attributes, which go along."""
+    made: nn.Parameter = torch.Tensor._make_subclass(type(parameter), data, requires_grad)
+    made.__dict__.update(parameter.__dict__)
+    return made

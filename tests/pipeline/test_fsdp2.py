@@ -1,4 +1,4 @@
-"""Training under FSDP2 on two CPU processes (`fsdp2_on_cpu.py`): each holds half, is killed, goes on, and leaves what one process leaves."""
+"""All weights, then LoRA on NF4, under FSDP2 on two CPU processes (`fsdp2_on_cpu.py`): each holds half, is killed, goes on, and leaves what one leaves."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ model: {model}
 data: {{train: {pairs}, max_length: 64, evaluation_rows: 4}}
 steps:
   - {{step: finetune, max_steps: 3, save_steps: 2, per_device_train_batch_size: {batch}, learning_rate: 0.005}}
+  - {{step: quantize, scheme: nf4, calibrate: false, report_sequences: 0}}
   - {{step: lora, r: 4, max_steps: 2, per_device_train_batch_size: {batch}}}
 """
 FSDP2 = {
@@ -54,7 +55,7 @@ def folder(pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("step", ["01-finetune", "02-lora"])
+@pytest.mark.parametrize("step", ["01-finetune", "03-lora"])
 def test_each_process_holds_half_of_every_weight(folder: Path, step: str) -> None:
     for rank in (0, 1):
         sizes = json.loads((folder / "sizes" / f"{step}.work-{rank}.json").read_text(encoding="utf-8"))
@@ -62,7 +63,7 @@ def test_each_process_holds_half_of_every_weight(folder: Path, step: str) -> Non
         assert all(2 * local == whole for whole, local in sizes.values())
 
 
-@pytest.mark.parametrize(("step", "file"), [("01-finetune", "model.safetensors"), ("02-lora", "adapter_model.safetensors")])
+@pytest.mark.parametrize(("step", "file"), [("01-finetune", "model.safetensors"), ("03-lora", "adapter_model.safetensors")])
 def test_killed_and_continued_it_leaves_the_weights_of_one_process_tied_ones_once(folder: Path, step: str, file: str) -> None:
     one, two = (load_file(folder / name / "steps" / step / file) for name in ("one", "two"))
     assert one.keys() == two.keys()

@@ -32,7 +32,7 @@ def test_accelerate_reads_the_file_and_its_launch_has_the_layout_of_its_name(fil
         file.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ").removeprefix("ACCELERATE_USE_CPU=1 ").startswith("accelerate launch --config_file")
     )
     layout = Layout.of_launch(environment_of(file))
-    assert layout.kind == {"cpu2": "ddp"}.get(file.stem, file.stem)
+    assert layout.kind == {"cpu2": "ddp", "fsdp2_qlora": "fsdp2"}.get(file.stem, file.stem)
     assert layout.processes == 2
     assert not layout.problems(on_accelerators=True)
 
@@ -56,7 +56,7 @@ def test_a_launch_that_cannot_work_is_refused_by_the_check(variables: dict[str, 
 @pytest.mark.parametrize(
     ("steps", "word"),
     [
-        ([{"step": "quantize", "calibrate": False}, "lora"], "nf4 under FSDP2 is not built"),
+        ([{"step": "quantize", "scheme": "int8"}, "lora"], "int8 under FSDP2 is not built"),
         ([{"step": "prune.weights", "sparsity": 0.5}, "finetune"], "sparse model under FSDP2 is not built"),
         ([{"step": "distill.whitebox", "hidden_weight": 1.0}], "hidden_weight, attention_weight and on_policy"),
     ],
