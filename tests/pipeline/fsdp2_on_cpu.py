@@ -2,14 +2,13 @@
 
 torchrun --nproc_per_node 2 fsdp2_on_cpu.py FOLDER run RECIPE.yaml ...    the command line of llmlite; FOLDER gets each process's local sizes
 
-With DIE_AT_STEP=N in the environment the second process kills itself there.
+With STOP_AT_STEP=N in the environment the run breaks off there, and the same command is given again.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,15 +30,19 @@ def _believe() -> None:
     PartialState.__init__ = init
 
 
+class _StoppedError(BaseException):
+    """Nothing catches it, as nothing catches a kill; but a new process would cost the seconds of its imports."""
+
+
 def _watch(folder: Path) -> None:
-    """Write how many numbers of each parameter this process holds, at the first loss of each training; die where that is asked for."""
+    """Write how many numbers of each parameter this process holds, at the first loss of each training; break off where that is asked for."""
     from llmlite.training.trainer import LiteTrainer
 
     compute = LiteTrainer.compute_loss
 
     def watching(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if os.environ["RANK"] == "1" and str(self.state.global_step) == os.environ.get("DIE_AT_STEP"):
-            os.kill(os.getpid(), signal.SIGKILL)
+        if str(self.state.global_step) == os.environ.get("STOP_AT_STEP"):
+            raise _StoppedError
         file = folder / f"{Path(self.args.output_dir).parent.name}-{os.environ['RANK']}.json"
         if not file.exists():
             sizes = {name: [p.numel(), (p.to_local() if isinstance(p, DTensor) else p).numel()] for name, p in model.named_parameters()}
@@ -54,4 +57,9 @@ if __name__ == "__main__":
 
     _believe()
     _watch(Path(sys.argv[1]))
-    main(sys.argv[2:])
+    try:
+        main(sys.argv[2:])
+    except _StoppedError:
+        del os.environ["STOP_AT_STEP"]
+        print("broken off", flush=True)
+        main(sys.argv[2:])
