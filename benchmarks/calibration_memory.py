@@ -33,7 +33,7 @@ def measure(layers: int, tokens: int) -> dict[str, int]:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     import llmlite
-    from llmlite.run import Run
+    from llmlite.context import Run
 
     torch.manual_seed(0)
     shape = {"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}

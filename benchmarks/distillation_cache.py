@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 import llmlite
+from llmlite.context import Run
 from llmlite.distillation.cache import TeacherCache
 from llmlite.distillation.objective import Distillation
 from llmlite.distillation.teacher import LiveTeacher, TeacherModel
@@ -32,7 +33,6 @@ from llmlite.models.load import DEFAULT_MODEL, find
 from llmlite.models.rebuild import rebuild
 from llmlite.models.slicing import take_layers
 from llmlite.models.view import ModelView
-from llmlite.run import Run
 from llmlite.training.backbone import hidden_and_head
 from llmlite.training.chunked import chunked_head_loss
 from llmlite.training.token_loss import IGNORE_INDEX, next_token_labels

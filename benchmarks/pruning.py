@@ -22,10 +22,10 @@ from metrics.text import detokenised
 from llmlite.calibration.mixture import parse_mixture, shares
 from llmlite.calibration.sample import sampled_windows
 from llmlite.calibration.sources import windows_of
+from llmlite.context import Run
 from llmlite.evaluation.quality import measure_quality
 from llmlite.models.load import Model, find, load_model, load_tokenizer
 from llmlite.models.size import size_of_model
-from llmlite.run import Run
 from llmlite.step import parse_step
 
 

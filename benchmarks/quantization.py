@@ -25,6 +25,7 @@ from safetensors import safe_open
 import llmlite
 from llmlite.adapters.correct import Correct
 from llmlite.calibration.sources import windows_of
+from llmlite.context import Run
 from llmlite.evaluation.memory import measured_peak
 from llmlite.evaluation.quality import Reference, measure_quality, reference_of
 from llmlite.evaluation.speed import measure_speed
@@ -32,7 +33,6 @@ from llmlite.models.load import Model, find, load_model, load_tokenizer
 from llmlite.models.save import save_model, storage_dtype
 from llmlite.models.size import linear_shapes
 from llmlite.quantization.bnb import Quantize
-from llmlite.run import Run
 from llmlite.storage import folder_bytes
 
 ROWS: dict[str, dict[str, Any]] = {

@@ -201,10 +201,10 @@ def _unknown_flag(name: str, known: Sequence[str]) -> str:
 def run_recipe(recipe: Recipe) -> None:
     from rich.console import Console
 
+    from llmlite.context import Run
     from llmlite.pipeline import run
     from llmlite.plan import check, size_line
     from llmlite.report import plan_table
-    from llmlite.run import Run
 
     quiet = not _is_main()
     logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)

@@ -26,6 +26,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmlite.context import Run
 from llmlite.data.vocabulary import VOCABULARY
 from llmlite.errors import GateFailed, LlmliteError, OutputError, ResourceError
 from llmlite.gate import COLLAPSE
@@ -33,7 +34,6 @@ from llmlite.models.adapted import adapter_parameters, is_adapted
 from llmlite.plan import check, claim, made_before_adapter
 from llmlite.recipe import Recipe
 from llmlite.report import Report, Row
-from llmlite.run import Run
 from llmlite.step import Step, name_of_step
 from llmlite.storage import damage, folder_bytes, link_or_copy, locked, set_aside, telling, writing_folder
 

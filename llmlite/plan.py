@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from llmlite.config import read_yaml, shorten, to_yaml
+from llmlite.context import Run
 from llmlite.errors import ConfigError, LlmliteError, LoadError, OutputError
 from llmlite.recipe import Recipe
 from llmlite.report import human_bytes
-from llmlite.run import Run
 from llmlite.step import ModelPlan, name_of_step
 from llmlite.storage import require_space, telling, write_text
 from llmlite.training.settings import TrainingStep

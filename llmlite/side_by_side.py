@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from llmlite.run import Run
+    from llmlite.context import Run
 
 __all__ = ["evaluate"]
 
@@ -98,12 +98,12 @@ def _subject(folder: Path, base: str | None, data: str | None) -> tuple[Callable
     """How the model in the folder is loaded, and the run that knows its base and data."""
     import json
 
+    from llmlite.context import Run
     from llmlite.data.settings import Data
     from llmlite.models.load import Model, load_model
     from llmlite.pipeline import load_result
     from llmlite.quantization.safety import make_safe
     from llmlite.recipe import Recipe
-    from llmlite.run import Run
 
     if not folder.is_dir():
         raise LoadError(f"evaluate: no folder {folder}. Give a run's output folder, or a model's.")

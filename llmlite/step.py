@@ -18,7 +18,7 @@ from llmlite.gate import Gate, GateSettings
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from llmlite.run import Run
+    from llmlite.context import Run
 
 __all__ = ["STEPS", "ModelPlan", "Names", "Step", "name_of_step", "parse_step", "step_class"]
 

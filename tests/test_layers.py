@@ -14,7 +14,7 @@ LAYERS = [
     {"config", "errors", "gate", "storage", "step", "layout", "py.typed"},
     {"models", "data", "evaluation.memory"},
     {"training"},
-    {"run", "report", "calibration", "evaluation", "html", "hub"},
+    {"context", "report", "calibration", "evaluation", "html", "hub"},
     {"pruning", "distillation", "quantization", "adapters"},
     {"recipe", "plan", "pipeline", "side_by_side", "shrink"},
     {"recipes", "cli", "commands", "__main__", "__init__"},

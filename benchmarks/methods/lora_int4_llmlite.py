@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import llmlite
+from llmlite.context import Run
 from llmlite.models.save import save_model
-from llmlite.run import Run
 from llmlite.training.trainer import train
 
 parser = argparse.ArgumentParser()

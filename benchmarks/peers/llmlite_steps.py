@@ -11,9 +11,9 @@ import torch
 from common import run
 
 import llmlite
+from llmlite.context import Run
 from llmlite.models.save import save_model, storage_dtype
 from llmlite.quantization.bnb import Quantize
-from llmlite.run import Run
 
 METHODS: dict[str, Any] = {
     "nf4-stock": lambda: Quantize(scheme="nf4", double_quant=False, calibrate=False, report_sequences=0),

@@ -15,7 +15,7 @@ from llmlite.training.settings import PositiveInt
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from llmlite.run import Run
+    from llmlite.context import Run
 
 __all__ = ["Correct"]
 

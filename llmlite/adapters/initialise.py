@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmlite.calibration.blocks import Batch
-    from llmlite.run import Run
+    from llmlite.context import Run
 
 __all__ = ["initialise", "initialise_for_run", "low_rank_correction"]
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from llmlite.run import Run
+    from llmlite.context import Run
 
 __all__ = ["Lora"]
 

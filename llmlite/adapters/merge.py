@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from llmlite.run import Run
+    from llmlite.context import Run
 
 __all__ = ["Merge", "dequantized", "merged", "write_merged"]
 

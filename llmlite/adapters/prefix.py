@@ -20,7 +20,7 @@ from llmlite.training.settings import PositiveInt
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from llmlite.run import Run
+    from llmlite.context import Run
 
 __all__ = ["Prefix"]
 

@@ -15,7 +15,7 @@ from llmlite.training.settings import TrainingStep
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from llmlite.run import Run
+    from llmlite.context import Run
 
 __all__ = ["AdapterStep", "target_shapes"]
 

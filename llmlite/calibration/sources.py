@@ -13,7 +13,7 @@ from llmlite.calibration.mixture import SELF, parse_mixture, shares
 from llmlite.errors import DataError
 
 if TYPE_CHECKING:
-    from llmlite.run import Run
+    from llmlite.context import Run
 
 __all__ = ["calibration_windows", "windows_of"]
 

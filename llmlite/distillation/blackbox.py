@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmlite.adapters.lora import Lora
+    from llmlite.context import Run
     from llmlite.distillation.api.answers import Accepted, Lesson
     from llmlite.distillation.api.asking import Asking
     from llmlite.distillation.api.collect import Budget, Collected
     from llmlite.distillation.api.prompts import Question
-    from llmlite.run import Run
     from llmlite.training.token_loss import TokenLoss
 
 __all__ = ["DistillBlackBox"]

@@ -39,9 +39,9 @@ from llmlite.training.token_loss import IGNORE_INDEX, LogitTransform, next_token
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from llmlite.context import Run
     from llmlite.data.prepare import Prepared
     from llmlite.distillation.teacher import LiveTeacher, TeacherModel
-    from llmlite.run import Run
 
 __all__ = ["CachedTeacher", "Kind", "TeacherCache", "choose_kind", "kinds_on_disk"]
 

@@ -30,8 +30,8 @@ from llmlite.training.token_loss import IGNORE_INDEX
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from llmlite.context import Run
     from llmlite.models.load import Model, Source
-    from llmlite.run import Run
 
 __all__ = ["AlignedTeacher", "LiveTeacher", "Teacher", "TeacherModel"]
 

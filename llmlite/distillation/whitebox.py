@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from llmlite.context import Run
     from llmlite.distillation.cache import TeacherCache
     from llmlite.distillation.teacher import Teacher, TeacherModel
-    from llmlite.run import Run
     from llmlite.training.trainer import Companion, LossMaker
 
 __all__ = ["DistillWhiteBox"]

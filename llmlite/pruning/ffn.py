@@ -18,7 +18,7 @@ from llmlite.step import ModelPlan
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from llmlite.run import Run
+    from llmlite.context import Run
 
 __all__ = ["PruneFfn", "config_with_channels"]
 

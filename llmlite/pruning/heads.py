@@ -19,7 +19,7 @@ from llmlite.step import ModelPlan
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from llmlite.run import Run
+    from llmlite.context import Run
 
 __all__ = ["PruneHeads", "config_with_heads", "nearest_heads"]
 

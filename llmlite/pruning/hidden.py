@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from llmlite.run import Run
+    from llmlite.context import Run
 
 __all__ = ["PruneHidden", "hidden_scores"]
 

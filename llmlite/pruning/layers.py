@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmlite.calibration.blocks import Blocks
+    from llmlite.context import Run
     from llmlite.models.view import BlockView
-    from llmlite.run import Run
 
 __all__ = ["PruneLayers", "calibration_loss", "config_with_layers", "greedy_layers", "influence_of", "influences"]
 

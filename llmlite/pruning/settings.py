@@ -12,7 +12,7 @@ from llmlite.errors import ConfigError
 from llmlite.step import ModelPlan, Step
 
 if TYPE_CHECKING:
-    from llmlite.run import Run
+    from llmlite.context import Run
 
 __all__ = ["ADVICE", "Keep", "UnitStep", "calibration_tokens", "compensated", "planned", "require_plain", "walk_state"]
 

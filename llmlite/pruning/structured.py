@@ -24,8 +24,8 @@ from llmlite.step import ModelPlan
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from llmlite.context import Run
     from llmlite.pruning.units import Cut
-    from llmlite.run import Run
 
 __all__ = ["PruneStructured", "allocate"]
 

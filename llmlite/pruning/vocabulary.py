@@ -24,8 +24,8 @@ from llmlite.step import ModelPlan, Names, Step
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from llmlite.context import Run
     from llmlite.data.text import Rows
-    from llmlite.run import Run
 
 __all__ = ["PruneVocabulary", "length_growth"]
 

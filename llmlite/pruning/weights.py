@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmlite.calibration.blocks import Statistics
+    from llmlite.context import Run
     from llmlite.models.view import BlockView
-    from llmlite.run import Run
 
 __all__ = ["PruneWeights"]
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
+    from llmlite.context import Run
     from llmlite.quantization.calibrate import CalibratedScheme
-    from llmlite.run import Run
 
 __all__ = ["BLOCK_SIZE", "Quantize"]
 

@@ -30,7 +30,7 @@ from llmlite.quantization.stock_format import write_codes
 
 if TYPE_CHECKING:
     from llmlite.calibration.blocks import Batch
-    from llmlite.run import Run
+    from llmlite.context import Run
 
 __all__ = ["CalibratedScheme", "calibrate", "quantization_windows", "towards_dense", "write_calibrated"]
 

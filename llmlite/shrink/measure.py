@@ -102,8 +102,8 @@ def sizes_of(recipe: Recipe, steps: Sequence[dict[str, Any]], folder: Path) -> t
     Raises:
         ConfigError: the steps do not go together, for instance widths that cannot be quantized.
     """
+    from llmlite.context import Run
     from llmlite.models.size import expected_bytes
-    from llmlite.run import Run
 
     context = Run(recipe)
     if not steps:

@@ -93,8 +93,8 @@ def shrink(
         ConfigError: no limit at all, or one that makes no sense.
         RunError: nothing that was tried keeps the limits; says what comes nearest.
     """
+    from llmlite.context import Run
     from llmlite.models.size import expected_bytes
-    from llmlite.run import Run
 
     problems = [f"{name}={value:g} should be above 0." for name, value in _limits(target, max_bytes, max_memory, min_speedup).items() if value <= 0]
     if all(value is None for value in (target, max_bytes, max_memory, min_speedup)):

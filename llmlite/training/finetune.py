@@ -12,7 +12,7 @@ from llmlite.training.settings import TrainingStep
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from llmlite.run import Run
+    from llmlite.context import Run
     from llmlite.training.trainer import Companion, LossMaker
 
 __all__ = ["Finetune", "full_training_plan", "train_all_weights"]

@@ -8,7 +8,7 @@ from llmlite.models.families import family_of
 from llmlite.models.size import expected_bytes, runtime_bytes
 
 if TYPE_CHECKING:
-    from llmlite.run import Run
+    from llmlite.context import Run
     from llmlite.step import ModelPlan
     from llmlite.training.settings import TrainingStep
 

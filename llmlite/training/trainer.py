@@ -31,7 +31,7 @@ from llmlite.training.token_loss import IGNORE_INDEX, CrossEntropy, TokenLoss, n
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from llmlite.run import Run
+    from llmlite.context import Run
 
 __all__ = ["Companion", "LiteTrainer", "train", "trainer_arguments"]
 

@@ -164,7 +164,7 @@ def test_a_chat_template_that_escapes_or_fails_ends_with_a_message(
     recipe = llmlite.Recipe(
         model=str(folder), data=str(pairs_file), output_dir=str(tmp_path / "out"), steps=[llmlite.Lora(r=2)], max_length=32, evaluation_rows=2
     )
-    from llmlite.run import Run
+    from llmlite.context import Run
 
     with pytest.raises(LlmliteError) as refused:
         Run(recipe).evaluation_batches()
@@ -204,7 +204,7 @@ ROWS: dict[str, bytes] = {
 def test_data_that_cannot_be_used_is_refused(name: str, good: Path, tmp_path: Path) -> None:
     file = tmp_path / name
     file.write_bytes(ROWS[name])
-    from llmlite.run import Run
+    from llmlite.context import Run
 
     options: dict[str, Any] = {"model": str(good), "data": str(file), "output_dir": str(tmp_path / "out"), "max_length": 32, "evaluation_rows": 2}
     recipe = llmlite.Recipe(steps=[llmlite.Lora(r=2)], **options)

@@ -10,9 +10,9 @@ import torch
 
 import llmlite
 from llmlite.calibration import sample
+from llmlite.context import Run
 from llmlite.data.settings import Data
 from llmlite.models.load import Source
-from llmlite.run import Run
 from tests.conftest import build_tiny
 
 

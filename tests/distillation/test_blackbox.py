@@ -22,11 +22,11 @@ from transformers import PreTrainedTokenizerFast
 
 import llmlite
 from llmlite.cli import recipe_main
+from llmlite.context import Run
 from llmlite.data.text import read_rows
 from llmlite.distillation.api.teacher import ApiTeacher
 from llmlite.errors import ApiError, ConfigError, RunError
 from llmlite.recipes.distill_blackbox import DistillBlackBox as Preset
-from llmlite.run import Run
 from tests.conftest import save_tiny
 from tests.distillation.fake_api import FakeApi, serving
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import llmlite
+from llmlite.context import Run
 from llmlite.distillation import cache as cache_module
 from llmlite.distillation.cache import TeacherCache, choose_kind
 from llmlite.distillation.objective import Distillation
 from llmlite.distillation.teacher import LiveTeacher, TeacherModel
 from llmlite.errors import RunError
-from llmlite.run import Run
 from llmlite.training.chunked import chunked_head_loss
 from llmlite.training.token_loss import IGNORE_INDEX, next_token_labels
 from tests.conftest import save_tiny

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import llmlite
+from llmlite.context import Run
 from llmlite.distillation.hidden import attention_transfer, hidden_cosine, hidden_mse
 from llmlite.distillation.inner import InnerLosses, InnerWeights, layer_pairs
 from llmlite.errors import Interrupted
-from llmlite.run import Run
 from llmlite.training import trainer as trainer_module
 from tests.conftest import build_tiny, save_tiny, token_ids
 

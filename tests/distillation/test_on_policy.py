@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import llmlite
+from llmlite.context import Run
 from llmlite.data.collate import PackedCollator, PaddedCollator
 from llmlite.distillation.on_policy import OnPolicy, prompts_of, sample_answers
-from llmlite.run import Run
 from llmlite.training.token_loss import IGNORE_INDEX
 from tests.conftest import build_tiny
 

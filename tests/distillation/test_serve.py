@@ -18,11 +18,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmlite
+from llmlite.context import Run
 from llmlite.distillation.api.asking import Asking, probed
 from llmlite.distillation.api.client import Client
 from llmlite.distillation.api.serve import served
 from llmlite.errors import ApiError, ConfigError
-from llmlite.run import Run
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ import yaml
 
 import llmlite
 from llmlite.config import settings
+from llmlite.context import Run
 from llmlite.distillation.inner import InnerLosses, InnerWeights
 from llmlite.errors import ConfigError
 from llmlite.recipe import Recipe
 from llmlite.recipes.distill_whitebox import DistillWhiteBox as Preset
-from llmlite.run import Run
 from llmlite.step import ModelPlan, Step
 from tests.conftest import build_tiny, build_tokenizer, save_tiny
 from tests.distillation.test_uld import other_tokenizer

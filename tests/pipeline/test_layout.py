@@ -10,10 +10,10 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import prepare_multi_gpu_env
 
 import llmlite.plan
+from llmlite.context import Run
 from llmlite.errors import ConfigError
 from llmlite.layout import Layout
 from llmlite.recipe import Recipe
-from llmlite.run import Run
 
 FILES = sorted((Path(__file__).parents[2] / "recipes" / "accelerate").glob("*.yaml"))
 

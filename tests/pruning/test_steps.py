@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 import llmlite
+from llmlite.context import Run
 from llmlite.errors import ConfigError
 from llmlite.evaluation.quality import measure_quality
 from llmlite.models.size import count_zeros, size_of_model
@@ -17,7 +18,6 @@ from llmlite.models.view import ModelView
 from llmlite.pruning.layers import calibration_loss, greedy_layers, influences
 from llmlite.pruning.masks import follows_pattern
 from llmlite.pruning.structured import allocate
-from llmlite.run import Run
 from llmlite.step import ModelPlan, Step
 from tests.conftest import ALL_FAMILIES, FIXED_HEAD_FAMILIES, HEAD_FAMILIES, build_tiny, logits_of, require_stock_reload, tiny_config, token_ids
 

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmlite
+from llmlite.context import Run
 from llmlite.data.settings import Data
 from llmlite.errors import ConfigError
 from llmlite.evaluation.quality import measure_quality, reference_of
@@ -20,7 +21,6 @@ from llmlite.models.size import size_of_config, size_of_model
 from llmlite.models.view import ModelView
 from llmlite.models.vocabulary import narrow_model, narrowed_config
 from llmlite.report import Report
-from llmlite.run import Run
 from tests.conftest import ALL_FAMILIES, build_tiny, logits_of, require_stock_reload, token_ids
 
 KEPT = [0, 1, 2, *range(3, 96, 2)]

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 import llmlite
 from llmlite.calibration.blocks import batches_of
+from llmlite.context import Run
 from llmlite.errors import ConfigError
 from llmlite.evaluation.reload import loading_lines, reload_difference
 from llmlite.quantization import calibrate as calibrate_module
@@ -21,7 +22,6 @@ from llmlite.quantization import nf4
 from llmlite.quantization.calibrate import CalibratedScheme, calibrate, towards_dense, write_calibrated
 from llmlite.quantization.error import error_report, layer_errors
 from llmlite.quantization.safety import make_safe
-from llmlite.run import Run
 from tests.conftest import build_tiny, logits_of, save_tiny, token_ids
 
 

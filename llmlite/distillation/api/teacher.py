@@ -24,8 +24,8 @@ from llmlite.errors import ApiError
 from llmlite.models.load import Model, Source, cache_folder, find, load_config, load_tokenizer
 
 if TYPE_CHECKING:
+    from llmlite.context import Run
     from llmlite.distillation.blackbox import DistillBlackBox
-    from llmlite.run import Run
 
 __all__ = ["ADAPTED", "SERVE", "ApiTeacher"]
 
