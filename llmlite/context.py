@@ -41,6 +41,8 @@ class Run:
     recipe: Recipe
     scratch: Path = Path()
     notes: dict[str, Any] = field(default_factory=dict)
+    blockwise: bool = False
+    """Whether models are loaded block by block; the plan decides it (`llmlite.plan`)."""
     vocabulary: Vocabulary | None = None
     """Which of the base's tokens are left, once a step has taken some away."""
 
@@ -127,13 +129,27 @@ class Run:
     def load_base(self) -> PreTrainedModel:
         """The dense base model, anew, with the tokens that are left: the default teacher, and the start of most recipes."""
         self.source = find(self.recipe.model, weights=True)
-        model = load_model(self.source, self.recipe.model, self.device)
+        model = self.load(self.source.folder)
         if self.vocabulary is None:
             return model
         from llmlite.models.vocabulary import narrow_model
 
         narrowed: PreTrainedModel = narrow_model(model, self.vocabulary.kept_K.tolist())
         return narrowed
+
+    def load(self, folder: Path, **options: Any) -> PreTrainedModel:
+        """The model in a folder, whole, or of a blockwise run one block at a time.
+
+        Args:
+            folder: a stock folder.
+            options: `dtype` and `quantization_config`, where they are not the run's own.
+        """
+        if not self.blockwise:
+            return load_model(folder, self.recipe.model, self.device, **options)
+        from llmlite.models.blockwise import load_blockwise
+
+        self.recipe.folder.mkdir(parents=True, exist_ok=True)
+        return load_blockwise(folder, self.recipe.model, self.device, spill=self.recipe.folder, **options)
 
     def base_name(self) -> str:
         """How an adapter should name its base: the Hub id where there is one, never a path of this machine that nobody else has."""
@@ -248,8 +264,10 @@ class Run:
 
     @property
     def calibration(self) -> str:
-        """The calibration text as a mixture; by default half of it is written by the model itself, which generalises better than any one text."""
-        return self.recipe.data.calibration or f"0.5*self + 0.5*{self.recipe.data.train}"
+        """The calibration text as a mixture; by default half of it is written by the model itself, which generalises better than any one text. A model that is
+        loaded block by block cannot write (each token would read all of it), so there the default is the training text alone."""
+        data = self.recipe.data
+        return data.calibration or (f"0.5*self + 0.5*{data.train}" if self.recipe.model.load == "whole" else data.train)
 
     @cached_property
     def calibration_windows(self) -> Tensor:

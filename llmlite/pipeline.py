@@ -46,6 +46,9 @@ __all__ = ["load_result", "run"]
 
 log = logging.getLogger(__name__)
 
+_SHARDS = "shards"
+_NOT_IN_BLOCKS = "speed and answers: the model was loaded block by block"
+
 
 def run(recipe: Recipe, context: Run | None = None) -> Report:
     """Run a recipe to its end, or continue it.
@@ -133,8 +136,8 @@ class _Pipeline:
     def _base(self) -> Reference:
         from llmlite.evaluation.memory import measured_peak
         from llmlite.evaluation.quality import Reference, reference_of
-        from llmlite.evaluation.sample import sample
         from llmlite.evaluation.speed import measure_speed
+        from llmlite.models.blockwise import is_blockwise
 
         folder = self.out / "steps" / "00-base"
         if not self._usable(folder):
@@ -144,20 +147,20 @@ class _Pipeline:
                 model = self.context.load_base()
                 reference, quality = reference_of(model, self.context.evaluation_batches(), shared=True)
             if self.context.is_main:  # one process writes and is timed, the others keep still
-                speed = measure_speed(model)
+                speed = None if is_blockwise(model) else measure_speed(model)
                 row = Row(
                     "base",
                     model.num_parameters(),
                     folder_bytes(self.context.source.folder),
                     quality.perplexity,
-                    prefill_tokens_per_second=speed.prefill_tokens_per_second,
-                    decode_tokens_per_second=speed.decode_tokens_per_second,
+                    prefill_tokens_per_second=speed and speed.prefill_tokens_per_second,
+                    decode_tokens_per_second=speed and speed.decode_tokens_per_second,
                     peak_memory_bytes=peak.bytes,
                     seconds=time.perf_counter() - started,
                     details={
                         "tokens": quality.tokens,
                         "text": self.context.evaluation_data.fingerprint(),
-                        "sample": sample(model, self.context.tokenizer, self.context.evaluation_data.rows),
+                        **({"not_measured": _NOT_IN_BLOCKS} if speed is None else self._sample(model)),
                     },
                 )
                 with writing_folder(folder) as temporary:
@@ -210,8 +213,8 @@ class _Pipeline:
         from llmlite.evaluation.energy import measured_energy
         from llmlite.evaluation.memory import measured_peak
         from llmlite.evaluation.quality import measure_quality
-        from llmlite.evaluation.sample import sample
         from llmlite.evaluation.speed import measure_speed
+        from llmlite.models.blockwise import is_blockwise
         from llmlite.models.save import settle
         from llmlite.quantization.safety import packed_generation
 
@@ -226,16 +229,22 @@ class _Pipeline:
         device = self.context.device.type
         with measured_energy(device, estimate=self.recipe.estimate_energy) as energy, measured_peak(device) as peak, _memory_advice(name):
             model = self._apply(index, step)
-            if not is_adapted(model):
+            if is_blockwise(model):
+                model = self._written(model, scratch / _SHARDS)
+            elif not is_adapted(model):
                 settle(model, self.context.storage_dtype)
         self.context.note(energy=energy.to_json())
         seconds = time.perf_counter() - started
         log.info("step %d of %d: %s took %.0f s; measuring", index + 1, len(self.recipe.steps), name, seconds)
         quality = measure_quality(model, self.context.evaluation_batches(), self.context.over_present_tokens(reference), shared=True)
         if self.context.is_main:  # one process writes and is timed, the others keep still
-            with packed_generation(model):  # as stock transformers runs it
-                speed = measure_speed(model)
-                self.context.note(sample=sample(model, self.context.tokenizer, self.context.evaluation_data.rows))
+            speed = None
+            if is_blockwise(model):
+                self.context.note(not_measured=_NOT_IN_BLOCKS)
+            else:
+                with packed_generation(model):  # as stock transformers runs it
+                    speed = measure_speed(model)
+                    self.context.note(**self._sample(model))
             row = Row(
                 name,
                 _logical_parameters(model),
@@ -243,8 +252,8 @@ class _Pipeline:
                 quality.perplexity,
                 quality.kl,
                 quality.top1_agreement,
-                speed.prefill_tokens_per_second,
-                speed.decode_tokens_per_second,
+                speed and speed.prefill_tokens_per_second,
+                speed and speed.decode_tokens_per_second,
                 peak.bytes,
                 seconds,
                 dict(self.context.notes),
@@ -257,7 +266,23 @@ class _Pipeline:
                     shutil.move(extra, temporary / extra.name)
             shutil.rmtree(scratch, ignore_errors=True)
         self.context.wait()
-        self.model = model
+        self.model = None if is_blockwise(model) else model  # its files have moved
+
+    def _written(self, model: PreTrainedModel, shards: Path) -> PreTrainedModel:
+        """What a step made of a blockwise model, from the stock folder that it is written to, block by block."""
+        from llmlite.models.blockwise import write_blockwise
+
+        if not (shards / "model.safetensors.index.json").is_file():
+            log.info("writing the new shards")
+            write_blockwise(model, shards, self.context.storage_dtype)
+        del model
+        gc.collect()
+        return self._loaded(shards)
+
+    def _sample(self, model: PreTrainedModel) -> dict[str, Any]:
+        from llmlite.evaluation.sample import sample
+
+        return {"sample": sample(model, self.context.tokenizer, self.context.evaluation_data.rows)}
 
     def _gate(self, index: int, row: Row) -> None:
         """Stop when a step's figures cross its gate; without a gate, warn of a collapse.
@@ -289,9 +314,16 @@ class _Pipeline:
         return step.apply(model, self.context)
 
     def _save(self, model: PreTrainedModel, folder: Path) -> None:
+        from llmlite.models.blockwise import shelf_of
         from llmlite.models.save import save_model
 
-        save_model(model, folder, self.context.storage_dtype, self.context.base_name())
+        shelf = shelf_of(model)
+        if shelf is None:
+            save_model(model, folder, self.context.storage_dtype, self.context.base_name())
+        else:
+            assert shelf.folder is not None  # see `_written`
+            for file in shelf.folder.iterdir():
+                link_or_copy(file, folder / file.name)
         self.context.tokenizer.save_pretrained(folder)
         if self.context.vocabulary is not None:
             self.context.vocabulary.save(folder / VOCABULARY)
@@ -303,9 +335,6 @@ class _Pipeline:
         return self._folder(index - 1) if index else self.context.source.folder
 
     def _reload(self, index: int) -> PreTrainedModel:
-        from llmlite.models.load import load_model
-        from llmlite.quantization.safety import make_safe
-
         folder = self._folder(index)
         if (folder / "adapter_config.json").is_file():
             from llmlite.adapters.load import load_adapter
@@ -314,7 +343,12 @@ class _Pipeline:
                 index -= 1
             base = self._reload(index - 1) if index else self.context.load_base()
             return load_adapter(base, folder, is_trainable=True)
-        model = load_model(folder, self.recipe.model, self.context.device)
+        return self._loaded(folder)
+
+    def _loaded(self, folder: Path) -> PreTrainedModel:
+        from llmlite.quantization.safety import make_safe
+
+        model = self.context.load(folder)
         make_safe(model)
         return model
 
@@ -325,7 +359,8 @@ class _Pipeline:
     # the result -----------------------------------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
-        from llmlite.evaluation.reload import loading_lines, require_reload
+        from llmlite.evaluation.reload import loading_lines, offloaded_lines, require_reload
+        from llmlite.models.blockwise import is_blockwise
         from llmlite.html.page import write_page
         from llmlite.hub.base import describe_base
         from llmlite.hub.card import write_card
@@ -339,7 +374,10 @@ class _Pipeline:
         dtype = str(self.context.compute_dtype).removeprefix("torch.")
         self.report.loading = loading_lines(self.out, self._base_of(last) if is_adapted(self.model) else None, dtype)
         log.info("reloading the result in a fresh process")
-        self.report.reload_difference = require_reload(self.model, self.report.loading)
+        lines = self.report.loading
+        if is_blockwise(self.model) and getattr(self.model, "hf_quantizer", None) is None:
+            lines = offloaded_lines(self.model, self.out, dtype)  # the whole of it would not fit
+        self.report.reload_difference = require_reload(self.model, lines)
         adapter = is_adapted(self.model)
         self.report.base = describe_base(self.context.source, self.model.config if adapter else None, made_before_adapter(self.recipe) if adapter else None)
         self.report.save()

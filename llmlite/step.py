@@ -105,6 +105,13 @@ class Step:
         """
         raise NotImplementedError(f"{type(self).__name__} does not define check(model, run)")
 
+    def no_blocks(self) -> str:
+        """Why the step cannot work on a model of which one block at a time is in memory (`load: blocks`), or "" when it can.
+
+        A step that can treats blocks within `llmlite.models.blockwise.present`, through `walk_blocks` say, and hands back a blockwise model.
+        """
+        return "it works on the whole model"
+
     def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
         """Do it: take the model, return the model that the next step gets. The caller saves it."""
         raise NotImplementedError(f"{type(self).__name__} does not define apply(model, run)")

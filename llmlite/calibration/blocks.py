@@ -2,7 +2,8 @@
 
 The stock forward pass is run once with every block replaced by the identity, which shows what it hands to each block (attention masks, rotary embeddings,
 positions), for every family alike. After that only the hidden states at the entrance of one block and the statistics of this block are held: memory
-grows with the widest block and the calibration tokens, not with the number of layers.
+grows with the widest block and the calibration tokens, not with the number of layers. Of a model that is loaded block by block (`llmlite.models.blockwise`) no
+more is in memory than that, and hidden states of many tokens lie in files.
 
 Under torchrun each process walks with its own share of the batches and the sums are added up, so that all of them see what one process would have seen.
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,17 +26,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmlite.calibration.moments import Moments
+from llmlite.models.blockwise import present, replace, shelf_of
 from llmlite.models.view import BlockView, ModelView
 from llmlite.storage import damage, writing_folder
+from llmlite.training.backbone import hidden_and_head
 
-__all__ = ["Blocks", "Statistics", "Walk", "batches_of", "least_over_processes", "skipping", "walk_blocks"]
+__all__ = ["Blocks", "Statistics", "Walk", "batches_of", "last_hidden", "least_over_processes", "skipping", "walk_blocks"]
 
 log = logging.getLogger(__name__)
 
 HELD_OUT_EVERY = 4
 """One batch of this many is held out: its sums are kept apart, to choose damping on."""
+SPILL_BYTES = 1_000_000_000
+"""Of a model that is loaded block by block, hidden states beyond so many bytes lie in files."""
 
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Any]
 Change = Callable[[BlockView, "dict[str, Statistics]"], "Mapping[str, Any] | None"]
 
 
@@ -63,18 +69,18 @@ def batches_of(windows_NT: Tensor, *, most: int = 8) -> list[dict[str, Tensor]]:
 
 
 @contextmanager
-def skipping(blocks: Collection[BlockView], seen: Callable[[BlockView, tuple[Any, ...], dict[str, Any]], None] | None = None) -> Iterator[None]:
-    """Let some blocks do nothing: they return the hidden states they were given. `seen` is shown the arguments of each call."""
+def skipping(blocks: Collection[BlockView], seen: Callable[[BlockView, tuple[Any, ...], dict[str, Any]], Tensor | None] | None = None) -> Iterator[None]:
+    """Let some blocks do nothing: they return the hidden states they were given. `seen` is shown the arguments of each call, and may give others to return."""
 
     def identity(block: BlockView) -> Callable[..., Tensor]:
         def forward(*args: Any, **kwargs: Any) -> Tensor:
-            if seen is not None:
-                seen(block, args, kwargs)
+            instead = None if seen is None else seen(block, args, kwargs)
             hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-            return hidden
+            return hidden if instead is None else instead
 
         return forward
 
+    before = {block.name: block.module.__dict__.get("forward") for block in blocks}
     for block in blocks:
         block.module.forward = identity(block)
     try:
@@ -82,6 +88,8 @@ def skipping(blocks: Collection[BlockView], seen: Callable[[BlockView, tuple[Any
     finally:
         for block in blocks:
             del block.module.__dict__["forward"]
+            if before[block.name] is not None:
+                block.module.forward = before[block.name]
 
 
 class _AllSeenError(Exception):
@@ -111,39 +119,55 @@ class Blocks:
         self.hidden: list[Tensor] = []
         self.real: list[Tensor | None] = []  # (B, T) bool, None where every token is real
         self._calls: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        shelf = shelf_of(model)
+        self._spill = None if shelf is None else shelf.spill
         device = next(self.view.embedding.parameters()).device
         with torch.no_grad():
             for place in self.places:
-                self._enter({name: tensor.to(device) for name, tensor in batches[place].items()})
+                self._enter({name: value.to(device) if isinstance(value, Tensor) else value for name, value in batches[place].items()})
 
-    def _enter(self, batch: dict[str, Tensor]) -> None:
+    def _enter(self, batch: dict[str, Any]) -> None:
         calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         entrance: list[Tensor] = []
 
-        def seen(block: BlockView, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def seen(block: BlockView, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
             if block.index == 0:
                 entrance.append(args[0] if args else kwargs["hidden_states"])
             kept = {name: value for name, value in kwargs.items() if name not in ("hidden_states", "past_key_values", "use_cache")}
             calls[block.index] = (args[1:], kept)
+            return None
 
         with skipping(self.view.blocks, seen), _without_head(self.view):
-            self.view.model(**batch, use_cache=False)
+            self.view.model(**{**batch, "use_cache": False})
         mask = batch.get("attention_mask")
         self.real.append(None if mask is None or bool(mask.all()) else mask.bool())
-        self.hidden.append(entrance[0])
+        self.hidden.append(self._kept(len(self.hidden), entrance[0]))
         self._calls.append(calls)
+
+    def _kept(self, index: int, hidden_BTD: Tensor) -> Tensor:
+        """The hidden states of batch `index`, in a file that goes with them where those before it fill the memory that they may take."""
+        if self._spill is None or index * hidden_BTD.nbytes < SPILL_BYTES:
+            return hidden_BTD
+        with tempfile.NamedTemporaryFile(dir=self._spill, prefix=".hidden-") as file:
+            stored = torch.from_file(file.name, shared=True, size=hidden_BTD.numel(), dtype=hidden_BTD.dtype)
+        return stored.view(hidden_BTD.shape).copy_(hidden_BTD)
 
     @torch.no_grad()
     def run(self, block: BlockView, index: int, hidden_BTD: Tensor) -> Tensor:
         """One batch through one block."""
         args, kwargs = self._calls[index][block.index]
-        output = block.module(hidden_BTD, *args, **kwargs)
+        output = block.module(hidden_BTD.to(next(block.module.parameters()).device), *args, **kwargs)
         leaving: Tensor = output[0] if isinstance(output, tuple) else output
         return leaving
 
+    def through(self, block: BlockView, hidden: Sequence[Tensor]) -> list[Tensor]:
+        """All batches through one block, from these hidden states."""
+        return [self._kept(index, self.run(block, index, hidden_BTD)) for index, hidden_BTD in enumerate(hidden)]
+
     def advance(self, block: BlockView) -> None:
         """All batches through one block."""
-        self.hidden = [self.run(block, index, hidden) for index, hidden in enumerate(self.hidden)]
+        for index, hidden_BTD in enumerate(self.hidden):
+            self.hidden[index] = self._kept(index, self.run(block, index, hidden_BTD))
 
     def tokens(self, index: int, values_BTX: Tensor) -> Tensor:
         """The values of the real tokens of batch `index`, (N, X). Some families (opt) have flattened them to (B * T, X) already."""
@@ -215,6 +239,24 @@ class Blocks:
         return [float(value) for value in total]
 
 
+@torch.no_grad()
+def last_hidden(model: nn.Module, batches: Sequence[Batch]) -> Iterator[Tensor]:
+    """What enters the output head, (B, T, D), for each batch: all batches through one block, then through the next, so that each block is loaded once."""
+    stream = Blocks(model, batches)
+    blocks = stream.view.blocks
+    for block in blocks:
+        with present(block):
+            stream.advance(block)
+    for index, batch in enumerate(batches):
+        leaving = stream.hidden[index]
+
+        def seen(block: BlockView, _args: tuple[Any, ...], _kwargs: dict[str, Any], leaving: Tensor = leaving) -> Tensor | None:
+            return leaving if block.index == len(blocks) - 1 else None
+
+        with skipping(blocks, seen):
+            yield hidden_and_head(stream.view.model, batch).hidden
+
+
 def least_over_processes(count: int, device: torch.device) -> int:
     """The smallest of the numbers that the processes give: how far all of them have come."""
     if _rank_and_processes()[1] == 1:
@@ -250,12 +292,14 @@ class Walk:
         target: "own": repair towards the outputs that the present inputs give; "dense": towards the dense model's outputs, which also corrects for the
             blocks before and costs one more pass. Needs inputs "compressed".
         dtype: of the sums.
+        keeps: whether weights change and are kept. False for walks that only look.
     """
 
     stages: Sequence[Sequence[str]] = field(default_factory=tuple)
     inputs: str = "compressed"
     target: str = "own"
     dtype: torch.dtype = torch.float32
+    keeps: bool = True
 
 
 @torch.no_grad()
@@ -268,11 +312,17 @@ def walk_blocks(model: nn.Module, batches: Sequence[Batch], walk: Walk, change: 
         walk: see `Walk`.
         change: called for each block and stage with the block and its statistics by role. It writes into the weights (`linear.weight_OI`, `linear.bias`)
             and returns plain values to remember, for instance which units stay.
-        state: a folder; each block's changed weights are kept there, and a walk that was stopped goes on behind the last block that is complete.
+        state: a folder; each block's changed weights are kept there, and a walk that was stopped goes on behind the last block that is complete. A model
+            that is loaded block by block has its changed blocks there and nowhere else.
 
     Returns:
         For each block what `change` returned, the stages merged.
+
+    Raises:
+        ValueError: changed blocks have nowhere to stay.
     """
+    if state is None and walk.keeps and shelf_of(model) is not None:
+        raise ValueError("a model that is loaded block by block needs a folder for its changed blocks (state)")
     stream = Blocks(model, batches)
     dense = list(stream.hidden) if walk.target == "dense" else None
     complete = _complete(stream, state)
@@ -280,33 +330,41 @@ def walk_blocks(model: nn.Module, batches: Sequence[Batch], walk: Walk, change: 
     for block in stream.view.blocks:
         folder = None if state is None else state / f"block-{block.index:03d}"
         done = block.index < complete
-        if walk.inputs == "dense" and done:
-            stream.advance(block)
-        ahead = [stream.run(block, index, hidden) for index, hidden in enumerate(dense)] if dense is not None else None
-        if done and folder is not None:
-            if not remembered:
-                log.info("continuing behind block %d", complete - 1)
-            remembered.append(_restore(block, folder))
-        else:
-            notes: dict[str, Any] = {}
-            after: list[Tensor] | None = None
-            for stage in walk.stages:
-                found = stream.collect(block, stage, dense=dense, dtype=walk.dtype)
-                if walk.inputs == "dense" and after is None:
-                    after = [stream.run(block, index, hidden) for index, hidden in enumerate(stream.hidden)]
-                notes |= change(block, found) or {}
-                del found
-            if walk.inputs == "dense" and after is not None:
-                stream.hidden = after
-            if folder is not None:
-                _keep(block, notes, folder)
-            remembered.append(notes)
-            log.info("block %d of %d", block.index + 1, len(stream.view.blocks))
-        if walk.inputs != "dense":
-            stream.advance(block)
+        if done and not remembered:
+            log.info("continuing behind block %d", complete - 1)
+        with present(block):
+            if walk.inputs == "dense" and done:
+                stream.advance(block)
+            ahead = None if dense is None else stream.through(block, dense)
+            if done and folder is not None:
+                remembered.append(_restore(block, folder))
+            else:
+                remembered.append(_visit(block, stream, walk, change, dense))
+                if folder is not None:
+                    _keep(block, remembered[-1], folder, walk.keeps)
+                log.info("block %d of %d", block.index + 1, len(stream.view.blocks))
+            if walk.inputs != "dense":
+                stream.advance(block)
+        if folder is not None and walk.keeps:
+            replace(block, folder / "block.safetensors")
         if ahead is not None:
             dense = ahead
     return remembered
+
+
+def _visit(block: BlockView, stream: Blocks, walk: Walk, change: Change, dense: list[Tensor] | None) -> dict[str, Any]:
+    """Statistics and change of one block, stage by stage; of a walk with dense inputs the stream is behind the block afterwards."""
+    notes: dict[str, Any] = {}
+    after: list[Tensor] | None = None
+    for stage in walk.stages:
+        found = stream.collect(block, stage, dense=dense, dtype=walk.dtype)
+        if walk.inputs == "dense" and after is None:
+            after = stream.through(block, stream.hidden)
+        notes |= change(block, found) or {}
+        del found
+    if after is not None:
+        stream.hidden = after
+    return notes
 
 
 def _complete(stream: Blocks, state: Path | None) -> int:
@@ -317,15 +375,17 @@ def _complete(stream: Blocks, state: Path | None) -> int:
     return least_over_processes(found, next(stream.view.embedding.parameters()).device)
 
 
-def _keep(block: BlockView, notes: dict[str, Any], folder: Path) -> None:
+def _keep(block: BlockView, notes: dict[str, Any], folder: Path, weights: bool) -> None:
     with writing_folder(folder) as temporary:
-        save_file({name: parameter.detach().contiguous().cpu() for name, parameter in block.module.named_parameters()}, temporary / "block.safetensors")
+        if weights:
+            save_file({name: parameter.detach().contiguous().cpu() for name, parameter in block.module.named_parameters()}, temporary / "block.safetensors")
         (temporary / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
 
 
 def _restore(block: BlockView, folder: Path) -> dict[str, Any]:
-    stored = load_file(folder / "block.safetensors")
-    for name, parameter in block.module.named_parameters():
-        parameter.data.copy_(stored[name])
+    if (folder / "block.safetensors").is_file():
+        stored = load_file(folder / "block.safetensors")
+        for name, parameter in block.module.named_parameters():
+            parameter.data.copy_(stored[name])
     notes: dict[str, Any] = json.loads((folder / "notes.json").read_text(encoding="utf-8"))
     return notes

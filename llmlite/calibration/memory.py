@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["walk_bytes"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["blockwise_bytes", "walk_bytes"]
 
 
 def walk_bytes(config: Any, tokens: int) -> int:
@@ -20,3 +23,24 @@ def walk_bytes(config: Any, tokens: int) -> int:
         return 0
     widths = {in_features for _, in_features in linear_shapes(config).values()}
     return int(4 * (2 * tokens * config.get_text_config().hidden_size + 2 * sum(width**2 for width in widths) + 3 * max(widths) ** 2))
+
+
+def blockwise_bytes(config: Any, dtype: torch.dtype, tokens: int, measured_tokens: int) -> int:
+    """Expected bytes of a model in blocks and of what is done with it: what lies outside the blocks, one block twice (as it is and as it will be), and the walk
+    or the hidden states of the held-out tokens, as far as they are not in files.
+
+    Args:
+        config: of the model.
+        dtype: of its weights.
+        tokens: calibration tokens.
+        measured_tokens: tokens that are measured on, at most.
+    """
+    from llmlite.calibration.blocks import SPILL_BYTES
+    from llmlite.models.size import size_of_config
+
+    size = size_of_config(config)
+    layers = max(1, config.get_text_config().num_hidden_layers)
+    weights = dtype.itemsize * (size.parameters - size.decoder + 2 * -(-size.decoder // layers))
+    hidden = min(SPILL_BYTES, dtype.itemsize * config.get_text_config().hidden_size * max(tokens, measured_tokens))
+    sums = walk_bytes(config, tokens) - 4 * 2 * tokens * config.get_text_config().hidden_size
+    return int(weights + 2 * hidden + sums)

@@ -26,6 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from llmlite.calibration.blocks import last_hidden
+from llmlite.models.blockwise import is_blockwise
 from llmlite.training.backbone import hidden_and_head, logit_transform
 from llmlite.training.chunked import head_logits
 from llmlite.training.token_loss import IGNORE_INDEX, LogitTransform, next_token_labels
@@ -191,14 +193,18 @@ def _hidden(model: PreTrainedModel, batches: Iterable[Batch]) -> Iterable[tuple[
     was_training = model.training
     model.eval()
     device = model.get_input_embeddings().weight.device
+    batches = list(batches)
+    inputs = [
+        {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items() if key not in ("labels", "starts")} for batch in batches
+    ]
+    hidden = last_hidden(model, inputs) if is_blockwise(model) else (hidden_and_head(model, each).hidden for each in inputs)
     try:
         quiet = True if _rank_and_processes()[0] else None  # None: no bar where nobody looks
-        for batch in tqdm(list(batches), desc="measuring", leave=False, disable=quiet):
-            inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items() if key not in ("labels", "starts")}
+        for batch, hidden_BTD in zip(tqdm(batches, desc="measuring", leave=False, disable=quiet), hidden, strict=True):
             labels_BT = next_token_labels(batch["labels"].to(device))
             counted_BT = labels_BT != IGNORE_INDEX
             starts_BT = counted_BT if "starts" not in batch else next_token_labels(batch["starts"].to(device)) == 1
-            yield hidden_and_head(model, inputs).hidden[counted_BT], labels_BT[counted_BT], starts_BT[counted_BT]
+            yield hidden_BTD[counted_BT], labels_BT[counted_BT], starts_BT[counted_BT]
     finally:
         model.train(was_training)
 

@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import save_file
 
 from llmlite.errors import RunError
+from llmlite.models.view import ModelView
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["adapter_loader", "loading_lines", "reload_difference", "require_reload"]
+__all__ = ["adapter_loader", "loading_lines", "offloaded_lines", "reload_difference", "require_reload"]
 
 # No llmlite in here but what the lines name: this is what a stranger would run.
 _SCRIPT = """
@@ -58,6 +59,16 @@ def loading_lines(folder: Path | str, base: Path | str | None = None, dtype: str
         f'base = AutoModelForCausalLM.from_pretrained("{base}"{options})\n'
         f'model = {load}(base, "{folder}")'
     )
+
+
+def offloaded_lines(model: PreTrainedModel, folder: Path | str, dtype: str) -> str:
+    """The Python lines that load a dense result with stock transformers while its blocks stay on disk, read at each forward pass."""
+    view = ModelView(model)
+    outside = [name for name, module in model.named_modules() if module not in {b.module for b in view.blocks} and not list(module.children())]
+    inside = tuple(f"{block.name}." for block in view.blocks)
+    places = {name: "cpu" for name in outside if not name.startswith(inside)} | {block.name: "disk" for block in view.blocks}
+    return f"""import tempfile; from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="{dtype}", device_map={places}, offload_folder=tempfile.mkdtemp())"""
 
 
 def adapter_loader(folder: Path) -> tuple[str, str]:

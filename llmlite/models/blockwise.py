@@ -133,10 +133,7 @@ def is_blockwise(model: nn.Module) -> bool:
 
 def shelf_of(model: nn.Module) -> Shelf | None:
     """The shelf of a model of which one block at a time is in memory, or None for a whole one."""
-    from transformers import PreTrainedModel
-
-    blocks = ModelView(model).blocks if isinstance(model, PreTrainedModel) else []
-    return blocks[0].module.__dict__.get("shelf") if blocks else None
+    return next((module.__dict__["shelf"] for module in model.modules() if "shelf" in module.__dict__), None)
 
 
 @contextmanager

@@ -242,10 +242,14 @@ def count_zeros(source: nn.Module | str | Path) -> Zeros:
 
 
 def _zeros_in_model(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
-    for linear in ModelView(unwrap(model)).linears():
-        weight = linear.base.weight
-        code = weight.quant_state.code if getattr(weight, "quant_state", None) is not None else None
-        yield linear.name, _zeros(weight.data, code)
+    from llmlite.models.blockwise import present
+
+    for block in ModelView(unwrap(model)).blocks:
+        with present(block):
+            for linear in block.linears.values():
+                weight = linear.base.weight
+                code = weight.quant_state.code if getattr(weight, "quant_state", None) is not None else None
+                yield linear.name, _zeros(weight.data, code)
 
 
 def _zeros_in_folder(folder: Path) -> Iterator[tuple[str, tuple[int, int]]]:

@@ -56,11 +56,13 @@ def owl_sparsities(outliers_L: Sequence[float], sparsity: float, reach: float) -
 def measure_outliers(model: PreTrainedModel, windows_NT: Tensor, factor: float) -> list[float]:
     """`outlier_share` of every block of the dense model, in one pass."""
     from llmlite.calibration.blocks import Blocks, batches_of
+    from llmlite.models.blockwise import present
 
     stream, found = Blocks(model, batches_of(windows_NT)), []
     for block in stream.view.blocks:
-        statistics = stream.collect(block, list(block.linears))
-        found.append(outlier_share([(block.linears[role].weight_OI, heard.all.norm_I) for role, heard in statistics.items()], factor))
-        del statistics
-        stream.advance(block)
+        with present(block):
+            statistics = stream.collect(block, list(block.linears))
+            found.append(outlier_share([(block.linears[role].weight_OI, heard.all.norm_I) for role, heard in statistics.items()], factor))
+            del statistics
+            stream.advance(block)
     return found

@@ -39,6 +39,10 @@ class UnitStep(Step):
     """What the repaired projection aims at: own (its old outputs on the same inputs), or dense (the dense model's outputs, which also corrects the blocks
     before; one pass dearer)."""
 
+    def no_blocks(self) -> str:
+        """See `Step.no_blocks`."""
+        return "score: taylor needs gradients of the whole model; the other scores need none" if self.score == "taylor" else ""
+
 
 def require_plain(model: ModelPlan, name: str) -> None:
     """Refuse a model with an adapter.

@@ -72,6 +72,12 @@ class PruneStructured(UnitStep):
         parts = [f"{cut.keep} of {cut.units} {'FFN channels' if cut.kind == 'ffn' else cut.kind.replace('_', ' ')}" for cut in cuts]
         return planned(model, config, run, calibrated=bool(cuts), notes=(f"{share:.1%} of the decoder stays: {', '.join(parts) or 'everything'}",))
 
+    def no_blocks(self) -> str:
+        """See `Step.no_blocks`."""
+        if self.spread == "measured":
+            return "spread: measured tries out whole models; spread: auto, ffn or query_heads+ffn does not"
+        return "head_score: taylor needs gradients of the whole model; the other scores need none" if self.head_score == "taylor" else super().no_blocks()
+
     def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
         """One walk through the blocks, then slice."""
         from llmlite.pruning.units import cut_units

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llmlite.calibration.blocks import Statistics, Walk, batches_of, walk_blocks
-from llmlite.models.rebuild import rebuild
+from llmlite.models.blockwise import rebuilt
 from llmlite.models.slicing import take_ffn_channels, take_kv_groups, take_query_heads, with_zero_biases
 from llmlite.models.view import BlockView, LinearView, ModelView
 from llmlite.pruning import scores
@@ -81,7 +82,7 @@ def cut_units(
         return model, {}
     if step.bias_compensation:
         roles = {cut.role for cut in cuts}
-        model = rebuild(model, *with_zero_biases(ModelView(model), attention="o" in roles, ffn="down" in roles))
+        model = rebuilt(model, partial(with_zero_biases, attention="o" in roles, ffn="down" in roles))
     batches = batches_of(windows_NT)
     gradients = gradients_for(model, windows_NT, cuts, step)
 
@@ -98,7 +99,7 @@ def cut_units(
     for cut in cuts:
         keep = [notes[cut.kind]["keep"] for notes in remembered]
         take = {"ffn": take_ffn_channels, "kv_groups": take_kv_groups, "query_heads": take_query_heads}[cut.kind]
-        model = rebuild(model, *take(ModelView(model), keep))
+        model = rebuilt(model, partial(take, keep=keep))
         figures[cut.kind] = {
             "units": cut.units,
             "removed": [sorted(set(range(cut.units)) - set(kept)) for kept in keep],

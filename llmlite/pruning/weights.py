@@ -105,6 +105,10 @@ class PruneWeights(Step):
         calibrated = (self.method != "magnitude" or self.allocation == "owl") and share > 0
         return planned(model, model.config, run, calibrated=calibrated, notes=(note,), form="sparse" if share else None)
 
+    def no_blocks(self) -> str:
+        """See `Step.no_blocks`."""
+        return ""
+
     @property
     def pattern(self) -> tuple[int, int] | None:
         """(N, M), or None for a share of zeros."""
@@ -130,11 +134,10 @@ class PruneWeights(Step):
             return self._change(block, found, shares_L[block.index])
 
         with torch.no_grad():
+            walk = Walk(stages=_STAGES if self.inputs == "compressed" else (tuple(role for stage in _STAGES for role in stage),), inputs=self.inputs)
             if self.method == "magnitude":
-                for linear in ModelView(model).linears():
-                    linear.weight_OI.mul_(self._mask(linear.weight_OI.float().abs(), shares_L[linear.block]))
+                walk_blocks(model, [], Walk(stages=((),)), change, walk_state(run))  # nothing to hear, and resumed as the others are
             else:
-                walk = Walk(stages=_STAGES if self.inputs == "compressed" else (tuple(role for stage in _STAGES for role in stage),), inputs=self.inputs)
                 walk_blocks(model, batches_of(run.calibration_windows), walk, change, walk_state(run))
         zeros = count_zeros(model)
         run.note(zeros=zeros.zeros, weights=zeros.weights, sparsity=zeros.sparsity)
@@ -164,6 +167,9 @@ class PruneWeights(Step):
         from llmlite.pruning.scores import wanda_score
         from llmlite.pruning.sparsegpt import sparsegpt
 
+        if self.method == "magnitude":
+            for linear in block.linears.values():
+                linear.weight_OI.mul_(self._mask(linear.weight_OI.float().abs(), share))
         for role, statistics in found.items():
             weight_OI, moments = block.linears[role].weight_OI, statistics.all
             if self.method == "wanda":

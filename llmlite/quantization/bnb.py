@@ -105,10 +105,19 @@ class Quantize(Step):
             notes=tuple(notes),
         )
 
+    def no_blocks(self) -> str:
+        """See `Step.no_blocks`."""
+        return ""
+
     def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
         """Save the dense model to a scratch folder and reload it quantized."""
+        from llmlite.models.blockwise import shelf_of
         from llmlite.storage import damage, writing_folder
 
+        shelf = shelf_of(model)
+        if shelf is not None:
+            assert shelf.folder is not None  # the pipeline has written what the step before left
+            return self._quantized(model, run, shelf.folder)
         folder = run.scratch / "dense"
         if run.is_main and damage(folder) is not None:
             with writing_folder(folder) as temporary:
@@ -163,10 +172,9 @@ class Quantize(Step):
         return CalibratedScheme(self.scheme, self.double_quant, self.damping, self.sweeps, skip=self._skipped(model))
 
     def _load(self, run: Run, folder: Path, config: BitsAndBytesConfig) -> PreTrainedModel:
-        from llmlite.models.load import load_model
         from llmlite.quantization.safety import make_safe
 
-        model = load_model(folder, run.recipe.model, run.device, quantization_config=config, dtype=self._dense_dtype(run))
+        model = run.load(folder, quantization_config=config, dtype=self._dense_dtype(run))
         make_safe(model)
         return model
 

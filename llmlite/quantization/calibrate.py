@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmlite.calibration.blocks import Statistics, Walk, walk_blocks
+from llmlite.models.blockwise import is_blockwise, shelf_of
 from llmlite.models.view import BlockView, ModelView
 from llmlite.quantization.nf4 import DoubleScales, calibrated_codes, dequantize, grid_of, output_error
 from llmlite.quantization.stock_format import write_codes
@@ -88,7 +89,7 @@ def calibrate(model: nn.Module, batches: Sequence[Batch], how: CalibratedScheme,
     """Choose codes and scales for every projection.
 
     Args:
-        model: the dense model, in eval mode. Afterwards its weights are the quantized ones.
+        model: the dense model, in eval mode. Afterwards the weights of a whole model are the quantized ones.
         batches: calibration inputs.
         how: see `CalibratedScheme`.
         codes: folder for codes and scales, one file for each layer.
@@ -123,7 +124,9 @@ def calibrate(model: nn.Module, batches: Sequence[Batch], how: CalibratedScheme,
         return errors
 
     families = ModelView(model).family.linears
-    notes = walk_blocks(model, batches, Walk(stages=(tuple(families),), inputs=how.inputs, target=how.target), change, state)
+    # of a model that is loaded block by block the codes are all that is needed, unless later blocks hear the quantized ones
+    keeps = how.inputs == "compressed" or not is_blockwise(model)
+    notes = walk_blocks(model, batches, Walk(stages=(tuple(families),), inputs=how.inputs, target=how.target, keeps=keeps), change, state)
     return {name: float(error) for block in notes for name, error in block.items()}
 
 
@@ -137,12 +140,20 @@ def write_calibrated(model: nn.Module, codes: Path, scheme: Literal["nf4", "fp4"
         scheme: the model's.
     """
     grid = grid_of(scheme)
-    layers = {linear.name: linear.base for linear in ModelView(model).linears()}
-    files = sorted(codes.glob("*.safetensors"))
-    for file in files:
-        index_OI, scales_OB, double = _read(file)
-        write_codes(layers[file.name.removesuffix(".safetensors")], index_OI, scales_OB, grid, double)
-    return len(files)
+
+    def put(block: BlockView) -> int:
+        files = {linear: codes / f"{linear.name}.safetensors" for linear in block.linears.values()}
+        there = {linear: file for linear, file in files.items() if file.is_file()}
+        for linear, file in there.items():
+            index_OI, scales_OB, double = _read(file)
+            write_codes(linear.base, index_OI, scales_OB, grid, double)
+        return len(there)
+
+    shelf = shelf_of(model)
+    if shelf is not None:  # each block when it is brought in
+        shelf.arrived = put
+        return len(list(codes.glob("*.safetensors")))
+    return sum(put(block) for block in ModelView(model).blocks)
 
 
 def _keep(file: Path, index_OI: Tensor, scales_OB: Tensor, double: DoubleScales | None) -> None:

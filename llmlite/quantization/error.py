@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from llmlite.calibration.blocks import Statistics, Walk, walk_blocks
+from llmlite.models.blockwise import present
 from llmlite.models.view import BlockView, ModelView
 from llmlite.quantization.nf4 import output_error
 
@@ -39,23 +40,24 @@ def layer_errors(dense: nn.Module, quantized: nn.Module, batches: Sequence[Batch
     """
     from llmlite.adapters.merge import dequantized
 
-    layers = {linear.name: linear for linear in ModelView(quantized).linears() if linear.quantized}
+    rounded = ModelView(quantized).blocks
 
     def measure(block: BlockView, found: dict[str, Statistics]) -> dict[str, Any]:
         errors = {}
-        for role, statistics in found.items():
-            name = block.linears[role].name
-            if name not in layers:
-                continue
-            moments = statistics.all
-            hessian_II = moments.gram_II / max(moments.tokens, 1)
-            weight_OI = block.linears[role].weight_OI.float()
-            rounded_OI = dequantized(layers[name].base).to(weight_OI)
-            whole = output_error(weight_OI, hessian_II).sum().clamp_min(1e-30)
-            errors[name] = float(output_error(weight_OI - rounded_OI, hessian_II).sum() / whole)
+        with present(rounded[block.index]):
+            for role, statistics in found.items():
+                linear = rounded[block.index].linears[role]
+                if not linear.quantized:
+                    continue
+                moments = statistics.all
+                hessian_II = moments.gram_II / max(moments.tokens, 1)
+                weight_OI = block.linears[role].weight_OI.float()
+                rounded_OI = dequantized(linear.base).to(weight_OI)
+                whole = output_error(weight_OI, hessian_II).sum().clamp_min(1e-30)
+                errors[linear.name] = float(output_error(weight_OI - rounded_OI, hessian_II).sum() / whole)
         return errors
 
-    walk = Walk(stages=(tuple(ModelView(dense).family.linears),), inputs="dense")
+    walk = Walk(stages=(tuple(ModelView(dense).family.linears),), inputs="dense", keeps=False)
     return {name: float(error) for block in walk_blocks(dense, batches, walk, measure) for name, error in block.items()}
 
 
