@@ -11,6 +11,7 @@ from typing import Any
 from llmlite.config import read_yaml, shorten, to_yaml
 from llmlite.context import Run
 from llmlite.errors import ConfigError, LlmliteError, LoadError, OutputError
+from llmlite.loading import blockwise_peak, decide_loading, measuring_bytes, needs_whole
 from llmlite.recipe import Recipe
 from llmlite.report import human_bytes
 from llmlite.step import ModelPlan, name_of_step
@@ -20,7 +21,6 @@ from llmlite.training.settings import TrainingStep
 __all__ = ["Plan", "check", "claim", "made_before_adapter", "size_line"]
 
 _MOST_LAYERS = 10_000
-_MEASURING_BYTES = 4 * 4 * 256  # for each token of the vocabulary: four tables of logits of the 256 tokens that are measured at a time
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +34,14 @@ class Plan:
         disk_bytes: bytes the run writes at most.
         peak_bytes: peak memory of the hungriest step, on each device of the launch.
         launch: what a launch of several processes means, else empty.
+        loading: what is to be said of loading the model in blocks, or of not doing so, else empty.
     """
 
     rows: tuple[dict[str, Any], ...]
     disk_bytes: int
     peak_bytes: int
     launch: str = ""
+    loading: str = ""
 
 
 def check(recipe: Recipe, context: Run | None = None) -> Plan:
@@ -56,7 +58,7 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
     context = context or Run(recipe)
     from llmlite.models.families import family_of
     from llmlite.models.load import require_matching
-    from llmlite.models.size import expected_bytes, runtime_bytes, size_of_config
+    from llmlite.models.size import expected_bytes
 
     if recipe.push_to_hub and not recipe.hub_model_id:
         raise ConfigError(recipe.name, ["push_to_hub needs hub_model_id: where to upload, as owner/name."])
@@ -72,14 +74,39 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
         raise ConfigError(
             recipe.name, [f"max_length={recipe.data.max_length} should be at most {longest}, the longest sequence that {recipe.model.name} allows."]
         )
-    dense = expected_bytes(config, dtype=context.compute_dtype)
+    rows, model = _rows(recipe, context, blocks=False)
+    why_not = needs_whole(recipe, context)
+    in_blocks = rows if why_not else _rows(recipe, context, blocks=True)[0]
+    loading = decide_loading(recipe, context, *(max(row["peak_bytes"] for row in each) for each in (rows, in_blocks)), why_not)
+    rows = in_blocks if context.blockwise else rows
+    if recipe.push_to_hub and context.is_main:
+        _check_push(recipe, context, model)
+    # each step's checkpoint, the held-out distributions, and twice the trained state for the checkpoints of training
+    disk = sum(row["disk_bytes"] + 8 * 2 * row["trained_parameters"] for row in rows[1:]) + rows[0]["disk_bytes"] // 2
+    if context.blockwise:  # the walk's changed blocks, in the type they are computed in, until the step is complete
+        disk += expected_bytes(config, dtype=context.compute_dtype)
+    require_space(recipe.folder, int(disk))
+    return Plan(tuple(rows), int(disk), max(row["peak_bytes"] for row in rows), context.layout.sentence(), loading)
+
+
+def _rows(recipe: Recipe, context: Run, *, blocks: bool) -> tuple[list[dict[str, Any]], ModelPlan]:
+    """The plan's rows for a model that is loaded whole or in blocks, and what the last step leaves.
+
+    Raises:
+        ConfigError: every problem of the steps, together.
+    """
+    from llmlite.models.size import expected_bytes, runtime_bytes, size_of_config
+
+    config = context.config
     model = ModelPlan(
         config,
         parameters=size_of_config(config).parameters,
         disk_bytes=expected_bytes(config, dtype=context.storage_dtype),
-        peak_bytes=dense + runtime_bytes(context.device) + _MEASURING_BYTES * int(config.get_text_config().vocab_size),
+        peak_bytes=expected_bytes(config, dtype=context.compute_dtype) + runtime_bytes(context.device) + measuring_bytes(config),
     )
     rows = [_plan_row("base", model)]
+    if blocks:
+        rows[0]["peak_bytes"] = blockwise_peak(model, model, context)
     problems: list[str] = []
     for index, step in enumerate(recipe.steps):
         name = name_of_step(type(step)) or type(step).__name__
@@ -97,21 +124,19 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
         if context.layout.sharded and isinstance(step, TrainingStep) and (reason := step.no_sharding(model.form)):
             problems.append(f"steps[{index}] {name}: {reason}")
             continue
+        before = model
         try:
             model = step.check(model, context)
         except ConfigError as error:
             problems += [f"steps[{index}] {problem if problem.startswith(name) else f'{name}: {problem}'}" for problem in error.problems]
             continue
         peak = context.layout.peak_bytes(model.peak_bytes, model.trained_parameters, model.parameters, rows[0]["peak_bytes"])
-        rows.append({**_plan_row(name, model), "peak_bytes": peak})
+        rows.append({**_plan_row(name, model), "peak_bytes": blockwise_peak(before, model, context) if blocks else peak})
     if problems:
         raise ConfigError(recipe.name, problems)
-    if recipe.push_to_hub and context.is_main:
-        _check_push(recipe, context, model)
-    # each step's checkpoint, the held-out distributions, and twice the trained state for the checkpoints of training
-    disk = sum(row["disk_bytes"] + 8 * 2 * row["trained_parameters"] for row in rows[1:]) + rows[0]["disk_bytes"] // 2
-    require_space(recipe.folder, int(disk))
-    return Plan(tuple(rows), int(disk), max(row["peak_bytes"] for row in rows), context.layout.sentence())
+    if blocks and model.form not in {"dense", "sparse"}:  # the fresh process that proves the result loads it whole
+        rows[-1]["peak_bytes"] = max(rows[-1]["peak_bytes"], model.disk_bytes + runtime_bytes(context.device))
+    return rows, model
 
 
 def _refuse_launch(context: Run) -> None:
@@ -255,6 +280,6 @@ def claim(recipe: Recipe) -> None:
 
 
 def size_line(plan: Plan) -> str:
-    """The plan in one line, and one more for a launch of several processes."""
+    """The plan in one line, and more for a launch of several processes or a model in blocks."""
     line = f"disk {human_bytes(plan.disk_bytes)}, peak memory about {human_bytes(plan.peak_bytes)}"
-    return f"{line} on each device\n{plan.launch}" if plan.launch else line
+    return "\n".join(filter(None, (f"{line} on each device" if plan.launch else line, plan.launch, plan.loading)))

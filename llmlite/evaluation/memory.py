@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Peak", "give_back", "measured_peak", "resident_bytes"]
+__all__ = ["Peak", "free_bytes", "give_back", "measured_peak", "resident_bytes"]
 
 
 @dataclass
@@ -53,6 +53,25 @@ def measured_peak(device_type: str = "cpu") -> Iterator[Peak]:
 def resident_bytes() -> int:
     """Bytes of this process in memory now; 0 where the system does not tell."""
     return _status_bytes("VmRSS") or 0
+
+
+def free_bytes(device_type: str = "cpu") -> int:
+    """Bytes that this process can still take: of the machine, of its control group and of its own limits, whichever is least; of the GPU where it computes there."""
+    if device_type == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    import psutil
+
+    free = [int(psutil.virtual_memory().available)]
+    for kind, key in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
+        soft = resource.getrlimit(kind)[0]
+        if soft != resource.RLIM_INFINITY:
+            free.append(max(0, soft - (_status_bytes(key) or 0)))
+    with contextlib.suppress(OSError, ValueError):  # a control group of version 2 with a limit
+        group = Path("/sys/fs/cgroup")
+        free.append(max(0, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())))
+    return min(free)
 
 
 def give_back() -> None:

@@ -57,6 +57,7 @@ class Shelf:
         self._source, self._dtype, self._device = source, dtype, device
         self._replaced: dict[str, Path] = {}
         self._inside: dict[str, int] = {}  # how deep `present` is nested
+        model.tie_weights()  # before, so that a tied head is not asked for; and after, so that it is the embedding that came
         blocks = ModelView(model).blocks
         self._empty = {block.name: dict(block.module.named_parameters()) for block in blocks}
         outside = [name for name, _ in model.named_parameters() if not name.startswith(tuple(f"{block.name}." for block in blocks))]

@@ -1,0 +1,78 @@
+"""Whole, or one decoder block at a time: what decides it, what it takes, and what it refuses. See `llmlite.models.blockwise` for how."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llmlite.calibration.mixture import SELF, parse_mixture
+from llmlite.errors import ConfigError
+from llmlite.report import human_bytes
+from llmlite.step import name_of_step
+
+if TYPE_CHECKING:
+    from llmlite.context import Run
+    from llmlite.recipe import Recipe
+    from llmlite.step import ModelPlan
+
+__all__ = ["blockwise_peak", "decide_loading", "measuring_bytes", "needs_whole"]
+
+_CAN = "prune.weights, prune.heads, prune.ffn, prune.structured (spread: auto, ffn or query_heads+ffn) and quantize"
+_MEASURING_BYTES = 4 * 4 * 256  # for each token of the vocabulary: four tables of logits of the 256 tokens that are measured at a time
+
+
+def measuring_bytes(config: Any) -> int:
+    """What measuring needs beside the model."""
+    return _MEASURING_BYTES * int(config.get_text_config().vocab_size)
+
+
+def blockwise_peak(before: ModelPlan, after: ModelPlan, context: Run) -> int:
+    """Peak memory of a step that turns one model into another, a block at a time, and of measuring what comes out."""
+    from llmlite.calibration.memory import blockwise_bytes
+    from llmlite.models.size import runtime_bytes
+
+    data = context.recipe.data
+    measured = data.evaluation_rows * data.max_length
+    return blockwise_bytes(before.config, context.compute_dtype, after.tokens, measured) + runtime_bytes(context.device) + measuring_bytes(after.config)
+
+
+def needs_whole(recipe: Recipe, context: Run) -> list[str]:
+    """What keeps a recipe from working on one block at a time, as sentences; nothing when it can."""
+    found = [
+        f"steps[{index}] {name_of_step(type(step)) or type(step).__name__}: load: blocks cannot do this step: {reason}. What can: {_CAN}. Do those in a run of "
+        "their own, and the rest on its result."
+        for index, step in enumerate(recipe.steps)
+        if (reason := step.no_blocks())
+    ]
+    if recipe.data.calibration and any(source == SELF for _, source in parse_mixture(recipe.data.calibration)):
+        found.append(
+            "data: load: blocks cannot calibrate on text of the model itself (self), since each token would read the whole model. Name a text instead."
+        )
+    if context.layout.processes > 1:
+        found.append(f"the launch: load: blocks works in one process, this launch has {context.layout.processes}. Start it without accelerate or torchrun.")
+    return found
+
+
+def decide_loading(recipe: Recipe, context: Run, whole_bytes: int, blocks_bytes: int, why_not: list[str]) -> str:
+    """Decide how the model is loaded, tell the run, and say in a sentence what is worth saying.
+
+    Args:
+        recipe: says what is asked for.
+        context: its `blockwise` is set.
+        whole_bytes, blocks_bytes: peak memory either way.
+        why_not: from `needs_whole`.
+
+    Raises:
+        ConfigError: `load: blocks`, and something needs the whole model.
+    """
+    from llmlite.evaluation.memory import free_bytes
+
+    asked, free = recipe.model.load, free_bytes(context.device.type)
+    if asked == "blocks" and why_not:
+        raise ConfigError(recipe.name, why_not)
+    context.blockwise = asked == "blocks" or (asked == "auto" and not why_not and whole_bytes > free)
+    if context.blockwise:
+        return f"One decoder block at a time in memory (load: blocks); whole it would be about {human_bytes(whole_bytes)}. Speed and answers are not measured."
+    if whole_bytes <= free:
+        return ""
+    advice = f"With load: blocks it would be {human_bytes(blocks_bytes)}." if not why_not else f"With load: blocks it would be less, but: {why_not[0]}"
+    return f"That is more than the {human_bytes(free)} that are free here. {advice}"
