@@ -153,8 +153,8 @@ class _Pipeline:
                     model.num_parameters(),
                     folder_bytes(self.context.source.folder),
                     quality.perplexity,
-                    prefill_tokens_per_second=speed and speed.prefill_tokens_per_second,
-                    decode_tokens_per_second=speed and speed.decode_tokens_per_second,
+                    prefill_tokens_per_second=speed.prefill_tokens_per_second if speed else None,
+                    decode_tokens_per_second=speed.decode_tokens_per_second if speed else None,
                     peak_memory_bytes=peak.bytes,
                     seconds=time.perf_counter() - started,
                     details={
@@ -252,8 +252,8 @@ class _Pipeline:
                 quality.perplexity,
                 quality.kl,
                 quality.top1_agreement,
-                speed and speed.prefill_tokens_per_second,
-                speed and speed.decode_tokens_per_second,
+                speed.prefill_tokens_per_second if speed else None,
+                speed.decode_tokens_per_second if speed else None,
                 peak.bytes,
                 seconds,
                 dict(self.context.notes),
@@ -360,10 +360,10 @@ class _Pipeline:
 
     def _finish(self) -> None:
         from llmlite.evaluation.reload import loading_lines, offloaded_lines, require_reload
-        from llmlite.models.blockwise import is_blockwise
         from llmlite.html.page import write_page
         from llmlite.hub.base import describe_base
         from llmlite.hub.card import write_card
+        from llmlite.models.blockwise import is_blockwise
 
         last = len(self.recipe.steps) - 1
         if self.model is None:

@@ -77,7 +77,7 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
     rows, model = _rows(recipe, context, blocks=False)
     why_not = needs_whole(recipe, context)
     in_blocks = rows if why_not else _rows(recipe, context, blocks=True)[0]
-    loading = decide_loading(recipe, context, *(max(row["peak_bytes"] for row in each) for each in (rows, in_blocks)), why_not)
+    loading = decide_loading(recipe, context, _peak(rows), _peak(in_blocks), why_not)
     rows = in_blocks if context.blockwise else rows
     if recipe.push_to_hub and context.is_main:
         _check_push(recipe, context, model)
@@ -86,7 +86,7 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
     if context.blockwise:  # the walk's changed blocks, in the type they are computed in, until the step is complete
         disk += expected_bytes(config, dtype=context.compute_dtype)
     require_space(recipe.folder, int(disk))
-    return Plan(tuple(rows), int(disk), max(row["peak_bytes"] for row in rows), context.layout.sentence(), loading)
+    return Plan(tuple(rows), int(disk), _peak(rows), context.layout.sentence(), loading)
 
 
 def _rows(recipe: Recipe, context: Run, *, blocks: bool) -> tuple[list[dict[str, Any]], ModelPlan]:
@@ -212,6 +212,10 @@ def made_before_adapter(recipe: Recipe) -> list[str]:
     """Steps whose result an adapter sits on, besides quantizing, which anybody can do again while loading, and earlier training of the adapter itself."""
     names = [name_of_step(type(step)) or type(step).__name__ for step in recipe.steps[:-1]]
     return [name for name in names if name not in {"quantize", "lora", "correct"}]
+
+
+def _peak(rows: list[dict[str, Any]]) -> int:
+    return max(int(row["peak_bytes"]) for row in rows)
 
 
 def _plan_row(name: str, model: ModelPlan) -> dict[str, Any]:

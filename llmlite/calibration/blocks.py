@@ -88,8 +88,8 @@ def skipping(blocks: Collection[BlockView], seen: Callable[[BlockView, tuple[Any
     finally:
         for block in blocks:
             del block.module.__dict__["forward"]
-            if before[block.name] is not None:
-                block.module.forward = before[block.name]
+            if (own := before[block.name]) is not None:
+                block.module.forward = own
 
 
 class _AllSeenError(Exception):

@@ -56,7 +56,7 @@ def resident_bytes() -> int:
 
 
 def free_bytes(device_type: str = "cpu") -> int:
-    """Bytes that this process can still take: of the machine, of its control group and of its own limits, whichever is least; of the GPU where it computes there."""
+    """Bytes that this process can still take: of the machine, its control group and its own limits, whichever is least; of the GPU where it computes there."""
     if device_type == "cuda":
         import torch
 

@@ -103,7 +103,7 @@ class Shelf:
             module, leaf = _owner(block.module, name)
             module._parameters[leaf] = parameter
             if getattr(module, "quant_state", None) is not None:
-                module.quant_state = None
+                module.__dict__["quant_state"] = None
 
     def fill(self, prefix: str, names: list[str], tensors: Tensors) -> None:
         """Put tensors into parameters that were empty; those of bitsandbytes layers are quantized, or taken as they were quantized."""
@@ -139,7 +139,7 @@ def shelf_of(model: nn.Module) -> Shelf | None:
 
 @contextmanager
 def present(block: BlockView) -> Iterator[None]:
-    """Within it the block is in memory. Afterwards it is not, and what was changed in it is forgotten, unless the model is a whole one: then nothing happens."""
+    """Within it the block is in memory; afterwards it is not, and what was changed in it is forgotten. With a whole model nothing happens."""
     shelf: Shelf | None = block.module.__dict__.get("shelf")
     if shelf is None:
         yield
@@ -170,11 +170,13 @@ def _quantized(model: Any, name: str, value: Tensor, tensors: Tensors, dtype: to
     quantizer = model.hf_quantizer
     if not quantizer.pre_quantized:
         made = quantizer.get_quantize_ops().convert({name: value.to(dtype)}, full_layer_name=name, model=model)
-        return next(iter(made.values()))  # type: ignore[no-any-return]
+        parameter: nn.Parameter = next(iter(made.values()))
+        return parameter
     path, _, leaf = name.rpartition(".")
     stored = {part: tensors[f"{path}.{part}"].to(value.device) for part in quantizer.serialized_names[leaf] if f"{path}.{part}" in tensors}
     made = quantizer.get_load_operations()["deserialize"](quantizer).convert({**stored, leaf: value}, model=model, full_layer_name=name)
-    return made[leaf]  # type: ignore[no-any-return]
+    stored_parameter: nn.Parameter = made[leaf]
+    return stored_parameter
 
 
 # loading ------------------------------------------------------------------------------------------------------------------------------
@@ -222,7 +224,7 @@ def load_blockwise(
     if generation.is_file():
         model.generation_config = type(model.generation_config).from_pretrained(folder)
     Shelf(model, folder, partial(_from_files, TensorFiles(folder), ModelView(model)), dtype, device, spill)
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def _skeleton(config: Any, dtype: torch.dtype, attention: str | None, quantizer: Any = None) -> Any:
@@ -271,7 +273,7 @@ def rebuilt(model: PreTrainedModel, take: Callable[[ModelView], Sliced]) -> PreT
 
     shelf = shelf_of(model)
     if shelf is None:
-        return rebuild(model, *take(ModelView(model)))  # type: ignore[no-any-return]
+        return rebuild(model, *take(ModelView(model)))
     view = ModelView(model)
     config, outside = take(view)
     old = {block.name: block for block in view.blocks}
@@ -285,7 +287,7 @@ def rebuilt(model: PreTrainedModel, take: Callable[[ModelView], Sliced]) -> PreT
     fresh = _skeleton(config, shelf._dtype, model.config._attn_implementation)
     fresh.generation_config = model.generation_config
     Shelf(fresh, None, source, shelf._dtype, shelf._device, shelf.spill)
-    return fresh.eval()  # type: ignore[no-any-return]
+    return fresh.eval()
 
 
 # writing ------------------------------------------------------------------------------------------------------------------------------

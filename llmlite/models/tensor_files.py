@@ -73,7 +73,7 @@ class TensorFiles:
         if tensor.numel():
             with file.open("rb") as stream:
                 stream.seek(begin + entry["data_offsets"][0])
-                got = stream.readinto(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+                got = stream.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data)
             if got != tensor.nbytes:
                 raise LoadError(f"model: '{file}' is damaged: it ends within {name}. Download or save it again.")
         return tensor
