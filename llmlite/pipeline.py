@@ -431,7 +431,8 @@ def _memory_advice(name: str) -> Iterator[None]:
             raise
         raise ResourceError(
             f"{name}: out of memory ({(str(error).splitlines() or ['MemoryError'])[0][:120]}). Lower per_device_train_batch_size or max_length, or set "
-            "gradient_checkpointing: true. What was finished is kept; the same command continues."
+            "gradient_checkpointing: true; pruning and quantization work on one block at a time with load: blocks. "
+            "What was finished is kept; the same command continues."
         ) from error
 
 

@@ -228,12 +228,16 @@ def load_blockwise(
 
 
 def _skeleton(config: Any, dtype: torch.dtype, attention: str | None, quantizer: Any = None) -> Any:
-    """A stock model whose parameters are on the meta device and whose buffers are real."""
-    from accelerate import init_empty_weights
+    """A stock model whose parameters are on the meta device and whose buffers are real, without a moment in which parameters take memory."""
     from transformers import AutoModelForCausalLM
 
-    with init_empty_weights(include_buffers=False):
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **({"attn_implementation": attention} if attention else {}))
+    for module in model.modules():  # rotary frequencies and the like are in no file; stock loading computes them in the same way
+        empty = {name: torch.empty_like(buffer, device="cpu") for name, buffer in module.named_buffers(recurse=False)}
+        module._buffers.update(empty)
+        if empty:
+            model._init_weights(module)
     if quantizer is not None:
         quantizer.preprocess_model(model=model, dtype=dtype, device_map=None)
         quantizer.postprocess_model(model)
