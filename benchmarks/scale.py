@@ -3,7 +3,7 @@
     python benchmarks/scale.py
 
 Each measurement is a process of its own; memory is its peak above what it holds with everything imported. Processor time and memory are those of
-load, step and save, without evaluation. Then one run of the whole pipeline (measuring base and result, reload in a fresh process) on a model whose
+load, step and save, without evaluation. Before that one run of the whole pipeline (measuring base and result, reload in a fresh process) on a model whose
 16-bit weights are larger than the memory that the process may take (RLIMIT_DATA): loaded whole it must fail, in blocks it must pass. Writes
 benchmarks/results/scale.json.
 """
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 LAYERS = (4, 8, 16)
-WIDTHS = (128, 256, 512)
+WIDTHS = (128, 256, 384)
 SHAPE = (4, 256)  # layers of the widths, width of the layers
 TOKENS, WINDOW = 2048, 128
 LIMITED = {"layers": 110, "width": 512}
@@ -72,7 +72,7 @@ def recipe_of(model: Path, method: str, mode: str, out: Path) -> Any:
     import llmlite
     from llmlite.models.load import Model
 
-    step = llmlite.PruneWeights(sparsity=0.5) if method == "sparsegpt" else llmlite.Quantize(scheme="nf4")
+    step = llmlite.Quantize(scheme="nf4") if method == "nf4" else llmlite.PruneWeights(sparsity=0.5, method=method)
     source = "builtin:python-docs"
     data = llmlite.Data(train=source, calibration=source, max_length=WINDOW, calibration_sequences=TOKENS // WINDOW, evaluation_rows=8)
     return llmlite.Recipe(model=Model(name=str(model), load=mode), data=data, steps=(step,), output_dir=str(out))
@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--child", nargs=5, metavar=("KIND", "MODEL", "METHOD", "MODE", "OUT"), help=argparse.SUPPRESS)
     parser.add_argument("--out", default="benchmarks/results/scale.json")
     parser.add_argument("--only", choices=("curves", "limited"), help="one part; nothing is written")
-    parser.add_argument("--limited", default="sparsegpt", help="methods of the run under a limit; nf4 takes three times as long  [default: sparsegpt]")
+    parser.add_argument("--limited", default="wanda", help="methods of the run under a limit: wanda, sparsegpt, nf4, the quickest first  [default: wanda]")
     args = parser.parse_args()
     if args.child:
         import torch
@@ -185,8 +185,8 @@ def main() -> None:
         return
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="scale-") as folder:
-        rows = curves(Path(folder), LAYERS, WIDTHS) if args.only != "limited" else []
         found = limited(Path(folder), **LIMITED, limit=LIMIT_BYTES, methods=args.limited.split(",")) if args.only != "curves" else {}
+        rows = curves(Path(folder), LAYERS, WIDTHS) if args.only != "limited" else []
     if args.only:
         return
     about = {"cpu": platform.processor() or platform.machine(), "threads": 1, "load_average": os.getloadavg()[0], "seconds": time.perf_counter() - started}

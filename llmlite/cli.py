@@ -225,6 +225,8 @@ def run_recipe(recipe: Recipe) -> None:
         return
     _show_samples(console, report)
     console.print(report.table())
+    if report.rows[-1].details.get("not_measured"):
+        console.print(f"Not measured: {report.rows[-1].details['not_measured']}.", soft_wrap=True)
     merged = report.rows[-1].details.get("perplexity_merged")
     if merged is not None:
         before = report.rows[-1].details["perplexity_before_merge"]
