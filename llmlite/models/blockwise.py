@@ -102,8 +102,10 @@ class Shelf:
         for name, parameter in self._empty[block.name].items():
             module, leaf = _owner(block.module, name)
             module._parameters[leaf] = parameter
-            if getattr(module, "quant_state", None) is not None:
+            if "quant_state" in module.__dict__:  # bitsandbytes' layers hold what they need a second time: 4 bit here,
                 module.__dict__["quant_state"] = None
+            if hasattr(state := module.__dict__.get("state"), "CB"):  # 8 bit there
+                state.CB = state.SCB = state.subB = state.idx = None
 
     def fill(self, prefix: str, names: list[str], tensors: Tensors) -> None:
         """Put tensors into parameters that were empty; those of bitsandbytes layers are quantized, or taken as they were quantized."""

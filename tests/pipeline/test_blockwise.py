@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import llmlite
 from llmlite.calibration import blocks as blocks_module
@@ -27,6 +27,7 @@ from llmlite.models.slicing import take_ffn_channels, take_kv_groups
 from llmlite.models.tensor_files import TensorFiles
 from llmlite.models.view import ModelView
 from llmlite.plan import size_line
+from llmlite.quantization.safety import make_safe
 from llmlite.report import Report
 from llmlite.step import Step
 from tests.conftest import ALL_FAMILIES, HEAD_FAMILIES, build_tiny, logits_of, save_tiny
@@ -106,6 +107,21 @@ def test_tensors_are_read_without_mapping_and_a_short_file_is_damage(tmp_path: P
     with pytest.raises(LoadError, match="is damaged"):
         for name in files.names():
             files.read(name)
+
+
+@pytest.mark.parametrize("scheme", ["dense", "nf4", "int8"])
+def test_no_block_stays_in_memory_when_it_was_used(scheme: str, tmp_path: Path) -> None:
+    build_tiny("llama").save_pretrained(tmp_path)
+    how = {"nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), "int8": BitsAndBytesConfig(load_in_8bit=True)}.get(scheme)
+    model = load_blockwise(tmp_path, FLOAT32, CPU, quantization_config=how)
+    make_safe(model)
+
+    assert logits_of(model).isfinite().all()
+    modules = [module for block in ModelView(model).blocks for module in block.module.modules()]
+    places = [*(vars(module) for module in modules), *(module._parameters for module in modules), *(vars(m.state) for m in modules if hasattr(m, "state"))]
+    held = {name for place in places for name, value in place.items() if isinstance(value, Tensor) and not value.is_meta}
+    assert not held
+    assert not any(getattr(module, "quant_state", None) for module in modules)
 
 
 # whole runs ---------------------------------------------------------------------------------------------------------------------------
