@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from metrics.text import detokenised
+from metrics.text import detokenised, detokenised_file
 
 import llmlite
 from llmlite.calibration.sources import windows_of
@@ -90,10 +90,7 @@ def main() -> None:
     args = parser.parse_args()
 
     about = {"train": Path(args.train).name}
-    plain = tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8")  # noqa: SIM115 - lives as long as the process
-    plain.write(detokenised(Path(args.train).read_text(encoding="utf-8")))
-    plain.flush()
-    args.train = plain.name
+    args.train = detokenised_file(args.train)
     settings = llmlite.Model(name=args.model, dtype=args.dtype)
     source = find(settings, weights=True)
     tokenizer = load_tokenizer(source, settings)
