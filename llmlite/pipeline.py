@@ -337,11 +337,13 @@ class _Pipeline:
             return
         self._link_result()
         dtype = str(self.context.compute_dtype).removeprefix("torch.")
-        self.report.loading = loading_lines(self.out, self._base_of(last) if is_adapted(self.model) else None, dtype)
+        adapter = is_adapted(self.model)
+        base, vocabulary = self._base_of(last) if adapter else None, self.context.grown_vocabulary if adapter else None
+        self.report.loading = loading_lines(self.out, base, dtype, vocabulary if base == self.context.source.folder else None)
         log.info("reloading the result in a fresh process")
         self.report.reload_difference = require_reload(self.model, self.report.loading)
-        adapter = is_adapted(self.model)
-        self.report.base = describe_base(self.context.source, self.model.config if adapter else None, made_before_adapter(self.recipe) if adapter else None)
+        made_by = made_before_adapter(self.recipe) if adapter else None
+        self.report.base = describe_base(self.context.source, self.model.config if adapter else None, made_by, vocabulary)
         self.report.save()
         write_card(self.report)
         write_page(self.report)

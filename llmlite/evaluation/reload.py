@@ -18,7 +18,7 @@ from llmlite.errors import RunError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["adapter_loader", "loading_lines", "reload_difference", "require_reload"]
+__all__ = ["adapter_loader", "loading_lines", "reload_difference", "require_reload", "resizing_line"]
 
 # No llmlite in here but what the lines name: this is what a stranger would run.
 _SCRIPT = """
@@ -41,13 +41,14 @@ print(json.dumps({"difference": difference, "scale": saved["logits"].abs().max()
 """
 
 
-def loading_lines(folder: Path | str, base: Path | str | None = None, dtype: str | None = None) -> str:
+def loading_lines(folder: Path | str, base: Path | str | None = None, dtype: str | None = None, vocabulary: int | None = None) -> str:
     """The Python lines that load a result with stock libraries.
 
     Args:
         folder: where the result lies.
         base: folder or Hub id of the base, when the result is an adapter.
         dtype: passed as ``dtype=``; None for transformers' default.
+        vocabulary: rows that the base's embedding must have for the adapter's added tokens, when it has fewer.
     """
     options = f', dtype="{dtype}"' if dtype else ""
     if base is None:
@@ -56,8 +57,14 @@ def loading_lines(folder: Path | str, base: Path | str | None = None, dtype: str
     return (
         f"from transformers import AutoModelForCausalLM; {loader}\n"
         f'base = AutoModelForCausalLM.from_pretrained("{base}"{options})\n'
-        f'model = {load}(base, "{folder}")'
+        + (f"{resizing_line(vocabulary)}\n" if vocabulary else "")
+        +        f'model = {load}(base, "{folder}")'
     )
+
+
+def resizing_line(vocabulary: int) -> str:
+    """The line that gives a stock base the rows of added tokens; the adapter fills them."""
+    return f"base.resize_token_embeddings({vocabulary}, mean_resizing=False)"
 
 
 def adapter_loader(folder: Path) -> tuple[str, str]:
