@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from llmlite.evaluation.quality import Reference
 
-__all__ = ["load_result", "run"]
+__all__ = ["base_of_result", "load_result", "run"]
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +85,14 @@ def load_result(folder: Path | str) -> tuple[PreTrainedModel, Run]:
     model = _Pipeline(recipe, context, out).result().eval()
     context.take_vocabulary(out)
     return model, context
+
+
+def base_of_result(folder: Path | str) -> tuple[Path, Run]:
+    """The folder of the model that a finished run's adapter sits on, and the run itself."""
+    out = Path(folder)
+    recipe = Recipe.from_file(out / "recipe.yaml", output_dir=str(out))
+    context = Run(recipe)
+    return _Pipeline(recipe, context, out)._base_of(len(recipe.steps) - 1), context
 
 
 class _Pipeline:

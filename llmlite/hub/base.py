@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmlite.evaluation.reload import resizing_line
+from llmlite.evaluation.reload import adapter_lines, resizing_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["base_of", "describe_base", "loading_snippet"]
 
 
-def describe_base(
-    source: Source, config: PretrainedConfig | None, before_adapter: list[str] | None, vocabulary: int | None = None
-) -> dict[str, Any]:
+def describe_base(source: Source, config: PretrainedConfig | None, before_adapter: list[str] | None, vocabulary: int | None = None) -> dict[str, Any]:
     """What the card needs to know of the base, to be kept in the report.
 
     Args:
@@ -84,7 +82,8 @@ def loading_snippet(place: str, base: Mapping[str, Any] | None, base_model: str 
 
     Args:
         place: repository, or folder.
-        base: what `describe_base` found, for an adapter; None for a whole model. Its ``loader`` is `llmlite.evaluation.reload.adapter_loader`'s answer.
+        base: what `describe_base` found, for an adapter; None for a whole model. Its ``loader`` is `llmlite.evaluation.reload.adapter_loader`'s answer; its
+            ``adapters`` are the names of several side by side.
         base_model: Hub id of an adapter's base, when it is not the one in `base`.
         revision: branch or commit.
     """
@@ -112,7 +111,7 @@ def loading_snippet(place: str, base: Mapping[str, Any] | None, base_model: str 
     lines += [
         f'base = AutoModelForCausalLM.from_pretrained({name}, dtype="auto"{options})',
         *([resizing_line(base["vocabulary"])] if base.get("vocabulary") else []),
-        f"model = {load}(base, {place}{at})",
+        *adapter_lines(load, f"{place}{at}", base.get("adapters") or ()),
         f"tokenizer = AutoTokenizer.from_pretrained({place}{at})",
     ]
     return "\n".join(lines)

@@ -19,7 +19,7 @@ from llmlite.hub.base import base_of, loading_snippet
 from llmlite.hub.published import hub_dataset, published
 from llmlite.report import Report, Row, human_bytes
 
-__all__ = ["is_ours", "model_card", "write_card"]
+__all__ = ["LAST_LINE", "fenced", "is_ours", "model_card", "plain", "write_card"]
 
 
 def model_card(report: Report | None, folder: Path, repo_id: str | None = None, base_model: str | None = None) -> str:
@@ -48,11 +48,11 @@ def model_card(report: Report | None, folder: Path, repo_id: str | None = None, 
             "## How it was made",
             _made(report),
             "The whole recipe:",
-            _fenced(to_yaml(report.recipe), "yaml"),
+            fenced(to_yaml(report.recipe), "yaml"),
             "## What was not measured",
             _not_measured(report, evaluation),
         ]
-    return "\n\n".join(part for part in [*parts, _LAST_LINE] if part) + "\n"
+    return "\n\n".join(part for part in [*parts, LAST_LINE] if part) + "\n"
 
 
 def write_card(report: Report) -> Path:
@@ -66,10 +66,10 @@ def write_card(report: Report) -> Path:
 
 def is_ours(card: str) -> bool:
     """Whether a card is as `model_card` wrote it, to be written anew freely; a person's edit takes the last line out or stays ours to keep."""
-    return card.rstrip().endswith(_LAST_LINE)
+    return card.rstrip().endswith(LAST_LINE)
 
 
-_LAST_LINE = "<!-- Written by llmlite from report.json. Remove this line to keep your own changes when the card is written again. -->"
+LAST_LINE = "<!-- Written by llmlite from report.json. Remove this line to keep your own changes when the card is written again. -->"
 
 
 def _adapter_base(report: Report | None, folder: Path) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def _table(report: Report) -> str:
 def _conditions(report: Report) -> str:
     about, text = report.environment, report.evaluation
     versions = ", ".join(f"{name} {about[name]}" for name in ("llmlite", "torch", "transformers", "peft", "bitsandbytes") if about.get(name))
-    source = _plain(str(text.get("text", "held-out text")))
+    source = plain(str(text.get("text", "held-out text")))
     machine = f"{about.get('device', '?')} ({about.get('cpu', '?')}, {about.get('cores', '?')} cores)"
     return (
         f"Perplexity, KL and agreement on {text.get('tokens', '?')} tokens ({text.get('examples', '?')} examples) of {source}. "
@@ -209,9 +209,9 @@ def _made(report: Report) -> str:
     lines = []
     for index, step in enumerate(_steps(report)):
         row = report.rows[index + 1] if index + 1 < len(report.rows) else None
-        settings = ", ".join(f"{key} {_plain(str(value))}" for key, value in step.items() if key in _SHOWN and value is not None)
+        settings = ", ".join(f"{key} {plain(str(value))}" for key, value in step.items() if key in _SHOWN and value is not None)
         lines.append(f"{index + 1}. `{step['step']}`{f': {settings}' if settings else ''}{_outcome(row)}")
-    data = _plain(str((report.recipe.get("data") or {}).get("train", "")))
+    data = plain(str((report.recipe.get("data") or {}).get("train", "")))
     base = report.base.get("hub_id")
     commit = f"Base: {base} at commit {report.base['revision']}. " if base and report.base.get("revision") else ""
     return "\n".join(lines) + f"\n\n{commit}Data: {data}. Seed {report.recipe.get('seed', 0)}."
@@ -230,11 +230,11 @@ def _outcome(row: Row | None) -> str:
 
 def _evaluated(evaluation: Evaluation) -> str:
     about = evaluation.about
-    lines = ["| | base | this |", "|---|---:|---:|", *(f"| {_plain(name)} | {' | '.join(map(_plain, cells))} |" for name, cells in evaluation.lines().items())]
+    lines = ["| | base | this |", "|---|---:|---:|", *(f"| {plain(name)} | {' | '.join(map(plain, cells))} |" for name, cells in evaluation.lines().items())]
     machine = f"{about.get('cpu', '?')}, {about.get('cores', '?')} cores; torch {about.get('torch', '?')}, transformers {about.get('transformers', '?')}"
     grid = evaluation.models["this"].get("grid_grams_per_kwh")
     stated = f" CO2 at a stated {grid:g} g per kWh." if grid is not None else ""
-    return "\n".join(lines) + f"\n\n{_plain(str(about.get('quality_on', '')))} {machine}; {about.get('date', '')}.{stated}"
+    return "\n".join(lines) + f"\n\n{plain(str(about.get('quality_on', '')))} {machine}; {about.get('date', '')}.{stated}"
 
 
 def _not_measured(report: Report, evaluation: Evaluation | None) -> str:
@@ -259,11 +259,12 @@ def _not_measured(report: Report, evaluation: Evaluation | None) -> str:
     return "\n".join(f"- {name}" for name in missing) + "\n\nWhat the base cannot do, this cannot do either; its licence and terms of use hold here too."
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that cannot break out of a table cell or a paragraph."""
     return re.sub(r"([|`*_<>\[\]])", r"\\\1", " ".join(text.split()))
 
 
-def _fenced(text: str, language: str) -> str:
+def fenced(text: str, language: str) -> str:
+    """A code block that no line of the text can end."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"

@@ -48,6 +48,7 @@ _RESULT = (
     "report.json",
     "report.html",
     "evaluation.json",
+    "adapters.json",
     "*.png",
     "*.svg",
     "LICENSE*",
