@@ -15,8 +15,9 @@ from typing import Any
 from llmlite.config import to_yaml
 from llmlite.evaluation.reload import adapter_loader
 from llmlite.evaluation.result import Evaluation
+from llmlite.html.images import CURVE, OVERVIEW, card_images
 from llmlite.hub.base import base_of, loading_snippet
-from llmlite.hub.published import hub_dataset, published
+from llmlite.hub.published import hub_dataset, public_evaluation, published
 from llmlite.report import Report, Row, human_bytes
 
 __all__ = ["LAST_LINE", "fenced", "is_ours", "model_card", "plain", "write_card"]
@@ -31,15 +32,18 @@ def model_card(report: Report | None, folder: Path, repo_id: str | None = None, 
         repo_id: where it will be; None names the folder.
         base_model: Hub id of the base, when the run did not know it.
     """
-    report = published(report) if report is not None else None
+    evaluation = Evaluation.read(folder)
+    if report is not None:
+        if evaluation is not None:
+            evaluation = Evaluation(folder, **public_evaluation(report, evaluation.to_json()))
+        report = published(report)
     is_adapter = (folder / "adapter_config.json").is_file()
     place = repo_id or folder.absolute().name
     title = place.rpartition("/")[2]
     snippet = loading_snippet(place, _adapter_base(report, folder) if is_adapter else None, base_model)
     parts = [_metadata(report, folder, title, is_adapter, base_model), f"# {title}", _sentence(report, is_adapter, base_model)]
     if report is not None and report.rows:
-        parts += ["## The base against this", _table(report), _conditions(report)]
-    evaluation = Evaluation.read(folder)
+        parts += ["## The base against this", _table(report), _pictures(report), _conditions(report)]
     if evaluation is not None:
         parts += ["## Measured afterwards, both loaded from disk", _evaluated(evaluation)]
     parts += ["## Load it", f"```python\n{snippet}\n```", _loading_note(report, is_adapter, base_model)]
@@ -56,11 +60,13 @@ def model_card(report: Report | None, folder: Path, repo_id: str | None = None, 
 
 
 def write_card(report: Report) -> Path:
-    """Write the card of a finished run into its folder, unless somebody has written another one there. Returns its place."""
+    """Write the card of a finished run and its images into its folder, unless somebody has written another one there. Returns its place."""
     file = report.path / "README.md"
     text = model_card(report, report.path)
     if not file.exists() or is_ours(file.read_text(encoding="utf-8")):
         file.write_text(text, encoding="utf-8")
+        for name, image in card_images(published(report)).items():
+            (report.path / name).write_bytes(image)
     return file
 
 
@@ -180,6 +186,16 @@ def _table(report: Report) -> str:
         add(f"energy of all steps, joules ({energy[1]})", None, energy[0], lambda x: f"{x:.3g}")
     add("peak memory of making and loading it", base.peak_memory_bytes, this.peak_memory_bytes, human_bytes)
     return "\n".join(["| | base | this | change |", "|---|---:|---:|---:|", *(f"| {' | '.join(cells)} |" for cells in lines)])
+
+
+def _pictures(report: Report) -> str:
+    """The images that lie beside the card, named by file so that the Hub finds them."""
+    this, images = report.rows[-1], card_images(report)
+    told = {
+        OVERVIEW: f"Bytes and perplexity of the base and after each step; at the end {human_bytes(this.bytes_on_disk)}, perplexity {this.perplexity:.4g}",
+        CURVE: "Training loss over the optimizer steps",
+    }
+    return "\n\n".join(f"![{told[name]}]({name})" for name in images)
 
 
 def _conditions(report: Report) -> str:

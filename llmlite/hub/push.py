@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmlite.errors import HubError, OutputError, PushFailed
+from llmlite.evaluation.result import EVALUATION
+from llmlite.html.images import card_images
 from llmlite.html.page import PAGE, run_page
 from llmlite.hub.base import base_of
 from llmlite.hub.card import is_ours, model_card
@@ -23,7 +25,7 @@ from llmlite.hub.client import ATTEMPTS, api, call
 from llmlite.hub.multi_adapter import ADAPTERS, Adapters
 from llmlite.hub.preflight import Destination, preflight
 from llmlite.hub.public import leak, places_of, public_text, result_files, secrets_of_this_machine
-from llmlite.hub.published import private_places, public_recipe, public_report
+from llmlite.hub.published import private_places, public_evaluation, public_recipe, public_report, published
 from llmlite.report import Report, human_bytes
 
 if TYPE_CHECKING:
@@ -182,10 +184,13 @@ def what_is_sent(folder: Path, report: Report | None, repo_id: str, base_model: 
         values = public_report(report, repo_id, is_adapter, base_model)
         files["report.json"] = _json(values)
         files[PAGE] = run_page(Report.of(folder, values)).encode()
+        if EVALUATION in files:
+            files[EVALUATION] = _json(public_evaluation(report, json.loads((folder / EVALUATION).read_text(encoding="utf-8"))))
     card = folder / "README.md"
     if not card.is_file() or is_ours(card.read_text(encoding="utf-8")):
         text = several.card(folder, repo_id, base_model) if several is not None else model_card(report, folder, repo_id, base_model)
         files["README.md"] = text.encode()
+        files |= card_images(published(report)) if report is not None else {}
     for name, content in files.items():
         found = leak(name, content, secrets, places)
         if found:

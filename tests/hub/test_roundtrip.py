@@ -103,6 +103,7 @@ def test_a_run_ends_on_the_hub_with_adapter_tokenizer_card_recipe_and_report(run
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "base_against_this.png",
         "chat_template.jinja",
         "recipe.yaml",
         "report.html",
