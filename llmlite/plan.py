@@ -201,9 +201,18 @@ def _check_push(recipe: Recipe, context: Run, result: ModelPlan) -> None:
 
 
 def made_before_adapter(recipe: Recipe) -> list[str]:
-    """Steps whose result an adapter sits on, besides quantizing, which anybody can do again while loading, and earlier training of the adapter itself."""
-    names = [name_of_step(type(step)) or type(step).__name__ for step in recipe.steps[:-1]]
-    return [name for name in names if name not in {"quantize", "lora", "correct"}]
+    """Steps whose result an adapter sits on, besides rounding to nearest, which anybody can do again while loading, and earlier training of the adapter itself.
+
+    Codes chosen on calibration text are nobody else's: an adapter on them needs them, not those that ``BitsAndBytesConfig`` would give.
+    """
+    found = []
+    for step in recipe.steps[:-1]:
+        name = name_of_step(type(step)) or type(step).__name__
+        if name == "quantize" and getattr(step, "chooses_codes", False):
+            found.append("quantize with calibrate: true")
+        elif name not in {"quantize", "lora", "correct"}:
+            found.append(name)
+    return found
 
 
 def _plan_row(name: str, model: ModelPlan) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -99,13 +101,18 @@ def test_two_runs_become_one_folder_that_stock_peft_loads_and_switches_on_the_hu
     assert not torch.allclose(found["sql"], found["chat"], atol=1e-3)
 
 
-def test_what_cannot_lie_side_by_side_is_refused_with_every_reason(runs: dict[str, Path], hub: FakeHub, pairs_file: Path, tmp_path: Path) -> None:
-    other = save_tiny(tmp_path / "other", num_hidden_layers=2)
-    llmlite.Recipe(model=str(other), data=str(pairs_file), output_dir=str(tmp_path / "ia3"), steps=[llmlite.Ia3()], **SMALL).run()
+def test_what_cannot_lie_side_by_side_is_refused_with_every_reason(runs: dict[str, Path], hub: FakeHub, tmp_path: Path) -> None:
+    other = shutil.copytree(runs["sql"], tmp_path / "other")
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "IA3"}))
+    manifest = other / "steps" / "01-quantize" / "manifest.json"
+    sums = json.loads(manifest.read_text())
+    sums["model.safetensors"]["sha256"] = "0" * 64
+    manifest.write_text(json.dumps(sums))
     with pytest.raises(ConfigError) as refused:
-        llmlite.export([runs["sql"], tmp_path / "ia3"], tmp_path / "out")
-    assert "'ia3' was trained on another base than 'sql'" in str(refused.value)
-    assert "'ia3' is IA3 and 'sql' LORA" in str(refused.value)
+        llmlite.export([runs["sql"], other], tmp_path / "out")
+    assert "'other' was trained on another base than 'sql'" in str(refused.value)
+    assert "'other' is IA3 and 'sql' LORA" in str(refused.value)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match=r"'sql' is the name of two adapters(?s:.*)--names"):
         llmlite.export([runs["sql"], runs["sql"]], tmp_path / "out")
@@ -114,13 +121,14 @@ def test_what_cannot_lie_side_by_side_is_refused_with_every_reason(runs: dict[st
     with pytest.raises(ConfigError, match="two or more"):
         llmlite.export([runs["sql"]], tmp_path / "out")
     with pytest.raises(OutputError, match="holds no finished run whose result is an adapter"):
-        llmlite.export([runs["sql"], other], tmp_path / "out")
+        llmlite.export([runs["sql"], runs["sql"] / "steps" / "01-quantize"], tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match="holds something else"):
         llmlite.export(list(runs.values()), tmp_path / "full")
 
 
+@pytest.mark.slow
 def test_other_logits_in_the_fresh_process_leave_no_folder_behind(runs: dict[str, Path], hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmlite.multi_adapter.load_result", lambda folder: load_result(runs["chat"] if folder == runs["sql"] else runs["sql"]))
     with pytest.raises(RunError, match="is not the model in memory"):

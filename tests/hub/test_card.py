@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
+import llmlite
 from llmlite.errors import OutputError
 from llmlite.html.images import CURVE, OVERVIEW, card_images
 from llmlite.hub.base import loading_snippet
 from llmlite.hub.card import model_card, write_card
 from llmlite.hub.push import push, what_is_sent
+from llmlite.plan import made_before_adapter
 from llmlite.report import Report, Row
 
 
@@ -211,3 +213,13 @@ def test_the_card_has_what_was_evaluated_and_states_co2_only_with_a_stated_grid(
     assert "| arc (acc) | 0.500 ± 0.050 | 0.500 ± 0.050 |" in card
     assert "100 / 200" in card
     assert "- benchmark tasks" not in card
+
+
+def test_only_codes_that_anybody_gets_while_loading_may_be_left_to_the_base() -> None:
+    def made_by(*steps: Any) -> list[str]:
+        return made_before_adapter(llmlite.Recipe(steps=steps))
+
+    assert made_by(llmlite.Quantize(calibrate=False), llmlite.Lora()) == []
+    assert made_by(llmlite.Quantize(scheme="int8"), llmlite.Lora()) == []
+    assert made_by(llmlite.Quantize(scheme="nf4"), llmlite.Lora()) == ["quantize with calibrate: true"]
+    assert made_by(llmlite.PruneFfn(keep=0.5), llmlite.Quantize(calibrate=False), llmlite.Lora()) == ["prune.ffn"]
