@@ -157,12 +157,20 @@ def _sentence(report: Report | None, is_adapter: bool, base_model: str | None) -
         bits = " in 8 bit" if quantization.get("load_in_8bit") else " in 4 bit" if quantization.get("load_in_4bit") else ""
         trained = f", trained on that model{bits}" if bits else ""
         sentence = f"An adapter for {named or 'a base model'}{trained}. It is loaded on top of the base and holds none of its weights."
+        if tokens := _added_tokens(report):
+            sentence += f" It adds tokens ({', '.join(tokens)}), whose rows it brings: use its own tokenizer."
     else:
         steps = [str(step["step"]) for step in _steps(report)]
         sentence = f"A smaller or finetuned version{of}{', made by ' + ', then '.join(steps) if steps else ''}. It loads with unmodified transformers."
+        if tokens := _added_tokens(report):
+            sentence += f" Tokens were added: {', '.join(tokens)}."
     if report is not None and report.base.get("weights"):
         sentence += f" The base's weights came from {report.base['weights']} and differ by their rounding from those in the repository."
     return sentence
+
+
+def _added_tokens(report: Report | None) -> list[str]:
+    return [plain(token) for token in (report.recipe.get("model") or {}).get("add_tokens") or []] if report is not None else []
 
 
 def _table(report: Report) -> str:

@@ -216,6 +216,7 @@ def test_added_tokens_come_back_on_the_stock_base_in_4_bit_by_the_lines_on_the_c
     report = llmlite.LoraInt4(output_dir=str(tmp_path / "out"), r=2, **options).run()
     push(report.path, "me/tiny-calls")
     card = hub.files("me/tiny-calls")["README.md"].decode()
+    assert r"It adds tokens (\<call\>, \</call\>)" in card
     assert f"base.resize_token_embeddings({len(build_tokenizer()) + 2}, mean_resizing=False)" in card
     ours, _ = load_result(report.path)
     ids = torch.tensor([[5, len(build_tokenizer()), 7, len(build_tokenizer()) + 1]])
@@ -242,6 +243,11 @@ def test_no_token_key_folder_or_user_reaches_the_hub_the_card_or_the_log(run: Re
     assert all("sample" in row.details for row in run.rows)
     for secret in (TOKEN, *PLANTED.values()):
         assert secret not in told
+    for file in sorted(path for path in run.path.rglob("*") if path.is_file()):
+        written = file.read_bytes()  # images, caches of the evaluation, weights, manifests, what each step left
+        assert not [secret for secret in PLANTED.values() if secret.encode() in written], file
+        # the rows hold a token themselves, and a report kept at home may quote them
+        assert TOKEN.encode() not in written or file.name in {"row.json", "report.json", "report.html"}, file
     card = (run.path / "README.md").read_text()
     for secret in (TOKEN, *PLANTED.values(), "home-of-agatha"):
         assert secret not in card
