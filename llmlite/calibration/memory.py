@@ -26,8 +26,8 @@ def walk_bytes(config: Any, tokens: int) -> int:
 
 
 def blockwise_bytes(config: Any, dtype: torch.dtype, tokens: int, measured_tokens: int) -> int:
-    """Expected bytes of a model in blocks and of what is done with it: what lies outside the blocks, one block twice (as it is and as it will be), and the walk
-    or the hidden states of the held-out tokens, as far as they are not in files.
+    """Expected bytes of a model in blocks and of what is done with it: what lies outside the blocks, the base's head once more (to
+    compare with), one block twice (as it is and as it will be), and the walk or the hidden states of the held-out tokens, as far as they are not in files.
 
     Args:
         config: of the model.
@@ -36,11 +36,12 @@ def blockwise_bytes(config: Any, dtype: torch.dtype, tokens: int, measured_token
         measured_tokens: tokens that are measured on, at most.
     """
     from llmlite.calibration.blocks import SPILL_BYTES
+    from llmlite.models.families import family_of
     from llmlite.models.size import size_of_config
 
-    size = size_of_config(config)
-    layers = max(1, config.get_text_config().num_hidden_layers)
-    weights = dtype.itemsize * (size.parameters - size.decoder + 2 * -(-size.decoder // layers))
-    hidden = min(SPILL_BYTES, dtype.itemsize * config.get_text_config().hidden_size * max(tokens, measured_tokens))
-    sums = walk_bytes(config, tokens) - 4 * 2 * tokens * config.get_text_config().hidden_size
+    size, text = size_of_config(config), config.get_text_config()
+    layers = family_of(config).layers(config) or 1
+    weights = dtype.itemsize * (size.parameters - size.decoder + text.vocab_size * text.hidden_size + 2 * -(-size.decoder // layers))
+    hidden = min(SPILL_BYTES, dtype.itemsize * text.hidden_size * max(tokens, measured_tokens))
+    sums = walk_bytes(config, tokens) - 4 * 2 * tokens * text.hidden_size
     return int(weights + 2 * hidden + sums)
