@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -240,3 +242,19 @@ def test_the_plan_of_a_large_model_is_lower_in_blocks(base: Path, pairs_file: Pa
     assert whole.peak_bytes - blocks.peak_bytes > 30 * layer
     context = Run(recipe(large, pairs_file, tmp_path / "out", (llmlite.Quantize(),), "blocks"))
     assert decide_loading(context.recipe, context, 10, 5, []).startswith("One decoder block")
+
+
+_LIMITED = """
+import resource
+from llmlite.evaluation.memory import free_bytes
+before = free_bytes()
+resource.setrlimit(resource.RLIMIT_DATA, (10**9, resource.RLIM_INFINITY))
+print(before, free_bytes())
+"""
+
+
+def test_what_is_free_is_never_more_than_the_process_may_take() -> None:
+    done = subprocess.run([sys.executable, "-c", _LIMITED], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert 0 < after < 10**9
+    assert after <= before
