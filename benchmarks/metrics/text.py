@@ -6,8 +6,11 @@ import re
 
 
 def detokenised(text: str) -> str:
-    """WikiText's tokenized text as people write it; other text comes out as it was."""
-    for mark, plain in ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), (" n't", "n't"), (" 's", "'s"), ("<unk>", "")):
+    """WikiText's tokenized text as people write it; other text comes out as it was.
+
+    ``<unk>`` stays: the words behind it are lost, and without a sign of them sentences would lack their subjects, which no model predicts.
+    """
+    for mark, plain in ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), (" n't", "n't"), (" 's", "'s")):
         text = text.replace(mark, plain)
     if " ." in text:
         text = re.sub(r" ([.,;:!?)\]])", r"\1", text)
