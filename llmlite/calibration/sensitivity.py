@@ -5,7 +5,7 @@
 With labels of its own the expected square of this gradient is the Fisher information, which is the curvature of the divergence from the dense model. A Hessian
 sum_t s[t] x_t x_t^T then counts the tokens that matter, where sum_t x_t x_t^T counts all alike. One forward and one backward pass over the calibration text.
 
-Source: Kim et al. 2025, arXiv:2505.07004 (GuidedQuant, with one group of output channels); Martens 2014, arXiv:1412.1193, section 5 (labels must be the model's).
+Source: Kim et al. 2025, arXiv:2505.07004 (GuidedQuant, with one group of output channels); Martens 2014, arXiv:1412.1193, section 5 (whose labels to take).
 
 Legend: N tokens, R rows of a chunk, V vocabulary.
 """
@@ -13,7 +13,6 @@ Legend: N tokens, R rows of a chunk, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,26 +67,34 @@ def token_sensitivity(model: nn.Module, batches: Sequence[Batch], places: Sequen
         For each place: name of the projection -> (B * T,) float32, on the model's device. Padding has numbers too, which mean nothing.
     """
     view = ModelView(model)
-    device = view.embedding.weight.device
+    device = next(view.embedding.parameters()).device
     found = []
     for place in places:
         inputs = {name: tensor.to(device) for name, tensor in batches[place].items()}
-        found.append(_of_batch(view, inputs, torch.rand(inputs["input_ids"].numel(), generator=torch.Generator().manual_seed(seed * 1_000_003 + place))))
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + place)
+        rows = []
+        for row in range(len(inputs["input_ids"])):  # one row's activations at a time
+            one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+            rows.append(_of_row(view, one, torch.rand(one["input_ids"].numel(), generator=generator)))
+        found.append({name: torch.cat([each[name] for each in rows]) for name in rows[0]})
     return found
 
 
-def _of_batch(view: ModelView, inputs: dict[str, Tensor], uniform_N: Tensor) -> dict[str, Tensor]:
+def _of_row(view: ModelView, inputs: dict[str, Tensor], uniform_N: Tensor) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     def watch(linear: LinearView) -> Any:
         def keep(grad: Tensor) -> None:
             found[linear.name] = grad.reshape(-1, grad.shape[-1]).float().square().sum(-1)
 
-        return lambda _module, _args, output: output.register_hook(keep)
+        def look(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+            output.register_hook(keep)
+
+        return look
 
     trained = [parameter for parameter in view.model.parameters() if parameter.requires_grad]
     handles = [linear.module.register_forward_hook(watch(linear)) for linear in view.linears()]
-    handles.append(view.embedding.register_forward_hook(lambda _module, _args, output: output.requires_grad_()))
+    handles.append(view.embedding.register_forward_hook(lambda _module, _args, output: output.requires_grad_()))  # where gradients begin
     mask = inputs.get("attention_mask")
     try:
         for parameter in trained:

@@ -60,6 +60,10 @@ class Quantize(Step):
     """calibrate only: share of the mean diagonal added to each Hessian."""
     sweeps: Annotated[int, Field(ge=0)] = 2
     """calibrate only: passes of coordinate descent over codes and scales after GPTQ."""
+    token_weights: Literal["sensitivity", "equal"] = "sensitivity"
+    """calibrate only: sensitivity lets tokens count by how much an error there changes the prediction: a backward pass over the rows; equal: all alike."""
+    tune_epochs: Annotated[int, Field(ge=0)] = 1
+    """calibrate only: passes over the rows that tune the scales end to end, with the codes fixed. 0 leaves it out."""
     report_sequences: Annotated[int, Field(ge=0)] = 8
     """Without calibration: rows that each layer's error is measured on. 0 leaves the per-layer report out."""
 
@@ -135,7 +139,7 @@ class Quantize(Step):
             model = self._load(run, folder, how)
             run.note(**error_report(layer_errors(dense, model, batches)))
             return model
-        errors = calibrate(dense, batches, self._scheme(ModelPlan(config)), run.own_scratch / "codes", run.own_scratch / "walk")
+        errors = calibrate(dense, batches, self._scheme(ModelPlan(config), run.recipe.seed), run.own_scratch / "codes", run.own_scratch / "walk")
         run.note(**error_report(errors))
         del dense
         model = self._load(run, folder, how)
@@ -156,11 +160,21 @@ class Quantize(Step):
 
         return batches_of(quantization_windows(run)[: self._sequences(run)])
 
-    def _scheme(self, model: ModelPlan) -> CalibratedScheme:
+    def _scheme(self, model: ModelPlan, seed: int) -> CalibratedScheme:
         from llmlite.quantization.calibrate import CalibratedScheme
+        from llmlite.quantization.tune import TuneScales
 
         assert self.scheme != "int8"
-        return CalibratedScheme(self.scheme, self.double_quant, self.damping, self.sweeps, skip=self._skipped(model))
+        return CalibratedScheme(
+            self.scheme,
+            self.double_quant,
+            self.damping,
+            self.sweeps,
+            token_weights=self.token_weights,
+            tune=TuneScales(epochs=self.tune_epochs, seed=seed) if self.tune_epochs else None,
+            seed=seed,
+            skip=self._skipped(model),
+        )
 
     def _load(self, run: Run, folder: Path, config: BitsAndBytesConfig) -> PreTrainedModel:
         from llmlite.models.load import load_model

@@ -15,7 +15,6 @@ Legend: O out_features, I in_features, B blocks of 64 inputs, N tokens, D hidden
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from llmlite.distillation.objective import Distillation, HiddenTeacher
+from llmlite.models.quick import quick_copy, quick_dtype
 from llmlite.models.view import LinearView, ModelView
 from llmlite.quantization.nf4 import DoubleScales, Grid
 from llmlite.training.backbone import hidden_and_head
@@ -34,7 +34,7 @@ from llmlite.training.chunked import chunked_head_loss
 if TYPE_CHECKING:
     from llmlite.calibration.blocks import Batch
 
-__all__ = ["Codes", "TuneScales", "last_hidden", "quick_dtype", "scaled_product", "tune_scales"]
+__all__ = ["Codes", "TuneScales", "last_hidden", "scaled_product", "tune_scales"]
 
 log = logging.getLogger(__name__)
 
@@ -100,13 +100,6 @@ def scaled_product(x: Tensor, levels_OI: Tensor, scales_OB: Tensor) -> Tensor:
     return product
 
 
-def quick_dtype(device: torch.device, own: torch.dtype) -> torch.dtype:
-    """The type in which forward and backward passes cost least here, good enough for gradients: bfloat16 where the processor multiplies it itself."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else own
-    return torch.bfloat16 if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else own
-
-
 @torch.no_grad()
 def last_hidden(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
     """What enters the head of the dense model, (B, T, D) for each batch, on the CPU: with the head, its whole distribution."""
@@ -118,7 +111,7 @@ def tune_scales(model: Any, codes: Mapping[str, Codes], grid: Grid, batches: Seq
     """The same codes with better scales.
 
     Args:
-        model: the calibrated model in eval mode. It is used up: afterwards it is in `quick_dtype` and its projections hold no weights.
+        model: the calibrated model in eval mode. Not changed.
         codes: of every quantized projection, by name.
         grid: the levels that indices count.
         batches: calibration inputs.
@@ -130,12 +123,11 @@ def tune_scales(model: Any, codes: Mapping[str, Codes], grid: Grid, batches: Seq
     """
     device = next(model.parameters()).device
     dtype = quick_dtype(device, model.dtype)
-    model.requires_grad_(False)
+    model = quick_copy(model, dtype, [linear.base for linear in ModelView(model).linears() if linear.name in codes])
     factors = {name: torch.ones_like(one.scales_OB, device=device).requires_grad_() for name, one in codes.items()}
     linears = {linear.name: linear for linear in ModelView(model).linears() if linear.name in codes}
     for name, linear in linears.items():
         _replace(linear, codes[name], grid, dtype, factors[name])
-    model.to(dtype)
     rows = [(batch, place) for batch in range(len(batches)) for place in range(len(hidden[batch]))]
     steps = how.epochs * math.ceil(len(rows) / how.rows)
     optimizer = torch.optim.Adam(factors.values(), lr=how.learning_rate, betas=(0.9, 0.95))
@@ -157,31 +149,26 @@ def tune_scales(model: Any, codes: Mapping[str, Codes], grid: Grid, batches: Seq
             if done % _LOG_EVERY == 0 or done == steps:
                 log.info("scales: step %d of %d, %.4f nats a token from the dense model", done, steps, sum(recent) / len(recent))
                 recent = []
-    for linear in linears.values():
-        del linear.base.__dict__["forward"]
     return {name: Codes(one.index_OI, _stored(one, factors[name].detach().to(one.scales_OB.device)), one.double) for name, one in codes.items()}
 
 
 def _descend(model: Any, inputs: dict[str, Tensor], hidden_TD: Tensor, rows: int) -> float:
     """Add one row's gradient; its mean divergence."""
     mask = inputs.get("attention_mask")
-    student = hidden_and_head(model, {**inputs})
-    teacher = HiddenTeacher(hidden_TD, student.head, transform=student.transform)
     keep_N = None if mask is None else mask.reshape(-1).bool()
-    loss = chunked_head_loss(
-        student.hidden.reshape(-1, student.hidden.shape[-1]), student.head, Distillation(teacher, kd_weight=1.0), keep_N=keep_N, transform=student.transform
-    ).loss
-    (loss / rows).backward()
+    with torch.enable_grad():
+        student = hidden_and_head(model, inputs)
+        distance = Distillation(HiddenTeacher(hidden_TD, student.head, transform=student.transform), kd_weight=1.0)
+        flat_ND = student.hidden.reshape(-1, student.hidden.shape[-1])
+        loss = chunked_head_loss(flat_ND, student.head, distance, keep_N=keep_N, transform=student.transform).loss
+        (loss / rows).backward()
     return float(loss.detach())
 
 
 def _replace(linear: LinearView, codes: Codes, grid: Grid, dtype: torch.dtype, factor_OB: Tensor) -> None:
-    """Let a projection compute with levels and scales; its own weights are let go."""
-    base = linear.base
+    """Let a projection compute with levels and scales."""
     levels_OI = grid.levels_L.to(factor_OB.device, dtype)[codes.index_OI.to(factor_OB.device).int()]
-    here = copy.copy(codes)
-    base.weight.data = base.weight.data.new_empty(0)
-    base.forward = _forward(here, levels_OI, factor_OB, base)
+    linear.base.forward = _forward(codes, levels_OI, factor_OB, linear.base)
 
 
 def _forward(codes: Codes, levels_OI: Tensor, factor_OB: Tensor, base: Any) -> Callable[[Tensor], Tensor]:
