@@ -27,12 +27,15 @@ from llmlite.calibration.moments import Moments
 from llmlite.models.view import BlockView, ModelView
 from llmlite.storage import damage, writing_folder
 
-__all__ = ["Blocks", "Statistics", "Walk", "batches_of", "least_over_processes", "skipping", "walk_blocks"]
+__all__ = ["EVEN_SHARE", "Blocks", "Statistics", "Walk", "batches_of", "least_over_processes", "skipping", "walk_blocks"]
 
 log = logging.getLogger(__name__)
 
 HELD_OUT_EVERY = 4
 """One batch of this many is held out: its sums are kept apart, to choose damping on."""
+
+EVEN_SHARE = 0.5
+"""Share of the tokens' weight that all of them get alike: where a few tokens weigh nearly everything (queries and keys), the others still have a say."""
 
 Batch = Mapping[str, Tensor]
 Change = Callable[[BlockView, "dict[str, Statistics]"], "Mapping[str, Any] | None"]
@@ -166,8 +169,8 @@ class Blocks:
             block: whose entrance `hidden` is at.
             roles: roles of the families table; those that the block does not have are left out.
             dense: hidden states of the dense model at the same entrance; then the cross moments are taken too.
-            weights: how much each token counts, for each of this process's batches by the name of the projection, (B * T,); None: all alike. Sums are then
-                those of tokens scaled by the root of their weight, over the mean weight. For an input that several projections share the weights add up.
+            weights: how much each token counts, for each of this process's batches by the name of the projection, (B * T,); None: all alike. Those of
+                projections that share an input add up, are divided by their mean, and half of it is shared out evenly (`EVEN_SHARE`).
             dtype: of the sums: float32, or float64.
         """
         wanted = [role for role in roles if role in block.linears]
@@ -188,7 +191,8 @@ class Blocks:
                     shared = [block.linears[other].name for other in wanted if keys[other] == role]
                     if role not in means:
                         means[role] = self._mean_weight(weights, shared)
-                    root_N1 = self.tokens(index, _summed_weight(weights[index], shared)[:, None]).div(means[role]).sqrt().to(x_NI)
+                    weight_N1 = self.tokens(index, _summed_weight(weights[index], shared)[:, None]) / means[role]
+                    root_N1 = (EVEN_SHARE + (1 - EVEN_SHARE) * weight_N1).sqrt().to(x_NI)
                     x_NI = x_NI * root_N1
                 if role not in found:
                     made = [Moments(x_NI.shape[1], cross=dense is not None, dtype=dtype, device=x_NI.device) for _ in range(1 + self._held_out)]
