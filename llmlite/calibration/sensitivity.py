@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llmlite.models.quick import quick_copy, quick_dtype
 from llmlite.models.view import LinearView, ModelView
 from llmlite.training.backbone import hidden_and_head
 from llmlite.training.chunked import chunked_head_loss
@@ -26,7 +27,7 @@ from llmlite.training.token_loss import TokenLoss
 if TYPE_CHECKING:
     from llmlite.calibration.blocks import Batch
 
-__all__ = ["OwnLabels", "token_sensitivity"]
+__all__ = ["OwnLabels", "quick_sensitivity", "token_sensitivity"]
 
 
 class OwnLabels(TokenLoss):
@@ -80,6 +81,13 @@ def token_sensitivity(model: nn.Module, batches: Sequence[Batch], places: Sequen
     return found
 
 
+def quick_sensitivity(model: nn.Module, batches: Sequence[Batch], places: Sequence[int], seed: int = 0) -> list[dict[str, Tensor]]:
+    """`token_sensitivity` in the type that this machine multiplies fastest, on a copy where that is not the model's own."""
+    first = next(model.parameters())
+    dtype = quick_dtype(first.device, first.dtype)
+    return token_sensitivity(model if dtype == first.dtype else quick_copy(model, dtype), batches, places, seed)
+
+
 def _of_row(view: ModelView, inputs: dict[str, Tensor], uniform_N: Tensor) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
@@ -88,7 +96,7 @@ def _of_row(view: ModelView, inputs: dict[str, Tensor], uniform_N: Tensor) -> di
             found[linear.name] = grad.reshape(-1, grad.shape[-1]).float().square().sum(-1)
 
         def look(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-            output.register_hook(keep)
+            output.register_hook(keep)  # type: ignore[no-untyped-call]
 
         return look
 
@@ -108,7 +116,7 @@ def _of_row(view: ModelView, inputs: dict[str, Tensor], uniform_N: Tensor) -> di
                 keep_N=None if mask is None else mask.reshape(-1).bool(),
                 num_items_in_batch=1.0,
                 transform=transform,
-            ).loss.backward()
+            ).loss.backward()  # type: ignore[no-untyped-call]
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)

@@ -73,7 +73,8 @@ class Quantize(Step):
         Raises:
             ConfigError: layers whose width bitsandbytes cannot represent, unless they are skipped; names in `skip` that no layer has.
         """
-        from llmlite.calibration.memory import walk_bytes
+        from llmlite.calibration.memory import backward_bytes, walk_bytes
+        from llmlite.models.quick import quick_dtype
         from llmlite.models.size import expected_bytes, runtime_bytes
 
         self._require_known_names(model)
@@ -98,12 +99,17 @@ class Quantize(Step):
         sequences = min(self._sequences(run), run.recipe.data.calibration_sequences)
         tokens = sequences * run.recipe.data.max_length
         if self._calibrated:
-            notes.append(f"codes and scales chosen on {sequences} calibration rows")
+            tuned = f", scales tuned in {self.tune_epochs * sequences} steps" if self.tune_epochs else ""
+            notes.append(f"codes and scales chosen on {sequences} calibration rows{tuned}")
+        backward = 0
+        if self._calibrated and (self.tune_epochs or self.token_weights == "sensitivity"):
+            quick = quick_dtype(run.device, run.compute_dtype)
+            backward = backward_bytes(model.config, run.recipe.data.max_length, quick, BLOCK_SIZE if self.tune_epochs else 0)
         return dataclasses.replace(
             model,
             form=self.scheme,
             disk_bytes=size,
-            peak_bytes=dense + size + walk_bytes(model.config, tokens) + runtime_bytes(run.device),
+            peak_bytes=dense + max(size, backward) + walk_bytes(model.config, tokens) + runtime_bytes(run.device),
             tokens=tokens,
             trained_parameters=0,
             notes=tuple(notes),

@@ -28,8 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmlite.calibration.blocks import Statistics, Walk, walk_blocks
-from llmlite.calibration.sensitivity import token_sensitivity
-from llmlite.models.quick import quick_copy, quick_dtype
+from llmlite.calibration.sensitivity import quick_sensitivity
 from llmlite.models.view import BlockView, ModelView
 from llmlite.quantization.nf4 import DoubleScales, Grid, calibrated_codes, dequantize, grid_of, output_error
 from llmlite.quantization.stock_format import write_codes
@@ -118,7 +117,7 @@ def calibrate(model: nn.Module, batches: Sequence[Batch], how: CalibratedScheme,
     hidden = last_hidden(model, batches) if how.tune is not None and damage(codes / _TUNED) is not None else []
 
     def weigh(places: Sequence[int]) -> list[dict[str, Tensor]]:
-        return token_sensitivity(quick_copy(model, quick_dtype(next(model.parameters()).device, next(model.parameters()).dtype)), batches, places, how.seed)
+        return quick_sensitivity(model, batches, places, how.seed)
 
     def change(block: BlockView, found: dict[str, Statistics]) -> dict[str, Any]:
         errors: dict[str, float] = {}

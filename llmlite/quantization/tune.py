@@ -161,7 +161,7 @@ def _descend(model: Any, inputs: dict[str, Tensor], hidden_TD: Tensor, rows: int
         distance = Distillation(HiddenTeacher(hidden_TD, student.head, transform=student.transform), kd_weight=1.0)
         flat_ND = student.hidden.reshape(-1, student.hidden.shape[-1])
         loss = chunked_head_loss(flat_ND, student.head, distance, keep_N=keep_N, transform=student.transform).loss
-        (loss / rows).backward()
+        (loss / rows).backward()  # type: ignore[no-untyped-call]
     return float(loss.detach())
 
 

@@ -66,7 +66,7 @@ def test_tuning_that_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pyte
     first = build_tiny("llama")
     calibrate(first, batches, how, tmp_path / "codes", tmp_path / "walk")
     monkeypatch.setattr(module, "tune_scales", lambda *_args: pytest.fail("tuned twice"))
-    monkeypatch.setattr(module, "token_sensitivity", lambda *_args: pytest.fail("read twice"))
+    monkeypatch.setattr(module, "quick_sensitivity", lambda *_args: pytest.fail("read twice"))
     again = build_tiny("llama")
     calibrate(again, batches, how, tmp_path / "codes", tmp_path / "walk")
     assert torch.equal(logits_of(first), logits_of(again))
