@@ -1,11 +1,12 @@
 # make run    set up .venv and run the main job (lora_int4, offline)
 # make test   set up .venv and run the tests
+# make docs   the documentation with the API reference, as pages in site/
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: run test test-all lint bench clean
+.PHONY: run test test-all lint docs bench clean
 
 run: $(STAMP)
 	$(BIN)/python -m llmlite.recipes.lora_int4 $(ARGS)
@@ -21,6 +22,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(STAMP)
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs site
+
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py $(or $(ARGS),lora_int4 --examples 96 --repeats 2)
 
@@ -35,4 +39,4 @@ $(STAMP): pyproject.toml requirements.lock
 	touch $(STAMP)
 
 clean:
-	rm -rf .venv outputs build dist *.egg-info
+	rm -rf .venv outputs site build dist *.egg-info

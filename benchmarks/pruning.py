@@ -2,7 +2,8 @@
 
     python benchmarks/pruning.py --calibration WIKI_VALID.txt --test wikitext=WIKI_TEST.txt --test novel=NOVEL.txt --case ffn=0.8
 
-Prints a table and writes benchmarks/results/pruning.json. Nothing is trained. Every row uses the same test windows; the first is the dense model.
+Prints a table and writes benchmarks/results/pruning.json. Nothing is trained unless a case says so (`--train`).
+Every row uses the same test windows; the first is the dense model.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import json
 import math
 import os
 import platform
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from metrics.text import detokenised
+from metrics.text import detokenised, detokenised_file
 
 from llmlite.calibration.mixture import parse_mixture, shares
 from llmlite.calibration.sample import sampled_windows
@@ -52,6 +54,8 @@ def main() -> None:
     parser.add_argument("--test", action="append", required=True, metavar="NAME=FILE")
     parser.add_argument("--test-windows", type=int, default=16)
     parser.add_argument("--case", action="append", required=True, metavar="LABEL={step: ..., ...}", help="a step as YAML; several steps as a list")
+    parser.add_argument("--train", metavar="FILE", help="text for the steps that train, where a case heals what it has pruned")
+    parser.add_argument("--dtype", default="auto", help="type to compute in; bfloat16 trains float32 weights under autocast")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scratch", help="a folder in which a run that was stopped goes on; one for each case")
     parser.add_argument("--out", default="benchmarks/results/pruning.json")
@@ -60,19 +64,20 @@ def main() -> None:
 
     import llmlite
 
-    source = find(Model(name=args.model))
+    settings = Model(name=args.model, dtype=args.dtype)
+    source = find(settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(source, Model(name=args.model))
-    dense = load_model(source, Model(name=args.model), device)
+    tokenizer = load_tokenizer(source, settings)
+    dense = load_model(source, settings, device)
 
-    parts = []
+    sources = []
     mixture = parse_mixture(args.calibration)
     for (_, name), count in zip(mixture, shares([share for share, _ in mixture], args.sequences), strict=True):
         if name == "self":
-            parts.append(sampled_windows(source, lambda: dense, count, args.tokens, seed=args.seed, dtype=dense.dtype))
+            sources.append(sampled_windows(source, lambda: dense, count, args.tokens, seed=args.seed, dtype=dense.dtype))
         else:
-            parts.append(windows_of(stream(name, tokenizer), count, args.tokens, args.seed))
-    windows_NT = torch.cat(parts)
+            sources.append(windows_of(stream(name, tokenizer), count, args.tokens, args.seed))
+    windows_NT = torch.cat(sources)
     windows_NT = windows_NT[torch.randperm(len(windows_NT), generator=torch.Generator().manual_seed(args.seed))]
 
     tests = {}
@@ -94,24 +99,32 @@ def main() -> None:
             problems += more
         if problems:
             raise SystemExit("\n".join(problems))
-        recipe = llmlite.Recipe(model=args.model, steps=tuple(steps), seed=args.seed)
-        run = _BenchRun(windows_NT, recipe)
-        model = load_model(source, Model(name=args.model), device)
-        run.scratch = Path(args.scratch) if args.scratch else Path()
+        data = llmlite.Data(train=detokenised_file(args.train), max_length=args.tokens) if args.train else llmlite.Data()
+        run = _BenchRun(windows_NT, llmlite.Recipe(model=settings, data=data, steps=tuple(steps), seed=args.seed))
+        model = load_model(source, settings, device)
+        parts: list[dict[str, Any]] = []
         started, cpu = time.perf_counter(), time.process_time()
-        for step in steps:
-            model = step.apply(model, run)
+        with tempfile.TemporaryDirectory() as folder:
+            for index, step in enumerate(steps):
+                run.scratch = Path(args.scratch or folder) / f"{index}"
+                run.scratch.mkdir(parents=True, exist_ok=True)
+                model = step.apply(model, run)
+                cost = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
+                parts.append({**cost, **{name: measure_quality(model, batches).perplexity for name, batches in tests.items()}})
+                started, cpu = time.perf_counter(), time.process_time()
         row = {
             "case": label,
             "calibration": " + ".join(f"{share:g}*{name if name == 'self' else Path(name).name}" for share, name in mixture),
             "calibration_tokens": windows_NT.numel(),
+            "dtype": args.dtype,
+            "train": Path(args.train).name if args.train else None,
             "steps": [given] if isinstance(given, dict) else given,
             "decoder": size_of_model(model).decoder / size.decoder,
             "sparsity": run.notes.get("sparsity"),
             **{name: run.notes[name] for name in ("spread", "trials") if name in run.notes},
-            "seconds": time.perf_counter() - started,
-            "cpu_seconds": time.process_time() - cpu,
-            **{name: measure_quality(model, batches).perplexity for name, batches in tests.items()},
+            "after_each_step": parts,
+            **{name: sum(part[name] for part in parts) for name in ("seconds", "cpu_seconds")},
+            **{name: parts[-1][name] for name in tests},
         }
         rows.append(row)
         show(row, base)
@@ -138,7 +151,7 @@ def write(path: Path, args: argparse.Namespace, rows: list[dict[str, Any]]) -> N
         "window_tokens": args.tokens,
     }
     new = [{**settings, **row} for row in rows]
-    same = ("model", "seed", "test_windows", "window_tokens", "case", "calibration", "calibration_tokens")
+    same = ("model", "seed", "test_windows", "window_tokens", "case", "calibration", "calibration_tokens", "dtype", "train")
     keys = [tuple(row.get(name) for name in same) for row in new]
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     path.parent.mkdir(parents=True, exist_ok=True)

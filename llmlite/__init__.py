@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from llmlite.errors import LlmliteError as LlmliteError
     from llmlite.hub.push import push as push
     from llmlite.models.load import Model as Model
+    from llmlite.multi_adapter import export as export
     from llmlite.plan import check as check
     from llmlite.pruning.ffn import PruneFfn as PruneFfn
     from llmlite.pruning.heads import PruneHeads as PruneHeads
@@ -69,6 +70,7 @@ _HOMES = {
     "Step": "llmlite.step",
     "check": "llmlite.plan",
     "evaluate": "llmlite.side_by_side",
+    "export": "llmlite.multi_adapter",
     "push": "llmlite.hub.push",
 }
 

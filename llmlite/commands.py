@@ -1,4 +1,4 @@
-"""The commands of `llmlite`: run, check, evaluate, shrink, compare, steps, families, push. Nothing here imports torch before a command asks for it."""
+"""The commands of `llmlite`: run, check, evaluate, shrink, compare, export, steps, families, push. Nothing here imports torch before a command asks for it."""
 
 from __future__ import annotations
 
@@ -193,6 +193,23 @@ def _compare_command(folders: tuple[str, ...], html: str | None) -> None:
     if html:
         write_text(Path(html), found.page())
         console.print(f"The page with plots: {html}", markup=False)
+
+
+@group.command("export", context_settings={"token_normalize_func": lambda name: name.replace("-", "_"), "max_content_width": 120})
+@click.argument("folders", metavar="DIR DIR ...", nargs=-1, required=True)
+@click.option("--output_dir", metavar="DIR", required=True, help="Folder for the adapters: new, empty, or an earlier export.")
+@click.option("--names", metavar="NAMES", help="A name for each adapter, separated by commas.  [default: the folders' names]")
+def _export_command(folders: tuple[str, ...], output_dir: str, names: str | None) -> None:
+    """Put the adapters of finished runs side by side: one folder, one base, switched by name with stock peft. Can be pushed like any result."""
+    from llmlite.multi_adapter import export
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    hush_loggers()
+    found = export(folders, output_dir, [name.strip() for name in (names or "").split(",") if name.strip()])
+    click.echo(
+        f"{len(found.names)} adapters in {found.path}: {', '.join(found.names)}. A fresh process switched to each and got the logits that it gives alone "
+        f"(largest difference {found.difference:.1e}):\n\n{found.loading}"
+    )
 
 
 @group.command("steps")

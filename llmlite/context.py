@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -108,6 +109,12 @@ class Run:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the model as it is now: the base's, until a step takes tokens away."""
         return load_tokenizer(self.source, self.recipe.model)
+
+    @property
+    def grown_vocabulary(self) -> int | None:
+        """Rows of the embedding, where the added tokens need more than the base has; None otherwise."""
+        before = load_config(self.source, dataclasses.replace(self.recipe.model, add_tokens=())).vocab_size
+        return int(self.config.vocab_size) if self.config.vocab_size > before else None
 
     def use_vocabulary(self, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> None:
         """Go on with fewer tokens. What was tokenised is tokenised again when it is next asked for; only the held-out text keeps the base's tokens, so that

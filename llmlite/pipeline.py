@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from llmlite.evaluation.quality import Reference
 
-__all__ = ["load_result", "run"]
+__all__ = ["base_of_result", "load_result", "run"]
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +85,14 @@ def load_result(folder: Path | str) -> tuple[PreTrainedModel, Run]:
     model = _Pipeline(recipe, context, out).result().eval()
     context.take_vocabulary(out)
     return model, context
+
+
+def base_of_result(folder: Path | str) -> tuple[Path, Run]:
+    """The folder of the model that a finished run's adapter sits on, and the run itself."""
+    out = Path(folder)
+    recipe = Recipe.from_file(out / "recipe.yaml", output_dir=str(out))
+    context = Run(recipe)
+    return _Pipeline(recipe, context, out)._base_of(len(recipe.steps) - 1), context
 
 
 class _Pipeline:
@@ -337,11 +345,13 @@ class _Pipeline:
             return
         self._link_result()
         dtype = str(self.context.compute_dtype).removeprefix("torch.")
-        self.report.loading = loading_lines(self.out, self._base_of(last) if is_adapted(self.model) else None, dtype)
+        adapter = is_adapted(self.model)
+        base, vocabulary = self._base_of(last) if adapter else None, self.context.grown_vocabulary if adapter else None
+        self.report.loading = loading_lines(self.out, base, dtype, vocabulary if base == self.context.source.folder else None)
         log.info("reloading the result in a fresh process")
         self.report.reload_difference = require_reload(self.model, self.report.loading)
-        adapter = is_adapted(self.model)
-        self.report.base = describe_base(self.context.source, self.model.config if adapter else None, made_before_adapter(self.recipe) if adapter else None)
+        made_by = made_before_adapter(self.recipe) if adapter else None
+        self.report.base = describe_base(self.context.source, self.model.config if adapter else None, made_by, vocabulary)
         self.report.save()
         write_card(self.report)
         write_page(self.report)

@@ -67,6 +67,7 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
     family_of(config)
     _require_buildable(context)
     require_matching(context.tokenizer, config)
+    _require_new_tokens(context)
     longest = getattr(config, "max_position_embeddings", None)
     if longest and recipe.data.max_length > longest:
         raise ConfigError(
@@ -149,6 +150,22 @@ def _require_buildable(context: Run) -> None:
         raise LoadError(f"model: {place} describes no model that transformers can build ({type(error).__name__}: {shorten(reason, 200)}).") from None
 
 
+def _require_new_tokens(context: Run) -> None:
+    """Raise ConfigError for added tokens that are none, or that a vocabulary will lose."""
+    from llmlite.models.load import load_tokenizer
+
+    tokens = context.recipe.model.add_tokens
+    if not tokens:
+        return
+    known = load_tokenizer(context.source, dataclasses.replace(context.recipe.model, add_tokens=())).get_vocab()
+    problems = [f"add_tokens: '{token}' is a token of this tokenizer already. Leave it out." for token in tokens if token in known]
+    problems += [f"add_tokens: '{token}' is named twice." for token in dict.fromkeys(tokens) if tokens.count(token) > 1]
+    if any(name_of_step(type(step)) == "prune.vocabulary" for step in context.recipe.steps):
+        problems.append("add_tokens and prune.vocabulary in one recipe are not built: prune the vocabulary first, then add tokens to that folder.")
+    if problems:
+        raise ConfigError(context.recipe.name, problems)
+
+
 def _check_push(recipe: Recipe, context: Run, result: ModelPlan) -> None:
     """Ask the Hub now for what would fail after hours.
 
@@ -184,9 +201,18 @@ def _check_push(recipe: Recipe, context: Run, result: ModelPlan) -> None:
 
 
 def made_before_adapter(recipe: Recipe) -> list[str]:
-    """Steps whose result an adapter sits on, besides quantizing, which anybody can do again while loading, and earlier training of the adapter itself."""
-    names = [name_of_step(type(step)) or type(step).__name__ for step in recipe.steps[:-1]]
-    return [name for name in names if name not in {"quantize", "lora", "correct"}]
+    """Steps whose result an adapter sits on, besides rounding to nearest, which anybody can do again while loading, and earlier training of the adapter itself.
+
+    Codes chosen on calibration text are nobody else's: an adapter on them needs them, not those that ``BitsAndBytesConfig`` would give.
+    """
+    found = []
+    for step in recipe.steps[:-1]:
+        name = name_of_step(type(step)) or type(step).__name__
+        if name == "quantize" and getattr(step, "chooses_codes", False):
+            found.append("quantize with calibrate: true")
+        elif name not in {"quantize", "lora", "correct"}:
+            found.append(name)
+    return found
 
 
 def _plan_row(name: str, model: ModelPlan) -> dict[str, Any]:

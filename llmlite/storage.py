@@ -21,7 +21,20 @@ import filelock
 
 from llmlite.errors import OutputError, ResourceError
 
-__all__ = ["MANIFEST", "damage", "folder_bytes", "link_or_copy", "locked", "require_space", "seal", "set_aside", "write_json", "write_text", "writing_folder"]
+__all__ = [
+    "MANIFEST",
+    "damage",
+    "file_sums",
+    "folder_bytes",
+    "link_or_copy",
+    "locked",
+    "require_space",
+    "seal",
+    "set_aside",
+    "write_json",
+    "write_text",
+    "writing_folder",
+]
 
 MANIFEST = "manifest.json"
 
@@ -94,6 +107,15 @@ def damage(folder: Path) -> str | None:
         if _sha256(file) != digest:
             return f"{name} has changed since it was written"
     return None
+
+
+def file_sums(folder: Path, pattern: str = "*.safetensors") -> dict[str, str]:
+    """SHA-256 of the files in a folder (not below it) that match: the manifest's where there is one, else computed."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        entries = {}
+    return {file.name: entries[file.name]["sha256"] if file.name in entries else _sha256(file) for file in sorted(folder.glob(pattern))}
 
 
 def set_aside(folder: Path) -> Path:

@@ -161,10 +161,14 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
+def save_sums(file: Path, count: int) -> Path:
+    """So many sums with their answers as JSON lines."""
+    rows = [{"prompt": f"What is {n} plus {n + 1}?", "completion": f"{n} plus {n + 1} is {2 * n + 1}."} for n in range(count)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
 @pytest.fixture(scope="session")
 def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty questions and answers as JSON lines."""
-    file = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
-    rows = [{"prompt": f"What is {n} plus {n + 1}?", "completion": f"{n} plus {n + 1} is {2 * n + 1}."} for n in range(60)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return file
+    return save_sums(tmp_path_factory.mktemp("rows") / "pairs.jsonl", 60)

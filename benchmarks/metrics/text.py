@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import re
+import tempfile
+from pathlib import Path
 
 
 def detokenised(text: str) -> str:
@@ -17,3 +20,12 @@ def detokenised(text: str) -> str:
         text = re.sub(r"([(\[]) ", r"\1", text)
         text = re.sub(r'" ([^"]*?) "', r'"\1"', text)
     return text
+
+
+def detokenised_file(path: str | Path) -> str:
+    """A copy of a text file as people write it, for as long as the process lives."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    copy = Path(folder.name) / Path(path).name
+    copy.write_text(detokenised(Path(path).read_text(encoding="utf-8")), encoding="utf-8")
+    return str(copy)

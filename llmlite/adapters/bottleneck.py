@@ -33,6 +33,7 @@ class Bottleneck(AdapterStep):
 
     label: ClassVar[str] = "bottleneck"
     mergeable: ClassVar[bool] = False
+    trains_tokens: ClassVar[bool] = True
 
     placement: Literal["houlsby", "pfeiffer", "parallel"] = "pfeiffer"
     """houlsby: after attention and after the FFN; pfeiffer: after the FFN; parallel: beside the FFN."""

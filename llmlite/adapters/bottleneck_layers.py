@@ -42,6 +42,7 @@ class BottleneckConfig(PeftConfig):  # type: ignore[misc]
         activation: relu, gelu or silu.
         bottleneck_dropout: in training, on the inner values.
         scaling: factor on what is added.
+        trainable_token_indices: rows of the embedding (and head) that are trained too; peft does the rest.
     """
 
     target_modules: list[str] | set[str] | str | None = None
@@ -52,6 +53,7 @@ class BottleneckConfig(PeftConfig):  # type: ignore[misc]
     scaling: float = 1.0
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    trainable_token_indices: dict[str, list[int]] | None = None
     init_weights: bool = field(default=True)
 
     def __post_init__(self) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from llmlite.config import shorten
+from llmlite.errors import LoadError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -22,9 +26,28 @@ def load_adapter(model: Any, folder: str | Path, *, is_trainable: bool = False, 
 
     Returns:
         The peft model. ``load_adapter``, ``set_adapter``, ``disable_adapter`` and ``save_pretrained`` are peft's.
+
+    Raises:
+        LoadError: the adapter is pickled, damaged, incomplete, or made for another model.
     """
     import peft
 
     import llmlite.adapters.bottleneck_layers  # noqa: F401 - teaches peft the type BOTTLENECK
 
-    return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, **kwargs)
+    pickled = Path(folder) / "adapter_model.bin"
+    if pickled.is_file() and not pickled.with_suffix(".safetensors").is_file():
+        raise LoadError(f"adapter: {folder} holds its weights as a pickle, which can run code when it is opened. Save it again as safetensors.")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*missing adapter keys.*")  # peft would go on with an adapter that was read in part
+            return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, **kwargs)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a wrong file does inside of peft
+        if "out of memory" in str(error):
+            raise
+        reason = shorten((str(error).strip().splitlines() or [""])[0], 200)
+        raise LoadError(
+            f"adapter: {folder} cannot be put on this model ({type(error).__name__}: {reason}). Wanted: adapter_config.json and adapter_model.safetensors as "
+            "peft writes them, made for a model with these layers. Is it the right base?"
+        ) from error

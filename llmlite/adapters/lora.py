@@ -34,6 +34,7 @@ class Lora(AdapterStep):
     """Train a LoRA adapter on the frozen model."""
 
     label: ClassVar[str] = "lora"
+    trains_tokens: ClassVar[bool] = True
 
     r: PositiveInt = 16
     """Rank of the adapter: rows of A, columns of B."""

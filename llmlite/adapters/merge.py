@@ -100,7 +100,7 @@ def _dense_base(model: Any) -> PreTrainedModel:
     base = model.get_base_model()
     state: dict[str, torch.Tensor] = {}
     for name, module in base.named_modules():
-        if is_adapter_parameter(f"{name}.") or ".base_layer" in f".{name}" or ".original_module" in f".{name}":
+        if is_adapter_parameter(f"{name}.") or ".base_layer" in f".{name}" or ".original_module" in f".{name}" or "token_adapter" in name:
             continue
         layer = base_layer(module)
         if isinstance(getattr(layer, "weight", None), torch.Tensor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from llmlite.context import Run
 
-__all__ = ["AdapterStep", "target_shapes"]
+__all__ = ["AdapterStep", "added_rows", "target_shapes"]
 
 Shapes = dict[str, tuple[int, int]]
 
@@ -31,6 +32,8 @@ class AdapterStep(TrainingStep):
     """The step's name in messages."""
     mergeable: ClassVar[bool] = True
     """Whether what it learns can be added into the base's weights."""
+    trains_tokens: ClassVar[bool] = False
+    """Whether it can train the rows of added tokens (`Model.add_tokens`) beside its own numbers."""
 
     learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Peak learning rate of AdamW. None: by the model's width, 1.3e-3 at 576, 2.9e-4 at 4,096; adapters want about ten times that of full training."""
@@ -49,13 +52,18 @@ class AdapterStep(TrainingStep):
         """See `Step.check`.
 
         Raises:
-            ConfigError: target modules that match nothing, or a merge that the method does not have.
+            ConfigError: target modules that match nothing, a merge that the method does not have, or added tokens that it cannot train.
         """
         from llmlite.training.memory import training_peak_bytes
 
+        self._require_trainable_tokens(model, run)
         if self.merge and not self.mergeable:
             raise ConfigError(self.label, [f"merge: what {self.label} learns is no change of weights, so it cannot be merged. Keep it beside the base."])
         added, note = self.added_parameters(model.config)
+        if tokens := run.recipe.model.add_tokens:
+            rows = added_rows(model.config, tokens)
+            added += sum(rows.values())
+            note += f", {len(tokens)} added tokens in {' and '.join(rows)}"
         return dataclasses.replace(
             model,
             adapters=True,
@@ -84,8 +92,30 @@ class AdapterStep(TrainingStep):
         import torch
 
         torch.manual_seed(run.recipe.seed)
-        adapted: PreTrainedModel = peft.get_peft_model(model, self.peft_config(model.config))
+        config = self.peft_config(model.config)
+        if tokens := run.recipe.model.add_tokens:
+            ids = sorted(run.tokenizer.convert_tokens_to_ids(list(tokens)))
+            config.trainable_token_indices = {name: list(ids) for name in added_rows(model.config, tokens)}
+        adapted: PreTrainedModel = peft.get_peft_model(model, config)
         return adapted
+
+    def _require_trainable_tokens(self, model: ModelPlan, run: Run) -> None:
+        """Raise ConfigError where added tokens would stay untrained, or come back as others."""
+        from llmlite.models.size import meta_model
+
+        tokens, problems = run.recipe.model.add_tokens, []
+        if not tokens:
+            return
+        if not self.trains_tokens:
+            problems.append(f"add_tokens: {self.label} cannot train the rows of added tokens. Use lora or bottleneck, or finetune for all weights.")
+        elif clash := sorted(set(added_rows(model.config, tokens)) & set(getattr(self, "modules_to_save", ()))):
+            problems.append(f"add_tokens trains single rows of {' and '.join(clash)}, modules_to_save all of them: leave one of the two out.")
+        elif getattr(meta_model(model.config).get_output_embeddings(), "bias", None) is not None:
+            problems.append(f"add_tokens: the head of {model.config.model_type} has a bias, which an adapter cannot carry for single tokens. Use finetune.")
+        if run.layout.sharded:
+            problems.append("add_tokens with an adapter under FSDP2 is not built. Launch it with recipes/accelerate/ddp.yaml.")
+        if problems:
+            raise ConfigError(self.label, problems)
 
     def peak_learning_rate(self, hidden_size: int) -> float:
         """The learning rate as asked, else 5e-4 (2000 / hidden_size)^0.781.
@@ -93,6 +123,17 @@ class AdapterStep(TrainingStep):
         Source: Schulman and Thinking Machines Lab 2025, "LoRA Without Regret", the fit for Llama models.
         """
         return self.learning_rate or 5e-4 * (2000 / hidden_size) ** 0.781
+
+
+def added_rows(config: PretrainedConfig, tokens: Sequence[str]) -> dict[str, int]:
+    """Modules whose rows belong to added tokens -> numbers in them: the embedding, and the head where it is not the same matrix."""
+    from llmlite.models.families import family_of
+    from llmlite.models.size import meta_model
+
+    family = family_of(config)
+    numbers = len(tokens) * int(meta_model(config).get_input_embeddings().weight.shape[1])
+    names = [family.embedding] if getattr(config, "tie_word_embeddings", False) else [family.embedding, family.head]
+    return {name.rpartition(".")[2]: numbers for name in names}
 
 
 def target_shapes(config: PretrainedConfig, targets: Names, label: str) -> Shapes:

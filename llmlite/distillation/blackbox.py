@@ -18,22 +18,22 @@ import os
 import re
 import uuid
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from llmlite.config import settings
+from llmlite.distillation.student import StudentStep
 from llmlite.errors import ApiError, ConfigError
 from llmlite.step import ModelPlan
-from llmlite.training.settings import NonNegative, PositiveInt, TrainingStep
+from llmlite.training.settings import NonNegative, PositiveInt
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from llmlite.adapters.lora import Lora
     from llmlite.context import Run
     from llmlite.distillation.api.answers import Accepted, Lesson
     from llmlite.distillation.api.asking import Asking
@@ -52,13 +52,11 @@ _REFUSALS = (
 
 
 @settings
-class DistillBlackBox(TrainingStep):
+class DistillBlackBox(StudentStep):
     """Train on what a teacher behind an API says: its answers, or its log-probabilities too."""
 
-    takes: ClassVar[frozenset[str]] = frozenset({"dense", "sparse", "int8", "nf4", "fp4"})
-
     learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Peak learning rate of AdamW. None: 5e-5 for all weights, by the model's width for an adapter (lora_r)."""
+    """Peak learning rate of AdamW. None: 5e-5 for all weights, by the model's width for an adapter."""
     teacher: str = "serve:base"
     """The model's name at the API; or serve:base, the model this run started from, served on loopback by the step itself; or serve: and a Hub id or folder."""
     base_url: str | None = None
@@ -110,8 +108,6 @@ class DistillBlackBox(TrainingStep):
     """Weight of cross entropy on the answers, beside log-probabilities."""
     kd_weight: NonNegative = 0.5
     """Weight of the divergence from the teacher's log-probabilities."""
-    lora_r: PositiveInt | None = None
-    """Train a LoRA adapter of this rank instead of all weights; the only way for a 4- or 8-bit model."""
 
     # Before the run -------------------------------------------------------------------------------------------------------------------
 
@@ -177,16 +173,12 @@ class DistillBlackBox(TrainingStep):
                 re.compile(self.refusals)
             except re.error as error:
                 problems.append(f"refusals is no regular expression: {error}.")
-        if model.form not in {"dense", "sparse"} and self.lora_r is None:
-            problems.append(f"the model is {model.form}, whose weights cannot be trained. Set lora_r, to train an adapter beside them.")
-        if model.adapters:
-            problems.append("the model carries an adapter already. Merge it before this step.")
+        problems += self.problems_of_student(model)
         return problems
 
     def _planned(self, model: ModelPlan, run: Run) -> ModelPlan:
         from llmlite.distillation.api.teacher import ApiTeacher
         from llmlite.models.size import expected_bytes
-        from llmlite.training.finetune import full_training_plan
 
         teacher = ApiTeacher(self, run)
         where = f"{self.teacher} at {teacher.url}" if teacher.own is None else f"{self.teacher}, served on loopback"
@@ -201,12 +193,8 @@ class DistillBlackBox(TrainingStep):
                 notes.append(f"at most {self._budget.price(most):,.2f} for all of it")
         if teacher.own is None and os.environ.get(self.api_key_env):
             notes.append(f"key from ${self.api_key_env}")
-        if self.lora_r is not None:
-            plan = self._lora(self.lora_r).check(model, run)
-            notes += plan.notes
-        else:
-            plan = full_training_plan(self, model, run, "all weights")
-            notes.append("all weights")
+        plan = self.student_plan(model, run)
+        notes += [self.student_in_words(model), *plan.notes]
         if teacher.own is not None:
             notes.append(f"the server takes another {expected_bytes(teacher.config(), dtype=run.compute_dtype) / 1e6:,.0f} MB while it answers")
         return dataclasses.replace(plan, notes=tuple(notes))
@@ -215,17 +203,10 @@ class DistillBlackBox(TrainingStep):
 
     def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
         """Ask, then train."""
-        from llmlite.training.finetune import train_all_weights
-        from llmlite.training.trainer import train
-
         lesson = self._lesson(run)
         loss = self.loss_with(lesson) if lesson.signals else None
         with run.training_on(lesson.data):
-            if self.lora_r is None:
-                return train_all_weights(model, self, run, loss)
-            adapted = self._lora(self.lora_r).attach(model, run)
-            train(adapted, self, run, loss)
-            return adapted
+            return self.train_student(model, run, lambda _: nullcontext((loss, None)))
 
     def loss_with(self, lesson: Lesson) -> Any:
         """The loss of a batch with the teacher's log-probabilities for its tokens; see `llmlite.training.trainer.LossMaker`."""
@@ -237,12 +218,6 @@ class DistillBlackBox(TrainingStep):
             return Distillation(TopKTeacher(ids_NK, logprobs_NK, self.tail), labels_N, ce_weight=self.ce_weight, kd_weight=self.kd_weight)
 
         return make_loss
-
-    def peak_learning_rate(self, hidden_size: int) -> float:
-        """See `TrainingStep.peak_learning_rate` and `AdapterStep.peak_learning_rate`."""
-        if self.lora_r is not None:
-            return self._lora(self.lora_r).peak_learning_rate(hidden_size)
-        return super().peak_learning_rate(hidden_size)
 
     def _lesson(self, run: Run) -> Lesson:
         """Collect on the main process; everybody makes the same lesson of it."""
@@ -332,12 +307,6 @@ class DistillBlackBox(TrainingStep):
         from llmlite.distillation.api.collect import Budget
 
         return Budget(self.max_requests, self.max_tokens_total, self.max_cost, self.input_price, self.output_price)
-
-    def _lora(self, rank: int) -> Lora:
-        from llmlite.adapters.lora import Lora
-
-        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(TrainingStep)}
-        return Lora(**{**shared, "r": rank, "lora_alpha": 2.0 * rank})
 
 
 def _name_of_this_run(scratch: Path) -> str:

@@ -13,21 +13,20 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
 
-from llmlite.adapters.settings import AdapterStep
-from llmlite.config import settings, validate
+from llmlite.config import settings
+from llmlite.distillation.student import StudentStep
 from llmlite.errors import ConfigError
-from llmlite.step import ModelPlan, step_class
-from llmlite.training.settings import NonNegative, PositiveInt, TrainingStep
+from llmlite.step import ModelPlan
+from llmlite.training.settings import NonNegative, PositiveInt
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from llmlite.context import Run
@@ -51,33 +50,9 @@ LayerMap = Annotated[tuple[tuple[Annotated[int, Field(ge=0)], Annotated[int, Fie
 """Pairs of a student layer and a teacher layer, each numbered from 0."""
 
 
-def _adapter_of(value: Any) -> Any:
-    options = {"step": value} if isinstance(value, str) else value
-    if not isinstance(options, Mapping):
-        return value
-    name = str(options.get("step", "lora"))
-    cls = step_class(name)
-    if not issubclass(cls, AdapterStep):
-        raise ValueError(f"name an adapter's step, such as lora; '{name}' is none")
-    adapter, problems = validate(cls, {key: item for key, item in options.items() if key != "step"}, name)
-    if adapter is None:
-        raise ValueError("be right: " + " ".join(problems))
-    misplaced = [f.name for f in dataclasses.fields(TrainingStep) if getattr(adapter, f.name) != getattr(cls(), f.name)]
-    if misplaced:
-        raise ValueError(f"say only what the adapter is; {', '.join(misplaced)} belong to the step around it")
-    return adapter
-
-
-Adapter = Annotated[AdapterStep | None, pydantic.BeforeValidator(_adapter_of)]
-"""A step that trains an adapter, as its name or a mapping with `step:`; what it says of training is not used here."""
-
-
 @settings
-class DistillWhiteBox(TrainingStep):
+class DistillWhiteBox(StudentStep):
     """Train the model, or an adapter on it, towards a teacher whose weights are at hand."""
-
-    takes: ClassVar[frozenset[str]] = frozenset({"dense", "sparse", "int8", "nf4", "fp4"})
-    takes_adapters: ClassVar[bool] = True
 
     learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Peak learning rate of AdamW. None: 1e-4 for all weights; for adapters by the model's width, 1.3e-3 at 576, 2.9e-4 at 4,096."""
@@ -120,9 +95,6 @@ class DistillWhiteBox(TrainingStep):
     """Share of the batches whose answers the student writes itself while the teacher says what it would have said (GKD)."""
     on_policy_tokens: PositiveInt = 128
     """Longest answer the student writes, in tokens; never longer than the one in the text."""
-    adapter: Adapter = None
-    """Train a new adapter on the frozen model instead of all weights: lora, or with its options {step: lora, r: 32}; any step that trains an adapter will do. A
-    model that comes with an adapter has that one trained."""
 
     # Before any weight is loaded -------------------------------------------------------------------------------------------------------
 
@@ -136,15 +108,14 @@ class DistillWhiteBox(TrainingStep):
         from llmlite.models.size import expected_bytes
 
         teacher = self.teacher_model(run)
-        problems = [*self._problems_of_losses(), *self._problems_of_cache(), *self._problems_of_student(model), *self._problems_of_teacher(model, teacher, run)]
+        problems = [*self._problems_of_losses(), *self._problems_of_cache(), *self.problems_of_student(model), *self._problems_of_teacher(model, teacher, run)]
         if problems:
             raise ConfigError("distill.whitebox", problems)
-        what = "the adapter" if model.adapters else "a new adapter" if self.adapter else "all weights"
-        notes = [f"{self.ce_weight:g} CE + {self.kd_weight:g} {self.divergence} to {self.teacher}, {what}"]
+        notes = [f"{self.ce_weight:g} CE + {self.kd_weight:g} {self.divergence} to {self.teacher}, {self.student_in_words(model)}"]
         notes += [f"{self.hidden_weight:g} hidden states ({self.hidden_loss})"] if self.hidden_weight else []
         notes += [f"{self.attention_weight:g} attention maps"] if self.attention_weight else []
         notes += [f"{self.on_policy:.0%} of the batches written by the student"] if self.on_policy else []
-        plan = self._training_plan(model, run)
+        plan = self.student_plan(model, run)
         teacher_bytes = teacher.expected_bytes()
         if self.cache in {"hidden", "top_k"}:
             from llmlite.models.size import runtime_bytes
@@ -164,20 +135,6 @@ class DistillWhiteBox(TrainingStep):
         from llmlite.distillation.teacher import TeacherModel
 
         return TeacherModel(run, self.teacher, self.teacher_dtype, self.teacher_quantization, self.teacher_device_map)
-
-    def _training_plan(self, model: ModelPlan, run: Run) -> ModelPlan:
-        from llmlite.models.size import size_of_config
-        from llmlite.training.finetune import full_training_plan
-        from llmlite.training.memory import training_peak_bytes
-
-        if self.adapter:
-            shape = dataclasses.replace(self.adapter, **{name: getattr(self, name) for name in ("per_device_train_batch_size", "gradient_checkpointing")})
-            return dataclasses.replace(shape.check(model, run), tokens=run.training_tokens(self))
-        if not model.adapters:
-            return dataclasses.replace(full_training_plan(self, model, run), notes=())
-        trained = model.parameters - size_of_config(model.config).parameters
-        peak = training_peak_bytes(model, trained, self, run)
-        return dataclasses.replace(model, trained_parameters=trained, peak_bytes=peak, tokens=run.training_tokens(self), notes=())
 
     def _problems_of_losses(self) -> list[str]:
         problems = []
@@ -206,13 +163,6 @@ class DistillWhiteBox(TrainingStep):
             return [f"cache={self.cache} cannot serve {', '.join(self._live_reasons())}, for which the teacher must run. Use cache: none, or auto."]
         if self.cache == "top_k" and self.divergence != "forward_kl":
             return [f"divergence={self.divergence} needs the whole distribution; of the likeliest tokens only forward_kl can be computed. Use cache: hidden."]
-        return []
-
-    def _problems_of_student(self, model: ModelPlan) -> list[str]:
-        if self.adapter and model.adapters:
-            return ["adapter: the model already carries an adapter. Leave the option out and that one is trained, or put a step 'merge' before."]
-        if model.form in {"int8", "nf4", "fp4"} and not (self.adapter or model.adapters):
-            return [f"the weights are {model.form} and cannot be trained themselves. Set adapter: lora, or distil before quantizing."]
         return []
 
     def _problems_of_teacher(self, model: ModelPlan, teacher: TeacherModel, run: Run) -> list[str]:
@@ -256,28 +206,8 @@ class DistillWhiteBox(TrainingStep):
     # With weights ----------------------------------------------------------------------------------------------------------------------
 
     def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
-        """Attach an adapter if asked, get the teacher's signals, train."""
-        from llmlite.adapters.merge import write_merged
-        from llmlite.models.adapted import is_adapted, is_adapter_parameter
-        from llmlite.training.finetune import train_all_weights
-        from llmlite.training.trainer import train
-
-        student = self.adapter.attach(model, run) if self.adapter else model
-        if not is_adapted(student):
-            with self._taught(student, run) as (make_loss, companion):
-                return train_all_weights(student, self, run, make_loss, companion)
-        for name, parameter in student.named_parameters():
-            parameter.requires_grad_(is_adapter_parameter(name))
-        rate = (self.adapter or AdapterStep()).peak_learning_rate(run.config.get_text_config().hidden_size)
-        with self._taught(student, run) as (make_loss, companion):
-            train(student, dataclasses.replace(self, learning_rate=self.learning_rate or rate), run, make_loss, companion)
-        if self.adapter and self.adapter.merge and run.is_main:
-            write_merged(student, run)
-        return student
-
-    def optimizer(self, model: PreTrainedModel, learning_rate: float) -> torch.optim.Optimizer | None:
-        """The adapter's own optimizer, if it has one (LoRA+)."""
-        return self.adapter.optimizer(model, learning_rate) if self.adapter else None
+        """Get the teacher's signals, train."""
+        return self.train_student(model, run, lambda student: self._taught(student, run))
 
     def no_sharding(self, form: str) -> str:
         """See `TrainingStep.no_sharding`."""

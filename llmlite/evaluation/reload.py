@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from llmlite.errors import RunError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["adapter_loader", "loading_lines", "reload_difference", "require_reload"]
+__all__ = ["adapter_lines", "adapter_loader", "loading_lines", "reload_difference", "require_reload", "resizing_line"]
 
 # No llmlite in here but what the lines name: this is what a stranger would run.
 _SCRIPT = """
@@ -41,23 +42,48 @@ print(json.dumps({"difference": difference, "scale": saved["logits"].abs().max()
 """
 
 
-def loading_lines(folder: Path | str, base: Path | str | None = None, dtype: str | None = None) -> str:
+def loading_lines(
+    folder: Path | str, base: Path | str | None = None, dtype: str | None = None, vocabulary: int | None = None, adapters: Sequence[str] = ()
+) -> str:
     """The Python lines that load a result with stock libraries.
 
     Args:
         folder: where the result lies.
         base: folder or Hub id of the base, when the result is an adapter.
         dtype: passed as ``dtype=``; None for transformers' default.
+        vocabulary: rows that the base's embedding must have for the adapter's added tokens, when it has fewer.
+        adapters: names of the adapters that lie side by side in the folder, the last of which is to be active; none for one adapter, or a model.
     """
     options = f', dtype="{dtype}"' if dtype else ""
     if base is None:
         return f'from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("{folder}"{options})'
-    loader, load = adapter_loader(Path(folder))
+    loader, load = adapter_loader(Path(folder, *adapters[:1]))
     return (
         f"from transformers import AutoModelForCausalLM; {loader}\n"
         f'base = AutoModelForCausalLM.from_pretrained("{base}"{options})\n'
-        f'model = {load}(base, "{folder}")'
+        + (f"{resizing_line(vocabulary)}\n" if vocabulary else "")
+        + "\n".join(adapter_lines(load, f'"{folder}"', adapters))
     )
+
+
+def resizing_line(vocabulary: int) -> str:
+    """The line that gives a stock base the rows of added tokens; the adapter fills them."""
+    return f"base.resize_token_embeddings({vocabulary}, mean_resizing=False)"
+
+
+def adapter_lines(load: str, place: str, names: Sequence[str] = ()) -> list[str]:
+    """The lines that put one adapter on ``base``, or several side by side and switch to the last.
+
+    Args:
+        load: what `adapter_loader` says.
+        place: the folder or repository as a Python literal, and further arguments.
+        names: of the adapters in subfolders; none where the place itself holds the only one.
+    """
+    if not names:
+        return [f"model = {load}(base, {place})"]
+    first, *others = [f'{place}, adapter_name="{name}", subfolder="{name}"' for name in names]
+    switch = [f'model.set_adapter("{names[-1]}")  # and back: model.set_adapter("{names[0]}")'] if others else []
+    return [f"model = {load}(base, {first})", *(f"model.load_adapter({other})" for other in others), *switch]
 
 
 def adapter_loader(folder: Path) -> tuple[str, str]:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmlite.evaluation.reload import adapter_lines, resizing_line
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
@@ -20,16 +22,17 @@ if TYPE_CHECKING:
 __all__ = ["base_of", "describe_base", "loading_snippet"]
 
 
-def describe_base(source: Source, config: PretrainedConfig | None, before_adapter: list[str] | None) -> dict[str, Any]:
+def describe_base(source: Source, config: PretrainedConfig | None, before_adapter: list[str] | None, vocabulary: int | None = None) -> dict[str, Any]:
     """What the card needs to know of the base, to be kept in the report.
 
     Args:
         source: where the base was found.
         config: the config of the model that an adapter sits on; None when the result is no adapter.
         before_adapter: names of the steps that made that model from the base, bitsandbytes apart; None when the result is no adapter.
+        vocabulary: rows that the base's embedding must have for the adapter's added tokens, when it has fewer.
 
     Returns:
-        Plain values: name, hub_id, revision (commit), weights, license and its kin, language; for adapters quantization_config and made_by.
+        Plain values: name, hub_id, revision (commit), weights, license and its kin, language; for adapters quantization_config, made_by and vocabulary.
     """
     known: dict[str, Any] = {"name": source.hub_id or Path(source.name).name, "hub_id": source.hub_id}
     if source.hub_id and source.folder.parent.name == "snapshots":
@@ -40,7 +43,7 @@ def describe_base(source: Source, config: PretrainedConfig | None, before_adapte
         known |= {"weights": "a GGUF file from a package", "license": packaged_licence(source.hub_id)}
     known |= _metadata_of(source.folder / "README.md")
     if before_adapter is not None:
-        known |= {"made_by": before_adapter, "quantization_config": _bitsandbytes(config)}
+        known |= {"made_by": before_adapter, "quantization_config": _bitsandbytes(config), "vocabulary": vocabulary}
     return {key: value for key, value in known.items() if value not in (None, "", [])}
 
 
@@ -79,7 +82,8 @@ def loading_snippet(place: str, base: Mapping[str, Any] | None, base_model: str 
 
     Args:
         place: repository, or folder.
-        base: what `describe_base` found, for an adapter; None for a whole model. Its ``loader`` is `llmlite.evaluation.reload.adapter_loader`'s answer.
+        base: what `describe_base` found, for an adapter; None for a whole model. Its ``loader`` is `llmlite.evaluation.reload.adapter_loader`'s answer; its
+            ``adapters`` are the names of several side by side.
         base_model: Hub id of an adapter's base, when it is not the one in `base`.
         revision: branch or commit.
     """
@@ -106,7 +110,8 @@ def loading_snippet(place: str, base: Mapping[str, Any] | None, base_model: str 
     options = ", quantization_config=quantization_config" if quantization else ""
     lines += [
         f'base = AutoModelForCausalLM.from_pretrained({name}, dtype="auto"{options})',
-        f"model = {load}(base, {place}{at})",
+        *([resizing_line(base["vocabulary"])] if base.get("vocabulary") else []),
+        *adapter_lines(load, f"{place}{at}", base.get("adapters") or ()),
         f"tokenizer = AutoTokenizer.from_pretrained({place}{at})",
     ]
     return "\n".join(lines)

@@ -15,11 +15,12 @@ from typing import Any
 from llmlite.config import to_yaml
 from llmlite.evaluation.reload import adapter_loader
 from llmlite.evaluation.result import Evaluation
+from llmlite.html.images import CURVE, OVERVIEW, card_images
 from llmlite.hub.base import base_of, loading_snippet
-from llmlite.hub.published import hub_dataset, published
+from llmlite.hub.published import hub_dataset, public_evaluation, published
 from llmlite.report import Report, Row, human_bytes
 
-__all__ = ["is_ours", "model_card", "write_card"]
+__all__ = ["LAST_LINE", "fenced", "is_ours", "model_card", "plain", "write_card"]
 
 
 def model_card(report: Report | None, folder: Path, repo_id: str | None = None, base_model: str | None = None) -> str:
@@ -31,15 +32,18 @@ def model_card(report: Report | None, folder: Path, repo_id: str | None = None, 
         repo_id: where it will be; None names the folder.
         base_model: Hub id of the base, when the run did not know it.
     """
-    report = published(report) if report is not None else None
+    evaluation = Evaluation.read(folder)
+    if report is not None:
+        if evaluation is not None:
+            evaluation = Evaluation(folder, **public_evaluation(report, evaluation.to_json()))
+        report = published(report)
     is_adapter = (folder / "adapter_config.json").is_file()
     place = repo_id or folder.absolute().name
     title = place.rpartition("/")[2]
     snippet = loading_snippet(place, _adapter_base(report, folder) if is_adapter else None, base_model)
     parts = [_metadata(report, folder, title, is_adapter, base_model), f"# {title}", _sentence(report, is_adapter, base_model)]
     if report is not None and report.rows:
-        parts += ["## The base against this", _table(report), _conditions(report)]
-    evaluation = Evaluation.read(folder)
+        parts += ["## The base against this", _table(report), _pictures(report), _conditions(report)]
     if evaluation is not None:
         parts += ["## Measured afterwards, both loaded from disk", _evaluated(evaluation)]
     parts += ["## Load it", f"```python\n{snippet}\n```", _loading_note(report, is_adapter, base_model)]
@@ -48,28 +52,30 @@ def model_card(report: Report | None, folder: Path, repo_id: str | None = None, 
             "## How it was made",
             _made(report),
             "The whole recipe:",
-            _fenced(to_yaml(report.recipe), "yaml"),
+            fenced(to_yaml(report.recipe), "yaml"),
             "## What was not measured",
             _not_measured(report, evaluation),
         ]
-    return "\n\n".join(part for part in [*parts, _LAST_LINE] if part) + "\n"
+    return "\n\n".join(part for part in [*parts, LAST_LINE] if part) + "\n"
 
 
 def write_card(report: Report) -> Path:
-    """Write the card of a finished run into its folder, unless somebody has written another one there. Returns its place."""
+    """Write the card of a finished run and its images into its folder, unless somebody has written another one there. Returns its place."""
     file = report.path / "README.md"
     text = model_card(report, report.path)
     if not file.exists() or is_ours(file.read_text(encoding="utf-8")):
         file.write_text(text, encoding="utf-8")
+        for name, image in card_images(published(report)).items():
+            (report.path / name).write_bytes(image)
     return file
 
 
 def is_ours(card: str) -> bool:
     """Whether a card is as `model_card` wrote it, to be written anew freely; a person's edit takes the last line out or stays ours to keep."""
-    return card.rstrip().endswith(_LAST_LINE)
+    return card.rstrip().endswith(LAST_LINE)
 
 
-_LAST_LINE = "<!-- Written by llmlite from report.json. Remove this line to keep your own changes when the card is written again. -->"
+LAST_LINE = "<!-- Written by llmlite from report.json. Remove this line to keep your own changes when the card is written again. -->"
 
 
 def _adapter_base(report: Report | None, folder: Path) -> dict[str, Any]:
@@ -151,12 +157,20 @@ def _sentence(report: Report | None, is_adapter: bool, base_model: str | None) -
         bits = " in 8 bit" if quantization.get("load_in_8bit") else " in 4 bit" if quantization.get("load_in_4bit") else ""
         trained = f", trained on that model{bits}" if bits else ""
         sentence = f"An adapter for {named or 'a base model'}{trained}. It is loaded on top of the base and holds none of its weights."
+        if tokens := _added_tokens(report):
+            sentence += f" It adds tokens ({', '.join(tokens)}), whose rows it brings: use its own tokenizer."
     else:
         steps = [str(step["step"]) for step in _steps(report)]
         sentence = f"A smaller or finetuned version{of}{', made by ' + ', then '.join(steps) if steps else ''}. It loads with unmodified transformers."
+        if tokens := _added_tokens(report):
+            sentence += f" Tokens were added: {', '.join(tokens)}."
     if report is not None and report.base.get("weights"):
         sentence += f" The base's weights came from {report.base['weights']} and differ by their rounding from those in the repository."
     return sentence
+
+
+def _added_tokens(report: Report | None) -> list[str]:
+    return [plain(token) for token in (report.recipe.get("model") or {}).get("add_tokens") or []] if report is not None else []
 
 
 def _table(report: Report) -> str:
@@ -182,10 +196,20 @@ def _table(report: Report) -> str:
     return "\n".join(["| | base | this | change |", "|---|---:|---:|---:|", *(f"| {' | '.join(cells)} |" for cells in lines)])
 
 
+def _pictures(report: Report) -> str:
+    """The images that lie beside the card, named by file so that the Hub finds them."""
+    this, images = report.rows[-1], card_images(report)
+    told = {
+        OVERVIEW: f"Bytes and perplexity of the base and after each step; at the end {human_bytes(this.bytes_on_disk)}, perplexity {this.perplexity:.4g}",
+        CURVE: "Training loss over the optimizer steps",
+    }
+    return "\n\n".join(f"![{told[name]}]({name})" for name in images)
+
+
 def _conditions(report: Report) -> str:
     about, text = report.environment, report.evaluation
     versions = ", ".join(f"{name} {about[name]}" for name in ("llmlite", "torch", "transformers", "peft", "bitsandbytes") if about.get(name))
-    source = _plain(str(text.get("text", "held-out text")))
+    source = plain(str(text.get("text", "held-out text")))
     machine = f"{about.get('device', '?')} ({about.get('cpu', '?')}, {about.get('cores', '?')} cores)"
     return (
         f"Perplexity, KL and agreement on {text.get('tokens', '?')} tokens ({text.get('examples', '?')} examples) of {source}. "
@@ -209,9 +233,9 @@ def _made(report: Report) -> str:
     lines = []
     for index, step in enumerate(_steps(report)):
         row = report.rows[index + 1] if index + 1 < len(report.rows) else None
-        settings = ", ".join(f"{key} {_plain(str(value))}" for key, value in step.items() if key in _SHOWN and value is not None)
+        settings = ", ".join(f"{key} {plain(str(value))}" for key, value in step.items() if key in _SHOWN and value is not None)
         lines.append(f"{index + 1}. `{step['step']}`{f': {settings}' if settings else ''}{_outcome(row)}")
-    data = _plain(str((report.recipe.get("data") or {}).get("train", "")))
+    data = plain(str((report.recipe.get("data") or {}).get("train", "")))
     base = report.base.get("hub_id")
     commit = f"Base: {base} at commit {report.base['revision']}. " if base and report.base.get("revision") else ""
     return "\n".join(lines) + f"\n\n{commit}Data: {data}. Seed {report.recipe.get('seed', 0)}."
@@ -230,11 +254,11 @@ def _outcome(row: Row | None) -> str:
 
 def _evaluated(evaluation: Evaluation) -> str:
     about = evaluation.about
-    lines = ["| | base | this |", "|---|---:|---:|", *(f"| {_plain(name)} | {' | '.join(map(_plain, cells))} |" for name, cells in evaluation.lines().items())]
+    lines = ["| | base | this |", "|---|---:|---:|", *(f"| {plain(name)} | {' | '.join(map(plain, cells))} |" for name, cells in evaluation.lines().items())]
     machine = f"{about.get('cpu', '?')}, {about.get('cores', '?')} cores; torch {about.get('torch', '?')}, transformers {about.get('transformers', '?')}"
     grid = evaluation.models["this"].get("grid_grams_per_kwh")
     stated = f" CO2 at a stated {grid:g} g per kWh." if grid is not None else ""
-    return "\n".join(lines) + f"\n\n{_plain(str(about.get('quality_on', '')))} {machine}; {about.get('date', '')}.{stated}"
+    return "\n".join(lines) + f"\n\n{plain(str(about.get('quality_on', '')))} {machine}; {about.get('date', '')}.{stated}"
 
 
 def _not_measured(report: Report, evaluation: Evaluation | None) -> str:
@@ -259,11 +283,12 @@ def _not_measured(report: Report, evaluation: Evaluation | None) -> str:
     return "\n".join(f"- {name}" for name in missing) + "\n\nWhat the base cannot do, this cannot do either; its licence and terms of use hold here too."
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that cannot break out of a table cell or a paragraph."""
     return re.sub(r"([|`*_<>\[\]])", r"\\\1", " ".join(text.split()))
 
 
-def _fenced(text: str, language: str) -> str:
+def fenced(text: str, language: str) -> str:
+    """A code block that no line of the text can end."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"

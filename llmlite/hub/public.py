@@ -48,6 +48,7 @@ _RESULT = (
     "report.json",
     "report.html",
     "evaluation.json",
+    "adapters.json",
     "*.png",
     "*.svg",
     "LICENSE*",
@@ -133,10 +134,10 @@ def _last(path: str) -> str:
 
 
 def public_json(value: Any, secrets: Iterable[str] = (), places: Iterable[str] = (), quoted: bool = False) -> Any:
-    """`public_text` on every string of plain values; what lies under a key ``sample`` is quoted text."""
+    """`public_text` on every string of plain values; what lies under a key ``sample`` or ``add_tokens`` is quoted text (``</call>`` is no folder)."""
     secrets, places = tuple(secrets), tuple(places)
     if isinstance(value, Mapping):
-        return {key: public_json(item, secrets, places, quoted or key == "sample") for key, item in value.items()}
+        return {key: public_json(item, secrets, places, quoted or key in {"sample", "add_tokens"}) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [public_json(item, secrets, places, quoted) for item in value]
     return public_text(value, secrets, places, quoted) if isinstance(value, str) else value

@@ -11,7 +11,7 @@ from llmlite.hub.base import loading_snippet
 from llmlite.hub.public import places_of, public_json, secrets_of_this_machine
 from llmlite.report import Report, Row
 
-__all__ = ["hub_dataset", "private_places", "public_recipe", "public_report", "published"]
+__all__ = ["hub_dataset", "private_places", "public_evaluation", "public_recipe", "public_report", "published"]
 
 # settings of the run that say where, not what
 _NOT_PUBLISHED = frozenset(
@@ -47,6 +47,15 @@ def public_report(report: Report, place: str, is_adapter: bool, base_model: str 
             row["details"].pop("sample", None)  # rows of somebody's own file: nobody asked to publish them
     values["loading"] = loading_snippet(place, report.base if is_adapter else None, base_model)
     return values
+
+
+def public_evaluation(report: Report, values: dict[str, Any]) -> dict[str, Any]:
+    """What ``evaluation.json`` of a run says, without secrets and folders; answers to private data's questions are left out."""
+    public: dict[str, Any] = public_json(values, secrets_of_this_machine(), private_places(report))
+    if not _is_public_data(report):
+        for model in public.get("models", {}).values():
+            model["answers"] = []
+    return public
 
 
 def private_places(report: Report) -> tuple[str, ...]:

@@ -10,18 +10,22 @@ import hashlib
 import json
 import logging
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmlite.errors import HubError, OutputError, PushFailed
+from llmlite.evaluation.result import EVALUATION
+from llmlite.html.images import card_images
 from llmlite.html.page import PAGE, run_page
 from llmlite.hub.base import base_of
 from llmlite.hub.card import is_ours, model_card
 from llmlite.hub.client import ATTEMPTS, api, call
+from llmlite.hub.multi_adapter import ADAPTERS, Adapters
 from llmlite.hub.preflight import Destination, preflight
 from llmlite.hub.public import leak, places_of, public_text, result_files, secrets_of_this_machine
-from llmlite.hub.published import private_places, public_recipe, public_report
+from llmlite.hub.published import private_places, public_evaluation, public_recipe, public_report, published
 from llmlite.report import Report, human_bytes
 
 if TYPE_CHECKING:
@@ -91,9 +95,12 @@ def push(
     flags = {"public": not private, "create_pr": create_pr, "replace": replace, "verify": verify, "accept_license": accept_license}
     command = continue_command(place, repo_id, revision, base_model, **flags)
     report = _finished(place)
-    _require_known_base(report, place, base_model, command)
+    several = Adapters.read(place) if report is None else None
+    base = report.base if report is not None else several.base if several is not None else {}
+    _require_known_base(base, place, base_model, command)
+    known = base_model or base.get("hub_id")
     try:
-        destination = preflight(repo_id, private, revision, create_pr, base_of(report, base_model), accept_license)
+        destination = preflight(repo_id, private, revision, create_pr, known, accept_license)
     except HubError as error:
         raise HubError(f"{error}\nNothing was sent, and {place} is whole. To try again:\n  {command}", error.status) from None
     if report is not None and destination.base_license:
@@ -104,7 +111,6 @@ def push(
         if verify:
             from llmlite.hub.verify import verified_difference
 
-            base = report.base if report is not None else {}
             difference = verified_difference(place, pushed.repo_id, pushed.commit, base, base_model)
             pushed = Pushed(pushed.repo_id, pushed.url, pushed.commit, pushed.files, pushed.bytes, pushed.private, difference)
     except (HubError, PushFailed) as error:
@@ -136,16 +142,18 @@ def _finished(folder: Path) -> Report | None:
             raise OutputError(f"push: {folder / 'report.json'} cannot be read ({type(error).__name__}: {error}). Run the recipe again.") from None
     if {"steps", "recipe.yaml"} <= names:
         raise OutputError(f"push: the run in {folder} is not finished. Run its recipe again; it continues where it stopped.")
+    if ADAPTERS in names:
+        return None
     if not names & {"config.json", "adapter_config.json"} or not any(name.endswith(".safetensors") for name in names):
         raise OutputError(f"push: {folder} holds no model and no adapter in safetensors. It holds: {', '.join(sorted(names)[:8]) or 'nothing'}.")
     return None
 
 
-def _require_known_base(report: Report | None, folder: Path, base_model: str | None, command: str) -> None:
+def _require_known_base(base: Mapping[str, Any], folder: Path, base_model: str | None, command: str) -> None:
     """An adapter whose base nobody else has cannot be used by anybody else."""
-    if report is None or base_model or not report.base.get("made_by"):
+    if base_model or not base.get("made_by"):
         return
-    steps = ", ".join(report.base["made_by"])
+    steps = ", ".join(base["made_by"])
     raise OutputError(
         f"push: the adapter in {folder} sits on a model that this run made itself ({steps}), which is not on the Hub, so nobody could load it. Push the "
         f"folder of the step before it (under {folder / 'steps'}) to a repository of its own, then name it here:\n  {command} --base_model OWNER/NAME"
@@ -170,15 +178,19 @@ def what_is_sent(folder: Path, report: Report | None, repo_id: str, base_model: 
     for path in ours:
         name = path.relative_to(folder).as_posix()
         files[name] = _without_places(path, base_of(report, base_model), secrets, places) if name.endswith("config.json") else path
-    is_adapter = "adapter_config.json" in files
+    is_adapter, several = "adapter_config.json" in files, Adapters.read(folder) if report is None else None
     if report is not None:
         files["recipe.yaml"] = public_recipe(report).encode()
         values = public_report(report, repo_id, is_adapter, base_model)
         files["report.json"] = _json(values)
         files[PAGE] = run_page(Report.of(folder, values)).encode()
+        if EVALUATION in files:
+            files[EVALUATION] = _json(public_evaluation(report, json.loads((folder / EVALUATION).read_text(encoding="utf-8"))))
     card = folder / "README.md"
     if not card.is_file() or is_ours(card.read_text(encoding="utf-8")):
-        files["README.md"] = model_card(report, folder, repo_id, base_model).encode()
+        text = several.card(folder, repo_id, base_model) if several is not None else model_card(report, folder, repo_id, base_model)
+        files["README.md"] = text.encode()
+        files |= card_images(published(report)) if report is not None else {}
     for name, content in files.items():
         found = leak(name, content, secrets, places)
         if found:

@@ -13,6 +13,7 @@ from typing import Any
 from llmlite.errors import PushFailed
 from llmlite.evaluation.reload import adapter_loader
 from llmlite.hub.base import loading_snippet
+from llmlite.hub.multi_adapter import Adapters
 
 __all__ = ["verified_difference"]
 
@@ -48,10 +49,19 @@ def verified_difference(folder: Path, repo_id: str, commit: str, base: Mapping[s
     Raises:
         PushFailed: it does not load, or gives other logits.
     """
+    several = Adapters.read(folder)
+    if several is not None:  # each of them switched to in turn
+        names = list(several.adapters)
+        orders = [[*(other for other in names if other != name), name] for name in names]
+        return max(_difference(folder, repo_id, commit, several.loadable(folder) | {"adapters": order}, base_model, tolerance) for order in orders)
     config = folder / "adapter_config.json"
     known: dict[str, Any] | None = {**base, "loader": adapter_loader(folder)} if config.is_file() else None
     if known is not None and "name" not in known:
         known["name"] = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return _difference(folder, repo_id, commit, known, base_model, tolerance)
+
+
+def _difference(folder: Path, repo_id: str, commit: str, known: Mapping[str, Any] | None, base_model: str | None, tolerance: float) -> float:
     lines = [loading_snippet(str(folder.absolute()), known, base_model), loading_snippet(repo_id, known, base_model, commit)]
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     done = subprocess.run([sys.executable, "-c", _SCRIPT, *lines], capture_output=True, text=True, env=environment, check=False)

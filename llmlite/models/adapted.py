@@ -7,7 +7,7 @@ from typing import Any
 __all__ = ["adapter_parameters", "is_adapted", "is_adapter_parameter"]
 
 # Parts of the names that peft, and llmlite's own bottleneck adapters, give to what they add.
-_MARKS = ("lora_", "ia3_", "bottleneck_", "prompt_encoder", "modules_to_save")
+_MARKS = ("lora_", "ia3_", "bottleneck_", "prompt_encoder", "modules_to_save", "trainable_tokens_")
 
 
 def is_adapted(model: Any) -> bool:

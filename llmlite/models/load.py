@@ -7,6 +7,7 @@ cache, safely when two processes race.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llmlite.config import fingerprint, near, settings
 from llmlite.errors import LoadError
+from llmlite.models.added_tokens import add_to_tokenizer, fill_rows, pieces_of
+from llmlite.step import Names
 from llmlite.storage import MANIFEST, damage, writing_folder
 
 if TYPE_CHECKING:
@@ -62,6 +65,8 @@ class Model:
     """Attention kernel, as transformers names it (sdpa, eager, flash_attention_2). None: transformers' choice."""
     trust_remote_code: bool = False
     """Run Python code that the model repository carries. Only for authors you trust."""
+    add_tokens: Names = ()
+    """Tokens that tokenizer and embedding get besides their own, such as <tool>,</tool>; each starts as the mean of the pieces it was written in before."""
 
 
 @dataclass(frozen=True)
@@ -316,7 +321,7 @@ def load_config(source: Source, model: Model) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(source.folder, trust_remote_code=model.trust_remote_code)
+        config: PretrainedConfig = AutoConfig.from_pretrained(source.folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # transformers raises KeyError, ValueError, OSError, JSONDecodeError and validation errors of its own here
         if isinstance(error, ImportError | MemoryError):
             raise
@@ -325,6 +330,9 @@ def load_config(source: Source, model: Model) -> PretrainedConfig:
         raise LoadError(
             f"model: {source.folder / 'config.json'} cannot be read as a transformers config: {(lines or [type(error).__name__])[0]}.{hint}"
         ) from None
+    if model.add_tokens:
+        config.vocab_size = max(config.vocab_size, len(load_tokenizer(source, model)))
+    return config
 
 
 def load_tokenizer(source: Source, model: Model) -> PreTrainedTokenizerBase:
@@ -350,6 +358,8 @@ def load_tokenizer(source: Source, model: Model) -> PreTrainedTokenizerBase:
         raise LoadError(f"model: '{source.folder}' has no usable tokenizer: {(lines or [type(error).__name__])[0]}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if model.add_tokens:
+        add_to_tokenizer(tokenizer, model.add_tokens)
     return tokenizer
 
 
@@ -406,8 +416,19 @@ def load_model(source: Source | Path, model: Model, device: torch.device, **kwar
         raise LoadError(
             f"model: '{folder}' lacks {len(missing)} weights that its config asks for, first '{missing[0]}'. Its files and config.json do not belong together."
         )
+    if model.add_tokens and (folder / "tokenizer_config.json").is_file():
+        _fill_added_tokens(loaded, Source(str(folder), folder, None), model)
     loaded.eval()
     return loaded
+
+
+def _fill_added_tokens(loaded: PreTrainedModel, source: Source, model: Model) -> None:
+    """Rows for the tokens of `Model.add_tokens` that the folder's own tokenizer does not know; a folder that a step left knows them all."""
+    pieces = pieces_of(load_tokenizer(source, dataclasses.replace(model, add_tokens=())), model.add_tokens)
+    if pieces:
+        tokenizer = load_tokenizer(source, model)
+        ids = dict(zip(pieces, tokenizer.convert_tokens_to_ids(list(pieces)), strict=True))
+        fill_rows(loaded, {ids[token]: parts for token, parts in pieces.items()}, len(tokenizer))
 
 
 def compute_dtype(device: torch.device, asked: str = "auto") -> torch.dtype:

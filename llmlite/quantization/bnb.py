@@ -98,11 +98,11 @@ class Quantize(Step):
             notes.append(f"{len(unaligned)} layers stay in 16 bit (width no multiple of {BLOCK_SIZE})")
         sequences = min(self._sequences(run), run.recipe.data.calibration_sequences)
         tokens = sequences * run.recipe.data.max_length
-        if self._calibrated:
+        if self.chooses_codes:
             tuned = f", scales tuned in {self.tune_epochs * sequences} steps" if self.tune_epochs else ""
             notes.append(f"codes and scales chosen on {sequences} calibration rows{tuned}")
         backward = 0
-        if self._calibrated and (self.tune_epochs or self.token_weights == "sensitivity"):
+        if self.chooses_codes and (self.tune_epochs or self.token_weights == "sensitivity"):
             quick = quick_dtype(run.device, run.compute_dtype)
             backward = backward_bytes(model.config, run.recipe.data.max_length, quick, BLOCK_SIZE if self.tune_epochs else 0)
         return dataclasses.replace(
@@ -141,7 +141,7 @@ class Quantize(Step):
         if dense is None or not self._sequences(run):
             return self._load(run, folder, how)
         batches = self._calibration_batches(run)
-        if not self._calibrated:
+        if not self.chooses_codes:
             model = self._load(run, folder, how)
             run.note(**error_report(layer_errors(dense, model, batches)))
             return model
@@ -153,12 +153,13 @@ class Quantize(Step):
         return model
 
     @property
-    def _calibrated(self) -> bool:
+    def chooses_codes(self) -> bool:
+        """Whether calibration text decides on the codes, so that rounding the base while loading would give others."""
         return self.calibrate and self.scheme != "int8"
 
     def _sequences(self, run: Run) -> int:
         """Calibration rows that the step reads."""
-        return run.recipe.data.calibration_sequences if self._calibrated else self.report_sequences
+        return run.recipe.data.calibration_sequences if self.chooses_codes else self.report_sequences
 
     def _calibration_batches(self, run: Run) -> list[dict[str, Tensor]]:
         from llmlite.calibration.blocks import batches_of

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import build_tokenizer, tiny_config
+from tests.conftest import build_tokenizer, save_sums, tiny_config
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +38,4 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def questions_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Thirty sums with their answers."""
-    file = tmp_path_factory.mktemp("rows") / "sums.jsonl"
-    rows = [{"prompt": f"What is {n} plus {n + 1}?", "completion": f"{n} plus {n + 1} is {2 * n + 1}."} for n in range(30)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return file
+    return save_sums(tmp_path_factory.mktemp("rows") / "sums.jsonl", 30)

@@ -161,7 +161,7 @@ def test_a_teacher_with_another_tokenizer_covers_what_both_cut_alike(api: FakeAp
 
 
 def test_an_adapter_can_be_the_student(api: FakeApi, model_folder: Path, questions_file: Path, tmp_path: Path) -> None:
-    made = recipe(api, model_folder, questions_file, tmp_path / "out", lora_r=4, mode="top_logprobs", top_logprobs=5)
+    made = recipe(api, model_folder, questions_file, tmp_path / "out", adapter="lora", mode="top_logprobs", top_logprobs=5)
     run = Run(made, scratch=tmp_path)
     planned = made.check().rows[1]
     model = made.steps[0].apply(run.load_base(), run)

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -46,6 +47,8 @@ class Fault:
     message: str
     after: bool = False
     """Do what was asked first, and lose the answer."""
+    cut: bool = False
+    """Read half of what is sent, then close the connection without a word."""
 
 
 class FakeHub:
@@ -59,6 +62,9 @@ class FakeHub:
         self.requests: list[tuple[str, str]] = []
         self.bodies: list[bytes] = []
         self.uploads = 0
+        self.part_bytes: int | None = None
+        """Files larger than this go up in parts, each to an address of its own."""
+        self.parts: dict[tuple[str, int], bytes] = {}
         self.lock = threading.RLock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.server.daemon_threads = True
@@ -82,6 +88,10 @@ class FakeHub:
 
     def fail(self, method: str, path: str, status: int, times: int = 1, message: str = "", after: bool = False, **headers: str) -> None:
         self.faults.append(Fault(method, path, status, times, {k.replace("_", "-"): v for k, v in headers.items()}, message, after))
+
+    def cut(self, method: str, path: str, times: int = 1) -> None:
+        """Close the connection in the middle of a request's body."""
+        self.faults.append(Fault(method, path, 0, times, {}, "", cut=True))
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         repo = self.repos[repo_id]
@@ -116,11 +126,22 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         parts = urlsplit(self.path)
         self.route, self.query = unquote(parts.path), parse_qs(parts.query)
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        length = int(self.headers.get("Content-Length") or 0)
+        with self.hub.lock:
+            cut = next((f for f in self.hub.faults if f.cut and f.times > 0 and f.method == self.command and re.search(f.path, self.route)), None)
+            if cut:
+                cut.times -= 1
+                self.hub.requests.append((f"CUT {self.command}", self.route))
+        if cut:
+            self.rfile.read(length // 2)
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        self.body = self.rfile.read(length)
         with self.hub.lock:
             self.hub.requests.append((self.command, self.route))
             self.hub.bodies.append(self.path.encode() + b"\n" + self.body + _decoded(self.body))
-            fault = next((f for f in self.hub.faults if f.times > 0 and f.method == self.command and re.search(f.path, self.route)), None)
+            fault = next((f for f in self.hub.faults if not f.cut and f.times > 0 and f.method == self.command and re.search(f.path, self.route)), None)
             if fault:
                 fault.times -= 1
                 if fault.after:
@@ -159,6 +180,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.repos[match[1]].large[match[2]] = self.body
             self.hub.uploads += 1
             return self._send(200, {})
+        if match := re.fullmatch(r"/part/(.+)/([0-9a-f]{64})/(\d+)", self.route):
+            self.hub.parts[match[2], int(match[3])] = self.body
+            self.hub.uploads += 1
+            return self._send(200, {}, ETag=hashlib.md5(self.body, usedforsecurity=False).hexdigest())
+        if match := re.fullmatch(r"/complete/(.+)/([0-9a-f]{64})", self.route):
+            return self._complete(match[1], match[2])
         if match := re.fullmatch(r"/content/(.+)/([0-9a-f]{64})", self.route):
             return self._send(200, self.hub.repos[match[1]].large[match[2]])
         if match := re.fullmatch(r"/(.+?)\.git/info/lfs/objects/batch", self.route):
@@ -182,11 +209,32 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(200, {"url": url, "name": repo_id})
 
     def _batch(self, repo_id: str) -> None:
-        repo, objects = self.hub.repos[repo_id], []
-        for item in json.loads(self.body)["objects"]:
-            actions = {} if item["oid"] in repo.large else {"actions": {"upload": {"href": f"{self.hub.url}/large/{repo_id}/{item['oid']}"}}}
-            objects.append({**item, **actions})
-        self._send(200, {"transfer": "basic", "objects": objects})
+        repo, objects, wanted = self.hub.repos[repo_id], [], json.loads(self.body)
+        in_parts = self.hub.part_bytes if "multipart" in wanted["transfers"] else None
+        for item in wanted["objects"]:
+            oid, size = item["oid"], int(item["size"])
+            if oid in repo.large:
+                objects.append(item)
+            elif in_parts and size > in_parts:
+                count = -(-size // in_parts)
+                header = {"chunk_size": str(in_parts), **{f"{n:05d}": f"{self.hub.url}/part/{repo_id}/{oid}/{n}" for n in range(1, count + 1)}}
+                objects.append({**item, "actions": {"upload": {"href": f"{self.hub.url}/complete/{repo_id}/{oid}", "header": header}}})
+            else:
+                objects.append({**item, "actions": {"upload": {"href": f"{self.hub.url}/large/{repo_id}/{oid}"}}})
+        self._send(200, {"transfer": "multipart" if in_parts else "basic", "objects": objects})
+
+    def _complete(self, repo_id: str, oid: str) -> None:
+        """Put the parts together, if they are all there, in order, and make the file that was announced."""
+        told = json.loads(self.body)
+        parts = [self.hub.parts.get((oid, part["partNumber"])) for part in told["parts"]]
+        whole = b"".join(part or b"" for part in parts)
+        tags = [part["etag"].strip('"') for part in told["parts"]]
+        if told["oid"] != oid or None in parts or hashlib.sha256(whole).hexdigest() != oid:
+            return self._send(400, {"error": "the parts are not the file"})
+        if tags != [hashlib.md5(part or b"", usedforsecurity=False).hexdigest() for part in parts]:
+            return self._send(400, {"error": "the tags are not the parts'"})
+        self.hub.repos[repo_id].large[oid] = whole
+        return self._send(200, {})
 
     def _api(self, repo_id: str, what: str, rest: str) -> None:
         repo = self.hub.repos.get(repo_id)

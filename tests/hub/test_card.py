@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+import llmlite
 from llmlite.errors import OutputError
+from llmlite.html.images import CURVE, OVERVIEW, card_images
 from llmlite.hub.base import loading_snippet
 from llmlite.hub.card import model_card, write_card
 from llmlite.hub.push import push, what_is_sent
+from llmlite.plan import made_before_adapter
 from llmlite.report import Report, Row
 
 
@@ -93,14 +98,57 @@ def test_secrets_and_folders_planted_all_over_a_report_are_in_nothing_that_is_se
     report.environment |= {"cpu": planted, "cwd": "/home/agatha"}
     report.evaluation["text"] = f"/home/agatha/rows.jsonl, held-out part {planted}"
     report.rows[1].details.update(log=[planted], nested={"folder": "/home/agatha/run"})
+    report.rows[1].details["train_loss"] = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    report.rows[1].details["energy"] = {"joules": 1.0, "source": planted, "kind": "measured"}
+    report.rows[1] = dataclasses.replace(report.rows[1], name=planted)  # a step of somebody's own may be called anything
+    answers = [{"prompt": "a private question", "answer": "a private answer"}]
+    model = {"bytes_on_disk": 1, "perplexity": 9.0, "kl": None, "top1_agreement": None, "latency": [], "tasks": [], "joules_per_1000_tokens": None}
+    model |= {"answers": answers, "energy": {"source": planted}}
+    about = {"quality_on": f"Quality on rows of /home/agatha/rows.jsonl {planted}", "cpu": planted}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"about": about, "models": {"base": model, "this": model}}))
     report.loading = 'model = from_pretrained("/home/agatha/out")'
     report.save()
     assert "agatha" in (tmp_path / "report.json").read_text()
-    for name, content in what_is_sent(tmp_path, report, "me/x").items():
-        text = content.decode() if isinstance(content, bytes) else content.read_text()
-        assert not {secret for secret in (token, key, "agatha") if secret in text}, name
+    sent = what_is_sent(tmp_path, report, "me/x")
+    assert {"README.md", "report.json", "report.html", "recipe.yaml", "evaluation.json", OVERVIEW, CURVE} <= set(sent)
+    for name, content in sent.items():
+        text = content.decode(errors="replace") if isinstance(content, bytes) else content.read_text()
+        assert not {secret for secret in (token, key, "agatha", "a private") if secret in text}, name
     local = write_card(report).read_text()
     assert not {secret for secret in (token, key, "agatha") if secret in local}
+
+
+def chunks_of(png: bytes) -> list[str]:
+    """Names of the chunks of a PNG file, in order."""
+    found, at = [], 8
+    while at < len(png):
+        size, name = struct.unpack(">I4s", png[at : at + 8])
+        found.append(name.decode())
+        at += 12 + size
+    return found
+
+
+def test_the_card_s_images_are_small_pictures_without_metadata_and_the_same_every_time(tmp_path: Path) -> None:
+    report = report_of(tmp_path, [{"step": "finetune"}])
+    report.rows[1].details["train_loss"] = [{"step": step, "loss": 5 / step} for step in range(1, 9)]
+    file = write_card(report)
+    images = card_images(report)
+    assert set(images) == {OVERVIEW, CURVE}
+    for name, image in images.items():
+        assert (tmp_path / name).read_bytes() == image == card_images(report)[name]
+        assert image.startswith(b"\x89PNG")
+        assert len(image) < 40_000
+        assert set(chunks_of(image)) <= {"IHDR", "pHYs", "IDAT", "IEND"}
+        assert f"]({name})" in file.read_text()
+    assert "perplexity 12.5](base_against_this.png)" in file.read_text()
+    assert {name for name in what_is_sent(tmp_path, report, "me/x") if name.endswith(".png")} == set(images)
+
+
+def test_a_figure_that_is_no_number_is_drawn_as_none_and_an_untrained_result_has_no_curve(tmp_path: Path) -> None:
+    report = report_of(tmp_path, [{"step": "quantize"}])
+    report.rows[1] = dataclasses.replace(report.rows[1], perplexity=float("inf"))
+    assert set(card_images(report)) == {OVERVIEW}
+    assert card_images(Report(tmp_path, report.recipe, {}, {}, report.rows[:1])) == {}
 
 
 def test_a_fence_in_the_recipe_does_not_end_the_card_s_fence(tmp_path: Path) -> None:
@@ -165,3 +213,13 @@ def test_the_card_has_what_was_evaluated_and_states_co2_only_with_a_stated_grid(
     assert "| arc (acc) | 0.500 ± 0.050 | 0.500 ± 0.050 |" in card
     assert "100 / 200" in card
     assert "- benchmark tasks" not in card
+
+
+def test_only_codes_that_anybody_gets_while_loading_may_be_left_to_the_base() -> None:
+    def made_by(*steps: Any) -> list[str]:
+        return made_before_adapter(llmlite.Recipe(steps=steps))
+
+    assert made_by(llmlite.Quantize(calibrate=False), llmlite.Lora()) == []
+    assert made_by(llmlite.Quantize(scheme="int8"), llmlite.Lora()) == []
+    assert made_by(llmlite.Quantize(scheme="nf4"), llmlite.Lora()) == ["quantize with calibrate: true"]
+    assert made_by(llmlite.PruneFfn(keep=0.5), llmlite.Quantize(calibrate=False), llmlite.Lora()) == ["prune.ffn"]

@@ -53,6 +53,10 @@ def test_a_quoted_answer_keeps_its_system_paths() -> None:
     assert public_json(value) == {"text": "python", "sample": {"answer": "Use /usr/bin/env and [removed]."}}
 
 
+def test_added_tokens_that_look_like_folders_stay_and_secrets_among_them_go() -> None:
+    assert public_json({"model": {"add_tokens": ["<call>", "</call>", TOKEN]}}) == {"model": {"add_tokens": ["<call>", "</call>", "[removed]"]}}
+
+
 def test_leaks_are_found_in_escapes_and_in_the_header_of_weights(tmp_path: Path) -> None:
     assert leak("config.json", b'{"x": "pass\\u002dphrase-0"}', ["pass-phrase-0"], []) == "a token or key of this machine"
     assert leak("x.jinja", f"{{# {TOKEN} #}}".encode(), [], []) == "what looks like a token (hf_...)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -17,10 +18,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import llmlite
-from llmlite.errors import HubError, OutputError, PushFailed
+from llmlite.errors import ConfigError, HubError, OutputError, PushFailed
 from llmlite.hub.push import push
+from llmlite.pipeline import load_result
 from llmlite.report import Report
-from tests.conftest import save_tiny, token_ids
+from tests.conftest import build_tokenizer, save_tiny, token_ids
 from tests.hub.conftest import loopback_hub
 from tests.hub.fake_hub import TOKEN, FakeHub
 
@@ -43,11 +45,11 @@ assert not any(name.startswith("llmlite") for name in sys.modules)
 """
 
 
-def pulled_logits(snippet: str, folder: Path) -> torch.Tensor:
-    """Run the lines in a fresh process with an empty cache and return the logits on the standard tokens."""
+def pulled_logits(snippet: str, folder: Path, ids_BT: torch.Tensor | None = None) -> torch.Tensor:
+    """Run the lines in a fresh process with an empty cache and return the logits on these tokens, else the standard ones."""
     from safetensors.torch import save_file
 
-    save_file({"input_ids": token_ids()}, folder / "in.safetensors")
+    save_file({"input_ids": token_ids() if ids_BT is None else ids_BT}, folder / "in.safetensors")
     command = [sys.executable, "-c", PULL.format(snippet=snippet), str(folder / "in.safetensors"), str(folder / "out.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_CACHE": str(folder / "cache")})
     assert done.returncode == 0, done.stderr
@@ -103,6 +105,7 @@ def test_a_run_ends_on_the_hub_with_adapter_tokenizer_card_recipe_and_report(run
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "base_against_this.png",
         "chat_template.jinja",
         "recipe.yaml",
         "report.html",
@@ -185,6 +188,43 @@ def test_a_bottleneck_adapter_comes_back_by_the_one_line_on_its_card(run: Report
     assert yaml.safe_load(card.split("---\n")[1])["base_model_relation"] == "adapter"
 
 
+@pytest.mark.slow
+def test_an_adapter_on_calibrated_codes_goes_up_with_the_repository_that_holds_them(run: Report, hub: FakeHub, pairs_file: Path, tmp_path: Path) -> None:
+    steps = [{"step": "quantize", "scheme": "nf4"}, {"step": "correct", "r": 2}]
+    options = {"model": BASE, "data": str(pairs_file), "calibration": str(pairs_file), "calibration_sequences": 4, "max_length": 64, "evaluation_rows": 4}
+    recipe = llmlite.Recipe.from_options(("test", {**options, "steps": steps, "output_dir": str(tmp_path / "out")}))
+    report = recipe.run()
+    with pytest.raises(OutputError, match=r"made itself \(quantize with calibrate: true\).*(?s:.*)--base_model OWNER/NAME"):
+        push(report.path, "me/tiny-corrected")  # the base rounded while loading has other codes
+    with pytest.raises(ConfigError, match="this run makes itself"):
+        dataclasses.replace(recipe, push_to_hub=True, hub_model_id="me/tiny-corrected").check()
+    push(report.path / "steps" / "01-quantize", "me/tiny-calibrated", base_model=BASE)
+    push(report.path, "me/tiny-corrected", base_model="me/tiny-calibrated")
+    ours, _ = load_result(report.path)
+    with torch.no_grad():
+        expected = ours(input_ids=token_ids()).logits.float()
+    got = pulled_logits(snippet_of(hub.files("me/tiny-corrected")["README.md"].decode()), tmp_path)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+def test_added_tokens_come_back_on_the_stock_base_in_4_bit_by_the_lines_on_the_card(run: Report, hub: FakeHub, tmp_path: Path) -> None:
+    rows = tmp_path / "calls.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"What is {n}?", "completion": f"<call>{n}</call>"}) + "\n" for n in range(60)))
+    base = save_tiny(tmp_path / "tight", vocab_size=len(build_tokenizer()))
+    push(base, "team/tight")
+    options = {"model": "team/tight", "add_tokens": ["<call>", "</call>"], "data": str(rows), "max_length": 64, "evaluation_rows": 4, "max_steps": 2}
+    report = llmlite.LoraInt4(output_dir=str(tmp_path / "out"), r=2, **options).run()
+    push(report.path, "me/tiny-calls")
+    card = hub.files("me/tiny-calls")["README.md"].decode()
+    assert r"It adds tokens (\<call\>, \</call\>)" in card
+    assert f"base.resize_token_embeddings({len(build_tokenizer()) + 2}, mean_resizing=False)" in card
+    ours, _ = load_result(report.path)
+    ids = torch.tensor([[5, len(build_tokenizer()), 7, len(build_tokenizer()) + 1]])
+    with torch.no_grad():
+        expected = ours(input_ids=ids).logits.float()
+    torch.testing.assert_close(pulled_logits(snippet_of(card), tmp_path, ids), expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("difference", ["0.5", "NaN"])
 def test_verify_does_not_accept_other_logits(difference: str, hub: FakeHub, full_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer = subprocess.CompletedProcess([], 0, stdout=f'{{"difference": {difference}, "scale": 3.0}}\n', stderr="")
@@ -203,6 +243,11 @@ def test_no_token_key_folder_or_user_reaches_the_hub_the_card_or_the_log(run: Re
     assert all("sample" in row.details for row in run.rows)
     for secret in (TOKEN, *PLANTED.values()):
         assert secret not in told
+    for file in sorted(path for path in run.path.rglob("*") if path.is_file()):
+        written = file.read_bytes()  # images, caches of the evaluation, weights, manifests, what each step left
+        assert not [secret for secret in PLANTED.values() if secret.encode() in written], file
+        # the rows hold a token themselves, and a report kept at home may quote them
+        assert TOKEN.encode() not in written or file.name in {"row.json", "report.json", "report.html"}, file
     card = (run.path / "README.md").read_text()
     for secret in (TOKEN, *PLANTED.values(), "home-of-agatha"):
         assert secret not in card

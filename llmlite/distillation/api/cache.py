@@ -91,7 +91,7 @@ class Answers:
         """Keep an answer. It is on its way to the disk when this returns, and outlives a kill of the process.
 
         Raises:
-            OutputError: the file cannot be written; ResourceError: the disk is full.
+            OutputError: the file cannot be written, for instance because the disk is full.
         """
         values = (key, teacher, _packed(request), _packed(answer), used.prompt_tokens, used.completion_tokens, asked_by)
         try:

@@ -1,0 +1,122 @@
+"""Several adapters side by side in one folder: what is known of them (``adapters.json``), and their model card.
+
+FOLDER/NAME/adapter_config.json, adapter_model.safetensors      one for each, as peft itself writes several
+FOLDER/adapters.json, README.md, tokenizer                      what they share
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmlite.config import to_yaml
+from llmlite.evaluation.reload import adapter_loader
+from llmlite.hub.base import loading_snippet
+from llmlite.hub.card import LAST_LINE, fenced, plain
+from llmlite.hub.published import hub_dataset, published
+from llmlite.report import Report
+
+__all__ = ["ADAPTERS", "Adapters"]
+
+ADAPTERS = "adapters.json"
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """What `adapters.json` says; nothing in it tells of this machine.
+
+    Attributes:
+        base: see `llmlite.hub.base.describe_base`.
+        adapters: name -> recipe, kind, numbers, text, tokens, perplexity_before, perplexity, dataset.
+        environment: versions and machine of the first run.
+    """
+
+    base: dict[str, Any]
+    adapters: dict[str, dict[str, Any]]
+    environment: dict[str, Any]
+
+    @classmethod
+    def of(cls, folders: dict[str, Path]) -> Adapters:
+        """Collected from the folders of finished runs."""
+        adapters: dict[str, dict[str, Any]] = {}
+        base: dict[str, Any] = {}
+        environment: dict[str, Any] = {}
+        for name, folder in folders.items():
+            report = published(Report.read(folder))
+            base, environment = base or report.base, environment or report.environment
+            config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            this, before = report.rows[-1], report.rows[-2]
+            adapters[name] = {
+                "kind": str(config["peft_type"]).lower(),
+                "numbers": this.parameters - before.parameters,
+                "perplexity_before": before.perplexity,
+                "perplexity": this.perplexity,
+                "text": report.evaluation.get("text"),
+                "tokens": report.evaluation.get("tokens"),
+                "dataset": hub_dataset(report),
+                "recipe": report.recipe,
+            }
+        return cls(base, adapters, environment)
+
+    @classmethod
+    def read(cls, folder: Path) -> Adapters | None:
+        """What `write` wrote; None where there is nothing."""
+        try:
+            values = json.loads((folder / ADAPTERS).read_text(encoding="utf-8"))
+            return cls(values["base"], values["adapters"], values["environment"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write(self, folder: Path, place: str) -> None:
+        """Write ``adapters.json`` and the card of the place that the folder will be."""
+        values = {"base": self.base, "adapters": self.adapters, "environment": self.environment}
+        (folder / ADAPTERS).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(self.card(folder, place), encoding="utf-8")
+
+    def loadable(self, folder: Path) -> dict[str, Any]:
+        """`base` as `loading_snippet` takes it."""
+        names = list(self.adapters)
+        return {**self.base, "loader": adapter_loader(folder / names[0]), "adapters": names}
+
+    def card(self, folder: Path, place: str, base_model: str | None = None) -> str:
+        """The model card. See `llmlite.hub.card.model_card`; `place` is a repository, or a folder's name."""
+        from huggingface_hub import ModelCardData
+
+        title = place.rpartition("/")[2]
+        base = base_model or self.base.get("hub_id")
+        kinds = list(dict.fromkeys(about["kind"] for about in self.adapters.values()))
+        datasets = sorted({about["dataset"] for about in self.adapters.values() if about.get("dataset")})
+        data: dict[str, Any] = {
+            "library_name": "peft",
+            "pipeline_tag": "text-generation",
+            **{key: self.base.get(key) for key in ("license", "license_name", "license_link", "language")},
+            "tags": ["llmlite", *kinds],
+            "base_model": base,
+            "base_model_relation": "adapter" if base else None,
+            "datasets": datasets,
+        }
+        named = f"[{base}](https://huggingface.co/{base})" if base else f"`{self.base.get('name', 'a base model')}`, which was a local folder"
+        parts = [
+            f"---\n{ModelCardData(**{key: value for key, value in data.items() if value}).to_yaml()}\n---",
+            f"# {title}",
+            f"{len(self.adapters)} adapters for {named}. They are loaded side by side on one base and switched by name; none holds the base's weights.",
+            "## The adapters",
+            self._table(),
+            "Perplexity on held-out text of each adapter's own data, before and after its training; figures of different texts do not compare.",
+            "## Load them",
+            f"```python\n{loading_snippet(place, self.loadable(folder), base_model)}\n```",
+            "Before the export, each was switched to in a fresh process and gave the logits that it gives alone.",
+            "## How they were made",
+            *(part for name, about in self.adapters.items() for part in (f"`{name}`:", fenced(to_yaml(about["recipe"]), "yaml"))),
+            LAST_LINE,
+        ]
+        return "\n\n".join(parts) + "\n"
+
+    def _table(self) -> str:
+        lines = ["| name | kind | numbers | held-out text | perplexity before | after |", "|---|---|---:|---|---:|---:|"]
+        for name, about in self.adapters.items():
+            figures = [f"{about['numbers']:,}", plain(str(about["text"])), f"{about['perplexity_before']:.4g}", f"{about['perplexity']:.4g}"]
+            lines.append(f"| {' | '.join([plain(name), about['kind'], *figures])} |")
+        return "\n".join(lines)
