@@ -27,7 +27,7 @@ from llmlite.calibration.moments import Moments
 from llmlite.models.view import BlockView, ModelView
 from llmlite.storage import damage, writing_folder
 
-__all__ = ["EVEN_SHARE", "Blocks", "Statistics", "Walk", "batches_of", "least_over_processes", "skipping", "walk_blocks"]
+__all__ = ["EVEN_SHARE", "Blocks", "Statistics", "Walk", "Weigh", "batches_of", "least_over_processes", "skipping", "walk_blocks"]
 
 log = logging.getLogger(__name__)
 
@@ -186,21 +186,19 @@ class Blocks:
             held = self._held_out and self.places[index] % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
             for role in dict.fromkeys(keys.values()):
                 x_NI = self.tokens(index, inputs[role])
-                root_N1 = None
+                share_N1 = None
                 if weights is not None:
                     shared = [block.linears[other].name for other in wanted if keys[other] == role]
                     if role not in means:
                         means[role] = self._mean_weight(weights, shared)
                     weight_N1 = self.tokens(index, _summed_weight(weights[index], shared)[:, None]) / means[role]
-                    root_N1 = (EVEN_SHARE + (1 - EVEN_SHARE) * weight_N1).sqrt().to(x_NI)
-                    x_NI = x_NI * root_N1
+                    share_N1 = (EVEN_SHARE + (1 - EVEN_SHARE) * weight_N1).to(x_NI)
                 if role not in found:
                     made = [Moments(x_NI.shape[1], cross=dense is not None, dtype=dtype, device=x_NI.device) for _ in range(1 + self._held_out)]
                     found[role] = Statistics(*made)
                 moments = found[role].held if held else found[role].fit
                 assert moments is not None
-                dense_NJ = None if dense_inputs is None else self.tokens(index, dense_inputs[role])
-                moments.add(x_NI, dense_NJ if dense_NJ is None or root_N1 is None else dense_NJ * root_N1)
+                moments.add(x_NI, None if dense_inputs is None else self.tokens(index, dense_inputs[role]), share_N1)
         for statistics in found.values() if self.shared else ():
             statistics.fit.all_reduce()
             if statistics.held is not None:
