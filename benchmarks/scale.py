@@ -73,7 +73,7 @@ def recipe_of(model: Path, method: str, mode: str, out: Path) -> Any:
     import llmlite
     from llmlite.models.load import Model
 
-    step = llmlite.Quantize(scheme="nf4") if method == "nf4" else llmlite.PruneWeights(sparsity=0.5, method=method)
+    step = llmlite.Quantize(scheme="nf4", token_weights="equal", tune_epochs=0) if method == "nf4" else llmlite.PruneWeights(sparsity=0.5, method=method)
     source = "builtin:python-docs"
     data = llmlite.Data(train=source, calibration=source, max_length=WINDOW, calibration_sequences=TOKENS // WINDOW, evaluation_rows=8)
     return llmlite.Recipe(model=Model(name=str(model), load=mode), data=data, steps=(step,), output_dir=str(out))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["blockwise_peak", "decide_loading", "measuring_bytes", "needs_whole"]
 
-_CAN = "prune.weights, prune.heads, prune.ffn, prune.structured (spread: auto, ffn or query_heads+ffn) and quantize"
+_CAN = "prune.weights, prune.heads, prune.ffn, prune.structured (spread: auto, ffn or query_heads+ffn) and quantize (token_weights: equal, tune_epochs: 0)"
 _MEASURING_BYTES = 4 * 4 * 256  # for each token of the vocabulary: four tables of logits of the 256 tokens that are measured at a time
 
 

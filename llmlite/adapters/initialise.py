@@ -4,7 +4,7 @@
 
 solved by the truncated SVD of E L = U S V^T (Eckart and Young): s B A = U_r S_r V_r^T inverse(L). Unweighted (L = I) it would be LQER's plain form;
 the weighting is what lets a rank of 16 matter. Step 0 of a finetune is then already close to the dense model, and the adapter alone, never trained, is a
-correction to keep beside the 4-bit file.
+correction to keep beside the 4-bit file. H counts tokens by their sensitivity (`llmlite.calibration.sensitivity`).
 
 Source: Liu et al. 2024, arXiv:2410.21271 (EoRA); Zhang et al. 2024, arXiv:2410.06040 (QERA, theorem 1); Zhang et al. 2024, arXiv:2402.02446 (LQER).
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llmlite.calibration.blocks import Statistics, Walk, walk_blocks
+from llmlite.calibration.sensitivity import quick_sensitivity
 from llmlite.models.view import BlockView, ModelView
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def initialise(adapted: nn.Module, dense: nn.Module, batches: Sequence[Batch], a
         adapter: name of the adapter.
 
     Returns:
-        For each layer the share of its output error that is left: E |(E - s B A) x|^2 / E |E x|^2.
+        For each layer the share of its output error that is left: E |(E - s B A) x|^2 / E |E x|^2, over the calibration tokens as they count.
     """
     from llmlite.adapters.merge import dequantized
 
@@ -99,7 +100,8 @@ def initialise(adapted: nn.Module, dense: nn.Module, batches: Sequence[Batch], a
         return left
 
     walk = Walk(stages=(tuple(ModelView(dense).family.linears),), inputs="dense")
-    return {name: float(share) for block in walk_blocks(dense, batches, walk, correct) for name, share in block.items()}
+    notes = walk_blocks(dense, batches, walk, correct, weigh=lambda places: quick_sensitivity(dense, batches, places))
+    return {name: float(share) for block in notes for name, share in block.items()}
 
 
 def initialise_for_run(adapted: nn.Module, run: Run) -> None:

@@ -31,7 +31,7 @@ from llmlite.models.view import BlockView, ModelView
 from llmlite.storage import damage, writing_folder
 from llmlite.training.backbone import hidden_and_head
 
-__all__ = ["Blocks", "Statistics", "Walk", "batches_of", "last_hidden", "least_over_processes", "skipping", "walk_blocks"]
+__all__ = ["EVEN_SHARE", "Blocks", "Statistics", "Walk", "Weigh", "batches_of", "last_hidden", "least_over_processes", "skipping", "walk_blocks"]
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +40,12 @@ HELD_OUT_EVERY = 4
 SPILL_BYTES = 1_000_000_000
 """Of a model that is loaded block by block, hidden states beyond so many bytes lie in files."""
 
+EVEN_SHARE = 0.5
+"""Share of the tokens' weight that all of them get alike: where a few tokens weigh nearly everything (queries and keys), the others still have a say."""
+
 Batch = Mapping[str, Any]
 Change = Callable[[BlockView, "dict[str, Statistics]"], "Mapping[str, Any] | None"]
+Weigh = Callable[[Sequence[int]], "Sequence[Mapping[str, Tensor]]"]
 
 
 @dataclass
@@ -174,7 +178,13 @@ class Blocks:
         return values if mask is None else values[mask.reshape(-1)]
 
     def collect(
-        self, block: BlockView, roles: Sequence[str], *, dense: list[Tensor] | None = None, dtype: torch.dtype = torch.float32
+        self,
+        block: BlockView,
+        roles: Sequence[str],
+        *,
+        dense: list[Tensor] | None = None,
+        weights: Sequence[Mapping[str, Tensor]] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> dict[str, Statistics]:
         """Statistics of the inputs of some projections of a block; those that share one input (q, k and v) share one set of sums.
 
@@ -182,11 +192,14 @@ class Blocks:
             block: whose entrance `hidden` is at.
             roles: roles of the families table; those that the block does not have are left out.
             dense: hidden states of the dense model at the same entrance; then the cross moments are taken too.
+            weights: how much each token counts, for each of this process's batches by the name of the projection, (B * T,); None: all alike. Those of
+                projections that share an input add up, are divided by their mean, and half of it is shared out evenly (`EVEN_SHARE`).
             dtype: of the sums: float32, or float64.
         """
         wanted = [role for role in roles if role in block.linears]
         keys: dict[str, str] = {}  # role -> the role whose sums it shares
         found: dict[str, Statistics] = {}
+        means: dict[str, float] = {}  # role -> mean weight of its tokens
         for index, hidden in enumerate(self.hidden):
             inputs = self._inputs(block, wanted, index, hidden)
             if not keys:
@@ -196,17 +209,30 @@ class Blocks:
             held = self._held_out and self.places[index] % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
             for role in dict.fromkeys(keys.values()):
                 x_NI = self.tokens(index, inputs[role])
+                share_N1 = None
+                if weights is not None:
+                    shared = [block.linears[other].name for other in wanted if keys[other] == role]
+                    if role not in means:
+                        means[role] = self._mean_weight(weights, shared)
+                    weight_N1 = self.tokens(index, _summed_weight(weights[index], shared)[:, None]) / means[role]
+                    share_N1 = (EVEN_SHARE + (1 - EVEN_SHARE) * weight_N1).to(x_NI)
                 if role not in found:
                     made = [Moments(x_NI.shape[1], cross=dense is not None, dtype=dtype, device=x_NI.device) for _ in range(1 + self._held_out)]
                     found[role] = Statistics(*made)
                 moments = found[role].held if held else found[role].fit
                 assert moments is not None
-                moments.add(x_NI, None if dense_inputs is None else self.tokens(index, dense_inputs[role]))
+                moments.add(x_NI, None if dense_inputs is None else self.tokens(index, dense_inputs[role]), share_N1)
         for statistics in found.values() if self.shared else ():
             statistics.fit.all_reduce()
             if statistics.held is not None:
                 statistics.held.all_reduce()
         return {role: found[keys[role]] for role in wanted}
+
+    def _mean_weight(self, weights: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> float:
+        """The mean over the real tokens of all processes; 1 where no token weighs anything."""
+        each = [self.tokens(index, _summed_weight(one, names)[:, None]) for index, one in enumerate(weights)]
+        total, tokens = self.summed(float(sum(part.double().sum() for part in each)), float(sum(len(part) for part in each)))
+        return total / tokens if total > 0 else 1.0
 
     def _inputs(self, block: BlockView, roles: Sequence[str], index: int, hidden: Tensor) -> dict[str, Tensor]:
         """What the projections are given. The block is left as soon as all of them have been: what comes behind would be computed for nothing."""
@@ -256,6 +282,11 @@ def last_hidden(model: nn.Module, batches: Sequence[Batch]) -> Iterator[Tensor]:
             yield hidden_and_head(stream.view.model, batch).hidden
 
 
+def _summed_weight(weights: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    total: Tensor = sum((weights[name] for name in names[1:]), weights[names[0]])
+    return total
+
+
 def least_over_processes(count: int, device: torch.device) -> int:
     """The smallest of the numbers that the processes give: how far all of them have come."""
     if _rank_and_processes()[1] == 1:
@@ -302,7 +333,9 @@ class Walk:
 
 
 @torch.no_grad()
-def walk_blocks(model: nn.Module, batches: Sequence[Batch], walk: Walk, change: Change, state: Path | None = None) -> list[dict[str, Any]]:
+def walk_blocks(
+    model: nn.Module, batches: Sequence[Batch], walk: Walk, change: Change, state: Path | None = None, weigh: Weigh | None = None
+) -> list[dict[str, Any]]:
     """Visit all blocks in order; take statistics and let the caller change the block's weights in place.
 
     Args:
@@ -313,6 +346,7 @@ def walk_blocks(model: nn.Module, batches: Sequence[Batch], walk: Walk, change: 
             and returns plain values to remember, for instance which units stay.
         state: a folder; each block's changed weights are kept there, and a walk that was stopped goes on behind the last block that is complete. A model
             that is loaded block by block has its changed blocks there and nowhere else.
+        weigh: given the places of this process's batches, how much each token counts; see `Blocks.collect`. Called once, before anything changes.
 
     Returns:
         For each block what `change` returned, the stages merged.
@@ -325,6 +359,7 @@ def walk_blocks(model: nn.Module, batches: Sequence[Batch], walk: Walk, change: 
     stream = Blocks(model, batches)
     dense = list(stream.hidden) if walk.target == "dense" else None
     complete = _complete(stream, state)
+    weights = weigh(stream.places) if weigh is not None and complete < len(stream.view.blocks) else None
     remembered: list[dict[str, Any]] = []
     for block in stream.view.blocks:
         folder = None if state is None else state / f"block-{block.index:03d}"
@@ -338,7 +373,7 @@ def walk_blocks(model: nn.Module, batches: Sequence[Batch], walk: Walk, change: 
             if done and folder is not None:
                 remembered.append(_restore(block, folder))
             else:
-                remembered.append(_visit(block, stream, walk, change, dense))
+                remembered.append(_visit(block, stream, walk, change, dense, weights))
                 if folder is not None:
                     _keep(block, remembered[-1], folder, walk.keeps)
                 log.info("block %d of %d", block.index + 1, len(stream.view.blocks))
@@ -351,12 +386,14 @@ def walk_blocks(model: nn.Module, batches: Sequence[Batch], walk: Walk, change: 
     return remembered
 
 
-def _visit(block: BlockView, stream: Blocks, walk: Walk, change: Change, dense: list[Tensor] | None) -> dict[str, Any]:
+def _visit(
+    block: BlockView, stream: Blocks, walk: Walk, change: Change, dense: list[Tensor] | None, weights: Sequence[Mapping[str, Tensor]] | None
+) -> dict[str, Any]:
     """Statistics and change of one block, stage by stage; of a walk with dense inputs the stream is behind the block afterwards."""
     notes: dict[str, Any] = {}
     after: list[Tensor] | None = None
     for stage in walk.stages:
-        found = stream.collect(block, stage, dense=dense, dtype=walk.dtype)
+        found = stream.collect(block, stage, dense=dense, weights=weights, dtype=walk.dtype)
         if walk.inputs == "dense" and after is None:
             after = stream.through(block, stream.hidden)
         notes |= change(block, found) or {}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["blockwise_bytes", "walk_bytes"]
+__all__ = ["backward_bytes", "blockwise_bytes", "walk_bytes"]
 
 
 def walk_bytes(config: Any, tokens: int) -> int:
@@ -45,3 +45,21 @@ def blockwise_bytes(config: Any, dtype: torch.dtype, tokens: int, measured_token
     hidden = min(SPILL_BYTES, dtype.itemsize * text.hidden_size * max(tokens, measured_tokens))
     sums = walk_bytes(config, tokens) - 4 * 2 * tokens * text.hidden_size
     return int(weights + 2 * hidden + sums)
+
+
+def backward_bytes(config: Any, row_tokens: int, dtype: torch.dtype, scale_block: int = 0) -> int:
+    """Expected bytes beside the model of a backward pass through all of it: a copy in another type, and what one row keeps for its gradients.
+
+    Args:
+        config: of the model.
+        row_tokens: tokens of a row.
+        dtype: of the copy.
+        scale_block: weights that share a scale which is trained (its factor, gradient and Adam's two moments); 0 trains nothing.
+    """
+    from llmlite.models.families import family_of
+    from llmlite.models.size import expected_bytes, linear_shapes
+
+    family, element = family_of(config), dtype.itemsize
+    kept = row_tokens * element * family.layers(config) * (16 * family.width(config) + 12 * family.ffn_channels(config))
+    scales = sum(outputs * inputs for outputs, inputs in linear_shapes(config).values()) // scale_block if scale_block else 0
+    return expected_bytes(config, dtype=dtype) + kept + 4 * 5 * scales

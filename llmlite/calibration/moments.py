@@ -31,14 +31,20 @@ class Moments:
         self.total_I = torch.zeros(width, dtype=dtype, device=device)
         self.cross_JI = torch.zeros(width, width, dtype=dtype, device=device) if cross else None
 
-    def add(self, input_NI: Tensor, dense_NJ: Tensor | None = None) -> None:
-        """Count tokens. Padding must have been left out before."""
+    def add(self, input_NI: Tensor, dense_NJ: Tensor | None = None, weight_N1: Tensor | None = None) -> None:
+        """Count tokens. Padding must have been left out before.
+
+        Args:
+            input_NI, dense_NJ: what the projection is given, and what it is given in the dense model.
+            weight_N1: how much each token counts, 1 in the mean over all; None: all alike.
+        """
         x_NI = input_NI.to(self.gram_II.dtype)
+        weighted_NI = x_NI if weight_N1 is None else x_NI * weight_N1
         self.tokens += len(x_NI)
-        self.gram_II.addmm_(x_NI.T, x_NI)
-        self.total_I += x_NI.sum(0)
+        self.gram_II.addmm_(weighted_NI.T, x_NI)
+        self.total_I += weighted_NI.sum(0)
         if self.cross_JI is not None and dense_NJ is not None:
-            self.cross_JI.addmm_(dense_NJ.to(self.gram_II.dtype).T, x_NI)
+            self.cross_JI.addmm_(dense_NJ.to(self.gram_II.dtype).T, weighted_NI)
 
     def merged(self, other: Moments) -> Moments:
         """The sums over both sets of tokens."""

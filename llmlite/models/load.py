@@ -65,8 +65,8 @@ class Model:
     """Attention kernel, as transformers names it (sdpa, eager, flash_attention_2). None: transformers' choice."""
     load: Literal["whole", "blocks", "auto"] = "whole"
     """blocks: one decoder block at a time is in memory, read from the files and written to new ones, for models larger than memory. prune.weights, prune.heads,
-    prune.ffn, prune.structured (without trials) and quantize can. auto: blocks when the whole model does not fit and every step can. With both, the
-    calibration text is the training text unless data.calibration says otherwise: a model in blocks cannot write its own."""
+    prune.ffn, prune.structured (without trials) and quantize (without what goes backward) can. auto: blocks when the whole model does not fit and every step
+    can. With both, the calibration text is the training text unless data.calibration says otherwise: a model in blocks cannot write its own."""
     trust_remote_code: bool = False
     """Run Python code that the model repository carries. Only for authors you trust."""
     add_tokens: Names = ()

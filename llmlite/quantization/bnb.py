@@ -60,6 +60,10 @@ class Quantize(Step):
     """calibrate only: share of the mean diagonal added to each Hessian."""
     sweeps: Annotated[int, Field(ge=0)] = 2
     """calibrate only: passes of coordinate descent over codes and scales after GPTQ."""
+    token_weights: Literal["sensitivity", "equal"] = "sensitivity"
+    """calibrate only: sensitivity lets tokens count by how much an error there changes the prediction: a backward pass over the rows; equal: all alike."""
+    tune_epochs: Annotated[int, Field(ge=0)] = 1
+    """calibrate only: passes over the rows that tune the scales end to end, with the codes fixed. 0 leaves it out."""
     report_sequences: Annotated[int, Field(ge=0)] = 8
     """Without calibration: rows that each layer's error is measured on. 0 leaves the per-layer report out."""
 
@@ -69,7 +73,8 @@ class Quantize(Step):
         Raises:
             ConfigError: layers whose width bitsandbytes cannot represent, unless they are skipped; names in `skip` that no layer has.
         """
-        from llmlite.calibration.memory import walk_bytes
+        from llmlite.calibration.memory import backward_bytes, walk_bytes
+        from llmlite.models.quick import quick_dtype
         from llmlite.models.size import expected_bytes, runtime_bytes
 
         self._require_known_names(model)
@@ -94,12 +99,17 @@ class Quantize(Step):
         sequences = min(self._sequences(run), run.recipe.data.calibration_sequences)
         tokens = sequences * run.recipe.data.max_length
         if self.chooses_codes:
-            notes.append(f"codes and scales chosen on {sequences} calibration rows")
+            tuned = f", scales tuned in {self.tune_epochs * sequences} steps" if self.tune_epochs else ""
+            notes.append(f"codes and scales chosen on {sequences} calibration rows{tuned}")
+        backward = 0
+        if self.chooses_codes and (self.tune_epochs or self.token_weights == "sensitivity"):
+            quick = quick_dtype(run.device, run.compute_dtype)
+            backward = backward_bytes(model.config, run.recipe.data.max_length, quick, BLOCK_SIZE if self.tune_epochs else 0)
         return dataclasses.replace(
             model,
             form=self.scheme,
             disk_bytes=size,
-            peak_bytes=dense + size + walk_bytes(model.config, tokens) + runtime_bytes(run.device),
+            peak_bytes=dense + max(size, backward) + walk_bytes(model.config, tokens) + runtime_bytes(run.device),
             tokens=tokens,
             trained_parameters=0,
             notes=tuple(notes),
@@ -107,6 +117,10 @@ class Quantize(Step):
 
     def no_blocks(self) -> str:
         """See `Step.no_blocks`."""
+        if self.chooses_codes and (self.tune_epochs or self.token_weights == "sensitivity"):
+            return (
+                "token_weights: sensitivity and tuned scales go backward through the whole model; with token_weights: equal and tune_epochs: 0 it can be done"
+            )
         return ""
 
     def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
@@ -144,7 +158,7 @@ class Quantize(Step):
             model = self._load(run, folder, how)
             run.note(**error_report(layer_errors(dense, model, batches)))
             return model
-        errors = calibrate(dense, batches, self._scheme(ModelPlan(config)), run.own_scratch / "codes", run.own_scratch / "walk")
+        errors = calibrate(dense, batches, self._scheme(ModelPlan(config), run.recipe.seed), run.own_scratch / "codes", run.own_scratch / "walk")
         run.note(**error_report(errors))
         del dense
         model = self._load(run, folder, how)
@@ -166,11 +180,21 @@ class Quantize(Step):
 
         return batches_of(quantization_windows(run)[: self._sequences(run)])
 
-    def _scheme(self, model: ModelPlan) -> CalibratedScheme:
+    def _scheme(self, model: ModelPlan, seed: int) -> CalibratedScheme:
         from llmlite.quantization.calibrate import CalibratedScheme
+        from llmlite.quantization.tune import TuneScales
 
         assert self.scheme != "int8"
-        return CalibratedScheme(self.scheme, self.double_quant, self.damping, self.sweeps, skip=self._skipped(model))
+        return CalibratedScheme(
+            self.scheme,
+            self.double_quant,
+            self.damping,
+            self.sweeps,
+            token_weights=self.token_weights,
+            tune=TuneScales(epochs=self.tune_epochs, seed=seed) if self.tune_epochs else None,
+            seed=seed,
+            skip=self._skipped(model),
+        )
 
     def _load(self, run: Run, folder: Path, config: BitsAndBytesConfig) -> PreTrainedModel:
         from llmlite.quantization.safety import make_safe

@@ -8,14 +8,18 @@ folder, from which `write_calibrated` puts them into a stock bitsandbytes model.
 
 With target "dense" each layer also makes up for the error of the blocks before it: W* is the least-squares answer to the dense model's outputs.
 
-Source: Frantar et al. 2022, arXiv:2210.17323; Li et al. 2025, arXiv:2504.02692 (asymmetric calibration: the dense outputs as target).
+Tokens count by how much an error at them would change what the model says (`llmlite.calibration.sensitivity`), and at the end the scales are tuned end to end
+with the codes fixed (`llmlite.quantization.tune`).
+
+Source: Frantar et al. 2022, arXiv:2210.17323; Li et al. 2025, arXiv:2504.02692 (asymmetric calibration: the dense outputs as target); Kim et al. 2025,
+arXiv:2505.07004 (tokens weighted by the loss's gradient).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,16 +28,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmlite.calibration.blocks import Statistics, Walk, walk_blocks
+from llmlite.calibration.sensitivity import quick_sensitivity
 from llmlite.models.blockwise import is_blockwise, shelf_of
 from llmlite.models.view import BlockView, ModelView
-from llmlite.quantization.nf4 import DoubleScales, calibrated_codes, dequantize, grid_of, output_error
+from llmlite.quantization.nf4 import DoubleScales, Grid, calibrated_codes, dequantize, grid_of, output_error
 from llmlite.quantization.stock_format import write_codes
+from llmlite.quantization.tune import Codes, TuneScales, last_hidden, tune_scales
+from llmlite.storage import damage, writing_folder
 
 if TYPE_CHECKING:
     from llmlite.calibration.blocks import Batch
     from llmlite.context import Run
 
 __all__ = ["CalibratedScheme", "calibrate", "quantization_windows", "towards_dense", "write_calibrated"]
+
+_TUNED = "tuned"
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,9 @@ class CalibratedScheme:
         damping: share of the mean diagonal added to each Hessian.
         sweeps: passes of coordinate descent after GPTQ.
         inputs, target: see `llmlite.calibration.blocks.Walk`.
+        token_weights: "sensitivity": tokens count by their sensitivity; "equal": all alike, one backward pass cheaper.
+        tune: how the scales are tuned at the end, or None.
+        seed: of the labels that the sensitivity is taken for.
         skip: names of layers that stay as they are.
     """
 
@@ -54,6 +66,9 @@ class CalibratedScheme:
     sweeps: int = 2
     inputs: Literal["dense", "compressed"] = "dense"
     target: Literal["own", "dense"] = "own"
+    token_weights: Literal["sensitivity", "equal"] = "sensitivity"
+    tune: TuneScales | None = field(default_factory=TuneScales)
+    seed: int = 0
     skip: tuple[str, ...] = ()
 
 
@@ -92,14 +107,23 @@ def calibrate(model: nn.Module, batches: Sequence[Batch], how: CalibratedScheme,
         model: the dense model, in eval mode. Afterwards the weights of a whole model are the quantized ones.
         batches: calibration inputs.
         how: see `CalibratedScheme`.
-        codes: folder for codes and scales, one file for each layer.
-        state: folder from which a stopped walk continues.
+        codes: folder for codes and scales, one file for each layer; those with tuned scales in its folder `tuned`.
+        state: folder from which a stopped walk continues. Tuning that was stopped starts again.
+
+    Raises:
+        ValueError: a model that is loaded block by block, and a scheme that needs a backward pass.
 
     Returns:
-        For each layer's name its relative output error: E |(W - Q) x|^2 / E |W x|^2 on the calibration tokens.
+        For each layer's name its relative output error before tuning: E |(W - Q) x|^2 / E |W x|^2 over the calibration tokens, as they count.
     """
+    if is_blockwise(model) and (how.tune is not None or how.token_weights == "sensitivity"):
+        raise ValueError("sensitivities and tuned scales need a backward pass through the whole model; this one is loaded block by block")
     grid = grid_of(how.scheme)
     codes.mkdir(parents=True, exist_ok=True)
+    hidden = last_hidden(model, batches) if how.tune is not None and damage(codes / _TUNED) is not None else []
+
+    def weigh(places: Sequence[int]) -> list[dict[str, Tensor]]:
+        return quick_sensitivity(model, batches, places, how.seed)
 
     def change(block: BlockView, found: dict[str, Statistics]) -> dict[str, Any]:
         errors: dict[str, float] = {}
@@ -120,14 +144,36 @@ def calibrate(model: nn.Module, batches: Sequence[Batch], how: CalibratedScheme,
             whole = output_error(weight_OI, hessian_II).sum().clamp_min(1e-30)
             errors[linear.name] = float(output_error(wanted_OI - quantized_OI, hessian_II).sum() / whole)
             linear.weight_OI.copy_(quantized_OI)
-            _keep(codes / f"{linear.name}.safetensors", index_OI, scales_OB, double)
+            _keep(codes / f"{linear.name}.safetensors", Codes(index_OI, scales_OB, double))
         return errors
 
     families = ModelView(model).family.linears
     # of a model that is loaded block by block the codes are all that is needed, unless later blocks hear the quantized ones
     keeps = how.inputs == "compressed" or not is_blockwise(model)
-    notes = walk_blocks(model, batches, Walk(stages=(tuple(families),), inputs=how.inputs, target=how.target, keeps=keeps), change, state)
+    notes = walk_blocks(
+        model,
+        batches,
+        Walk(stages=(tuple(families),), inputs=how.inputs, target=how.target, keeps=keeps),
+        change,
+        state,
+        weigh if how.token_weights == "sensitivity" else None,
+    )
+    if how.tune is not None:
+        if hidden:
+            _tune(model, batches, hidden, how.tune, grid, codes)
+        for linear in ModelView(model).linears():
+            if (file := codes / _TUNED / f"{linear.name}.safetensors").is_file():
+                one = _read(file)
+                linear.weight_OI.copy_(dequantize(one.index_OI, one.scales_OB, grid))
     return {name: float(error) for block in notes for name, error in block.items()}
+
+
+def _tune(model: nn.Module, batches: Sequence[Batch], hidden: Sequence[Tensor], how: TuneScales, grid: Grid, codes: Path) -> None:
+    """Tuned codes in their own folder, whole or not at all."""
+    chosen = {file.name.removesuffix(".safetensors"): _read(file) for file in sorted(codes.glob("*.safetensors"))}
+    with writing_folder(codes / _TUNED) as temporary:
+        for name, one in tune_scales(model, chosen, grid, batches, hidden, how).items():
+            _keep(temporary / f"{name}.safetensors", one)
 
 
 @torch.no_grad()
@@ -141,31 +187,34 @@ def write_calibrated(model: nn.Module, codes: Path, scheme: Literal["nf4", "fp4"
     """
     grid = grid_of(scheme)
 
+    tuned = codes / _TUNED
+    place = tuned if tuned.is_dir() else codes
+
     def put(block: BlockView) -> int:
-        files = {linear: codes / f"{linear.name}.safetensors" for linear in block.linears.values()}
+        files = {linear: place / f"{linear.name}.safetensors" for linear in block.linears.values()}
         there = {linear: file for linear, file in files.items() if file.is_file()}
         for linear, file in there.items():
-            index_OI, scales_OB, double = _read(file)
-            write_codes(linear.base, index_OI, scales_OB, grid, double)
+            one = _read(file)
+            write_codes(linear.base, one.index_OI, one.scales_OB, grid, one.double)
         return len(there)
 
     shelf = shelf_of(model)
     if shelf is not None:  # each block when it is brought in
         shelf.arrived = put
-        return len(list(codes.glob("*.safetensors")))
+        return len(list(place.glob("*.safetensors")))
     return sum(put(block) for block in ModelView(model).blocks)
 
 
-def _keep(file: Path, index_OI: Tensor, scales_OB: Tensor, double: DoubleScales | None) -> None:
-    tensors = {"index": index_OI, "scales": scales_OB}
-    if double is not None:
-        tensors |= {"offset": double.offset.reshape(1), "absmax": double.absmax_G, "code": double.code_256}
+def _keep(file: Path, codes: Codes) -> None:
+    tensors = {"index": codes.index_OI, "scales": codes.scales_OB}
+    if codes.double is not None:
+        tensors |= {"offset": codes.double.offset.reshape(1), "absmax": codes.double.absmax_G, "code": codes.double.code_256}
     temporary = file.with_suffix(f".{os.getpid()}.part")  # every process of a launch writes the same codes
     save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
     temporary.replace(file)
 
 
-def _read(file: Path) -> tuple[Tensor, Tensor, DoubleScales | None]:
+def _read(file: Path) -> Codes:
     stored = load_file(file)
     double = DoubleScales(stored["offset"][0], stored["absmax"], stored["code"]) if "absmax" in stored else None
-    return stored["index"], stored["scales"], double
+    return Codes(stored["index"], stored["scales"], double)

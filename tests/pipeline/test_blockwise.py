@@ -128,11 +128,12 @@ def test_no_block_stays_in_memory_when_it_was_used(scheme: str, tmp_path: Path) 
 
 # whole runs ---------------------------------------------------------------------------------------------------------------------------
 
+_NF4 = llmlite.Quantize(token_weights="equal", tune_epochs=0)
 STEPS: dict[str, tuple[Step, ...]] = {
     "sparsegpt": (llmlite.PruneWeights(),),
     "owl, magnitude": (llmlite.PruneWeights(method="magnitude", allocation="owl"),),
     "structured": (llmlite.PruneStructured(keep_parameters=0.7, multiple_of=16, spread="query_heads+ffn"),),
-    "biases, nf4": (llmlite.PruneFfn(keep=0.5, bias_compensation=True, inputs="dense"), llmlite.Quantize()),
+    "biases, nf4": (llmlite.PruneFfn(keep=0.5, bias_compensation=True, inputs="dense"), _NF4),
     "int8": (llmlite.Quantize(scheme="int8", report_sequences=4),),
 }
 
@@ -206,14 +207,16 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(where: str, base: Path, 
 
 
 def test_steps_that_need_the_whole_model_are_refused_before_anything_loads(base: Path, pairs_file: Path, tmp_path: Path) -> None:
-    steps = (llmlite.PruneStructured(), llmlite.PruneFfn(score="taylor"), llmlite.Lora())
+    steps = (llmlite.PruneStructured(), llmlite.PruneFfn(score="taylor"), llmlite.Quantize())
     with pytest.raises(ConfigError) as caught:
         recipe(base, pairs_file, tmp_path / "out", steps, calibration="self").check()
     text = str(caught.value)
     assert "steps[0] prune.structured: load: blocks cannot do this step: spread: measured tries out whole models" in text
     assert "steps[1] prune.ffn: load: blocks cannot do this step: score: taylor" in text
-    assert "steps[2] lora: load: blocks cannot do this step: it works on the whole model. What can: prune.weights" in text
+    assert "steps[2] quantize: load: blocks cannot do this step: token_weights: sensitivity and tuned scales go backward" in text
     assert "cannot calibrate on text of the model itself" in text
+    with pytest.raises(ConfigError, match=r"steps\[0\] lora: load: blocks cannot do this step: it works on the whole model. What can: prune.weights"):
+        recipe(base, pairs_file, tmp_path / "out", (llmlite.Lora(),)).check()
 
 
 def test_auto_takes_blocks_exactly_when_the_whole_does_not_fit_and_the_plan_says_so(
@@ -237,10 +240,10 @@ def test_auto_takes_blocks_exactly_when_the_whole_does_not_fit_and_the_plan_says
 
 def test_the_plan_of_a_large_model_is_lower_in_blocks(base: Path, pairs_file: Path, tmp_path: Path) -> None:
     large = save_tiny(tmp_path / "large", hidden_size=256, intermediate_size=512, num_hidden_layers=40)
-    whole, blocks = (recipe(large, pairs_file, tmp_path / load, (llmlite.Quantize(),), load).check() for load in ("whole", "blocks"))
+    whole, blocks = (recipe(large, pairs_file, tmp_path / load, (_NF4,), load).check() for load in ("whole", "blocks"))
     layer = 4 * (256 * 256 * 3 + 3 * 256 * 512)
     assert whole.peak_bytes - blocks.peak_bytes > 30 * layer
-    context = Run(recipe(large, pairs_file, tmp_path / "out", (llmlite.Quantize(),), "blocks"))
+    context = Run(recipe(large, pairs_file, tmp_path / "out", (_NF4,), "blocks"))
     assert decide_loading(context.recipe, context, 10, 5, []).startswith("One decoder block")
 
 

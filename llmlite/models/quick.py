@@ -1,0 +1,37 @@
+"""A copy of a model for gradients that only have to be about right: in the type that this machine multiplies fastest."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+__all__ = ["quick_copy", "quick_dtype"]
+
+AnyModel = TypeVar("AnyModel", bound=nn.Module)
+
+
+def quick_dtype(device: torch.device, own: torch.dtype) -> torch.dtype:
+    """bfloat16 where the processor multiplies it itself, else `own`. On a CPU with AVX512-BF16 forward and backward take a third of the time of float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else own
+    return torch.bfloat16 if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else own
+
+
+def quick_copy(model: AnyModel, dtype: torch.dtype, without: Collection[nn.Module] = ()) -> AnyModel:
+    """The model with frozen parameters in another type; tied ones stay tied, buffers keep their type.
+
+    Args:
+        model: not changed.
+        dtype: of the parameters.
+        without: modules of the model whose weight is left out (empty), for who has another in its place.
+    """
+    empty = {id(module.weight) for module in without}
+    memo: dict[int, object] = {}
+    for parameter in model.parameters():
+        values = parameter.detach().new_empty(0, dtype=dtype) if id(parameter) in empty else parameter.detach().to(dtype, copy=True)
+        memo[id(parameter)] = nn.Parameter(values, requires_grad=False)
+    return copy.deepcopy(model, memo)

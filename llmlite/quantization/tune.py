@@ -1,0 +1,188 @@
+"""Tune the scales of chosen codes end to end: a short descent on the divergence from the dense model, with the codes fixed.
+
+    min over scale   KL(dense || quantized),    W[o, j] = level[code[o, j]] * scale[o, j // 64]
+
+Second-order error chooses codes layer by layer and knows nothing of what the layers' errors do together; the scales, one number for 64 weights, can still make
+up for it. They are stored as they are, so the format and its bytes stay the same. With double quantization each scale is rounded in the forward pass to what
+can be stored, and its gradient passes straight through (Bengio et al. 2013, arXiv:1308.3432).
+
+Source: Chen et al. 2024, arXiv:2407.11062 (EfficientQAT, its second phase: only the step sizes are trained, end to end).
+
+This is calibration, not training: a few dozen steps over rows that are at hand, the same on every process, so it needs nothing of what the Trainer brings.
+
+Legend: O out_features, I in_features, B blocks of 64 inputs, N tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llmlite.distillation.objective import Distillation, HiddenTeacher
+from llmlite.models.quick import quick_copy, quick_dtype
+from llmlite.models.view import LinearView, ModelView
+from llmlite.quantization.nf4 import DoubleScales, Grid
+from llmlite.training.backbone import hidden_and_head
+from llmlite.training.chunked import chunked_head_loss
+
+if TYPE_CHECKING:
+    from llmlite.calibration.blocks import Batch
+
+__all__ = ["Codes", "TuneScales", "last_hidden", "scaled_product", "tune_scales"]
+
+log = logging.getLogger(__name__)
+
+_LOG_EVERY = 16
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What one layer's weights are: indices of levels, uint8, (O, I); scales, float32, (O, B); their second level, or None."""
+
+    index_OI: Tensor
+    scales_OB: Tensor
+    double: DoubleScales | None = None
+
+
+@dataclass(frozen=True)
+class TuneScales:
+    """How the descent goes.
+
+    Attributes:
+        learning_rate: largest relative change of a scale in one step of Adam; it warms up over 4 steps and falls to 0 as a cosine.
+        rows: calibration rows of one step.
+        epochs: passes over the calibration rows.
+        seed: of the order of the rows.
+    """
+
+    learning_rate: float = 1e-3
+    rows: int = 1
+    epochs: int = 1
+    seed: int = 0
+
+
+class _ScaledProduct(torch.autograd.Function):
+    """x W^T with W made of levels and scales; W is made again in the backward pass, so only levels and inputs are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, levels_OI: Tensor, scales_OB: Tensor) -> Tensor:
+        ctx.save_for_backward(x, levels_OI, scales_OB)
+        return x @ _scaled(levels_OI, scales_OB).t()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, levels_OI, scales_OB = ctx.saved_tensors
+        grad_OI = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+        grad_OB = (grad_OI.view(*scales_OB.shape, -1) * levels_OI.view(*scales_OB.shape, -1)).sum(-1, dtype=scales_OB.dtype)
+        return grad @ _scaled(levels_OI, scales_OB) if ctx.needs_input_grad[0] else None, None, grad_OB
+
+
+def _scaled(levels_OI: Tensor, scales_OB: Tensor) -> Tensor:
+    return (levels_OI.view(*scales_OB.shape, -1) * scales_OB[..., None].to(levels_OI.dtype)).view(levels_OI.shape)
+
+
+def scaled_product(x: Tensor, levels_OI: Tensor, scales_OB: Tensor) -> Tensor:
+    """x times the transposed weights, (..., I) to (..., O), differentiable by x and by the scales.
+
+    Args:
+        x: inputs, in the levels' dtype.
+        levels_OI: the levels that the codes stand for, before scaling.
+        scales_OB: scales, float32.
+    """
+    product: Tensor = _ScaledProduct.apply(x, levels_OI, scales_OB)  # type: ignore[no-untyped-call]
+    return product
+
+
+@torch.no_grad()
+def last_hidden(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
+    """What enters the head of the dense model, (B, T, D) for each batch, on the CPU: with the head, its whole distribution."""
+    device = next(model.parameters()).device
+    return [hidden_and_head(model, {name: tensor.to(device) for name, tensor in batch.items()}).hidden.cpu() for batch in batches]
+
+
+def tune_scales(model: Any, codes: Mapping[str, Codes], grid: Grid, batches: Sequence[Batch], hidden: Sequence[Tensor], how: TuneScales) -> dict[str, Codes]:
+    """The same codes with better scales.
+
+    Args:
+        model: the calibrated model in eval mode. Not changed.
+        codes: of every quantized projection, by name.
+        grid: the levels that indices count.
+        batches: calibration inputs.
+        hidden: of the dense model, see `last_hidden`.
+        how: see `TuneScales`.
+
+    Returns:
+        Codes with new scales, all of them above 0, and with their second level such that they can be stored.
+    """
+    device = next(model.parameters()).device
+    dtype = quick_dtype(device, model.dtype)
+    model = quick_copy(model, dtype, [linear.base for linear in ModelView(model).linears() if linear.name in codes])
+    factors = {name: torch.ones_like(one.scales_OB, device=device).requires_grad_() for name, one in codes.items()}
+    linears = {linear.name: linear for linear in ModelView(model).linears() if linear.name in codes}
+    for name, linear in linears.items():
+        _replace(linear, codes[name], grid, dtype, factors[name])
+    rows = [(batch, place) for batch in range(len(batches)) for place in range(len(hidden[batch]))]
+    steps = how.epochs * math.ceil(len(rows) / how.rows)
+    optimizer = torch.optim.Adam(factors.values(), lr=how.learning_rate, betas=(0.9, 0.95))
+    generator = torch.Generator().manual_seed(how.seed)
+    recent: list[float] = []
+    done = 0
+    for _ in range(how.epochs):
+        order = torch.randperm(len(rows), generator=generator).tolist()
+        for start in range(0, len(rows), how.rows):
+            for group in optimizer.param_groups:
+                group["lr"] = how.learning_rate * min(1.0, (done + 1) / 4) * 0.5 * (1 + math.cos(math.pi * done / steps))
+            for chosen in order[start : start + how.rows]:
+                batch, place = rows[chosen]
+                inputs = {name: tensor[place : place + 1].to(device) for name, tensor in batches[batch].items()}
+                recent.append(_descend(model, inputs, hidden[batch][place].to(device, dtype), how.rows))
+            optimizer.step()
+            optimizer.zero_grad()
+            done += 1
+            if done % _LOG_EVERY == 0 or done == steps:
+                log.info("scales: step %d of %d, %.4f nats a token from the dense model", done, steps, sum(recent) / len(recent))
+                recent = []
+    return {name: Codes(one.index_OI, _stored(one, factors[name].detach().to(one.scales_OB.device)), one.double) for name, one in codes.items()}
+
+
+def _descend(model: Any, inputs: dict[str, Tensor], hidden_TD: Tensor, rows: int) -> float:
+    """Add one row's gradient; its mean divergence."""
+    mask = inputs.get("attention_mask")
+    keep_N = None if mask is None else mask.reshape(-1).bool()
+    with torch.enable_grad():
+        student = hidden_and_head(model, inputs)
+        distance = Distillation(HiddenTeacher(hidden_TD, student.head, transform=student.transform), kd_weight=1.0)
+        flat_ND = student.hidden.reshape(-1, student.hidden.shape[-1])
+        loss = chunked_head_loss(flat_ND, student.head, distance, keep_N=keep_N, transform=student.transform).loss
+        (loss / rows).backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach())
+
+
+def _replace(linear: LinearView, codes: Codes, grid: Grid, dtype: torch.dtype, factor_OB: Tensor) -> None:
+    """Let a projection compute with levels and scales."""
+    levels_OI = grid.levels_L.to(factor_OB.device, dtype)[codes.index_OI.to(factor_OB.device).int()]
+    linear.base.forward = _forward(codes, levels_OI, factor_OB, linear.base)
+
+
+def _forward(codes: Codes, levels_OI: Tensor, factor_OB: Tensor, base: Any) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        scales_OB = codes.scales_OB.to(factor_OB.device) * factor_OB
+        if codes.double is not None:
+            scales_OB = scales_OB + (codes.double.round(scales_OB.detach()) - scales_OB).detach()
+        product = scaled_product(x, levels_OI, scales_OB)
+        return product if base.bias is None else product + base.bias
+
+    return forward
+
+
+def _stored(codes: Codes, factor_OB: Tensor) -> Tensor:
+    """The scales as they will be read back."""
+    scales_OB = (codes.scales_OB * factor_OB).clamp_min(1e-12)
+    return scales_OB if codes.double is None else codes.double.round(scales_OB)
