@@ -10,7 +10,6 @@ switched to in a fresh process and must give the logits that it gives alone.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
@@ -22,7 +21,7 @@ from typing import Any
 from llmlite.errors import ConfigError, OutputError
 from llmlite.hub.multi_adapter import ADAPTERS, Adapters
 from llmlite.pipeline import base_of_result, load_result
-from llmlite.storage import file_sums, writing_folder
+from llmlite.storage import file_sums, read_object, writing_folder
 
 __all__ = ["Exported", "export"]
 
@@ -132,7 +131,7 @@ def _require_one_base(named: Mapping[str, Path]) -> tuple[Path, Any, int | None]
         other, run = found[name]
         if other.resolve() != base.resolve() and file_sums(other) != file_sums(base):
             problems.append(f"'{name}' was trained on another base than '{first}' ({run.recipe.model.name}, other weights), so one cannot serve both.")
-        kinds = [json.loads((named[one] / _WEIGHTS[0]).read_text(encoding="utf-8")).get("peft_type") for one in (first, name)]
+        kinds = [read_object(named[one] / _WEIGHTS[0]).get("peft_type") for one in (first, name)]
         if kinds[0] != kinds[1]:
             problems.append(f"'{name}' is {kinds[1]} and '{first}' {kinds[0]}: peft puts only one kind of adapter on a model. Export them apart.")
         if run.recipe.model.add_tokens != context.recipe.model.add_tokens:

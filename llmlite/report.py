@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmlite.storage import write_json
+from llmlite.errors import LoadError
+from llmlite.storage import read_object, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -75,8 +75,18 @@ class Report:
 
     @classmethod
     def read(cls, folder: Path | str) -> Report:
-        """Read the report of a finished run."""
-        return cls.of(Path(folder), json.loads((Path(folder) / "report.json").read_text(encoding="utf-8")))
+        """Read the report of a finished run.
+
+        Raises:
+            LoadError: there is none, or it is not whole.
+        """
+        file = Path(folder) / "report.json"
+        try:
+            return cls.of(Path(folder), read_object(file))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise LoadError(
+                f"{file} is no report of llmlite's ({type(error).__name__}: {str(error)[:120]}). Run the recipe again, or give another folder."
+            ) from None
 
     @classmethod
     def of(cls, path: Path, values: dict[str, Any]) -> Report:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from llmlite.errors import ConfigError, LoadError
 from llmlite.evaluation.result import Evaluation
 from llmlite.report import Report
-from llmlite.storage import folder_bytes
+from llmlite.storage import folder_bytes, read_object
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,6 +77,7 @@ def evaluate(
         from llmlite.evaluation.tasks import check_tasks
 
         check_tasks(tasks)
+    report = Report.read(folder) if (folder / "report.json").is_file() else None
     load, context = _subject(folder, base, data)
     batches, on = _batches(context, text, window, stride, most_tokens)
     measure = _Measure(context, batches, tasks, limit, batch_sizes, repeats, answers, estimate_energy, grid_grams_per_kwh)
@@ -84,11 +85,10 @@ def evaluate(
     found.models["base"] = measure.base()
     found.models["this"] = measure.this(load, _bytes(folder, context))
     found.save()
-    if (folder / "report.json").is_file():
+    if report is not None:
         from llmlite.html.page import write_page
         from llmlite.hub.card import write_card
 
-        report = Report.read(folder)
         write_card(report)
         write_page(report)
     return found
@@ -96,7 +96,6 @@ def evaluate(
 
 def _subject(folder: Path, base: str | None, data: str | None) -> tuple[Callable[[], PreTrainedModel], Run]:
     """How the model in the folder is loaded, and the run that knows its base and data."""
-    import json
 
     from llmlite.context import Run
     from llmlite.data.settings import Data
@@ -123,7 +122,8 @@ def _subject(folder: Path, base: str | None, data: str | None) -> tuple[Callable
         return load_run, context
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
-        base = base or json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        named = read_object(adapter).get("base_model_name_or_path")
+        base = base or (named if isinstance(named, str) else None)
     elif not (folder / "config.json").is_file():
         raise LoadError(f"evaluate: {folder} is neither a finished run nor a model folder (no config.json, no adapter_config.json).")
     if base is None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import filelock
 
-from llmlite.errors import OutputError, ResourceError
+from llmlite.errors import LoadError, OutputError, ResourceError
 
 __all__ = [
     "MANIFEST",
@@ -28,6 +28,7 @@ __all__ = [
     "folder_bytes",
     "link_or_copy",
     "locked",
+    "read_object",
     "require_space",
     "seal",
     "set_aside",
@@ -126,6 +127,25 @@ def set_aside(folder: Path) -> Path:
             folder.rename(place)
             return place
     raise OutputError(f"{folder}: there are already 999 damaged copies beside it. Remove them.")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that may come from anywhere.
+
+    Raises:
+        LoadError: there is none, with the reason.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LoadError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
+        raise LoadError(
+            f"{path} is no JSON ({(str(error).splitlines() or ['nested too deeply'])[0][:120]}). It may be cut off: copy or download it again."
+        ) from None
+    if not isinstance(value, dict):
+        raise LoadError(f"{path} should hold a JSON object and holds a {type(value).__name__}. Copy or download it again.")
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

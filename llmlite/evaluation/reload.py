@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from llmlite.errors import RunError
 from llmlite.models.view import ModelView
+from llmlite.storage import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,7 +101,7 @@ def adapter_lines(load: str, place: str, names: Sequence[str] = ()) -> list[str]
 def adapter_loader(folder: Path) -> tuple[str, str]:
     """The import, and the name of the function, that put an adapter on its base: peft's, or for a kind that peft does not have llmlite's."""
     config = folder / "adapter_config.json"
-    kind = json.loads(config.read_text(encoding="utf-8")).get("peft_type") if config.is_file() else None
+    kind = read_object(config).get("peft_type") if config.is_file() else None
     if kind == "BOTTLENECK":
         return "from llmlite import load_adapter", "load_adapter"
     return "from peft import PeftModel", "PeftModel.from_pretrained"

@@ -6,7 +6,6 @@ lines that load it, how it was made with the whole recipe, and what was not meas
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from llmlite.html.images import CURVE, OVERVIEW, card_images
 from llmlite.hub.base import base_of, loading_snippet
 from llmlite.hub.published import hub_dataset, public_evaluation, published
 from llmlite.report import Report, Row, human_bytes
+from llmlite.storage import read_object
 
 __all__ = ["LAST_LINE", "fenced", "is_ours", "model_card", "plain", "write_card"]
 
@@ -82,7 +82,7 @@ def _adapter_base(report: Report | None, folder: Path) -> dict[str, Any]:
     loader = adapter_loader(folder)
     if report is not None and report.base:
         return {**report.base, "loader": loader}
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / "adapter_config.json")
     return {"name": str(config.get("base_model_name_or_path") or "BASE"), "loader": loader}
 
 
@@ -91,7 +91,7 @@ def _metadata(report: Report | None, folder: Path, title: str, is_adapter: bool,
 
     base = base_of(report, base_model)
     known = report.base if report is not None else {}
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if (folder / "config.json").is_file() else {}
+    config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
     quantization = config.get("quantization_config") or known.get("quantization_config") or {}
     steps = _steps(report)
     data: dict[str, Any] = {

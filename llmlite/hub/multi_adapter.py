@@ -17,6 +17,7 @@ from llmlite.hub.base import loading_snippet
 from llmlite.hub.card import LAST_LINE, fenced, plain
 from llmlite.hub.published import hub_dataset, published
 from llmlite.report import Report
+from llmlite.storage import read_object
 
 __all__ = ["ADAPTERS", "Adapters"]
 
@@ -46,7 +47,7 @@ class Adapters:
         for name, folder in folders.items():
             report = published(Report.read(folder))
             base, environment = base or report.base, environment or report.environment
-            config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            config = read_object(folder / "adapter_config.json")
             this, before = report.rows[-1], report.rows[-2]
             adapters[name] = {
                 "kind": str(config["peft_type"]).lower(),

@@ -27,6 +27,7 @@ from llmlite.hub.preflight import Destination, preflight
 from llmlite.hub.public import leak, places_of, public_text, result_files, secrets_of_this_machine
 from llmlite.hub.published import private_places, public_evaluation, public_recipe, public_report, published
 from llmlite.report import Report, human_bytes
+from llmlite.storage import read_object
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -203,9 +204,7 @@ _PLACE_KEYS = ("_name_or_path", "name_or_path", "base_model_name_or_path")
 
 def _without_places(path: Path, base_model: str | None, secrets: tuple[str, ...], places: tuple[str, ...]) -> bytes | Path:
     """A config in which no model is named by a folder; the file itself where nothing is to be changed."""
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        return path
+    values = read_object(path)
     changed = dict(values)
     for key in _PLACE_KEYS:
         if isinstance(values.get(key), str) and values[key]:

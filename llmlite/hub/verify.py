@@ -14,6 +14,7 @@ from llmlite.errors import PushFailed
 from llmlite.evaluation.reload import adapter_loader
 from llmlite.hub.base import loading_snippet
 from llmlite.hub.multi_adapter import Adapters
+from llmlite.storage import read_object
 
 __all__ = ["verified_difference"]
 
@@ -57,7 +58,7 @@ def verified_difference(folder: Path, repo_id: str, commit: str, base: Mapping[s
     config = folder / "adapter_config.json"
     known: dict[str, Any] | None = {**base, "loader": adapter_loader(folder)} if config.is_file() else None
     if known is not None and "name" not in known:
-        known["name"] = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        known["name"] = read_object(config).get("base_model_name_or_path")
     return _difference(folder, repo_id, commit, known, base_model, tolerance)
 
 

@@ -139,3 +139,37 @@ def test_a_file_of_answers_that_is_damaged_ends_with_a_message_or_asks_again(kin
         found = [error]
     for body in found:
         assert body is None or (isinstance(body, dict) and body["choices"]) or (body.exit_code == 2 and "answers.sqlite" in str(body))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "{}", "null", '{"rows": 3}', '{"rows": [{}]}', "[" * 3000], ids=range(9))
+@pytest.mark.parametrize("file", ["adapter_config.json", "report.json"])
+@pytest.mark.parametrize("command", ["evaluate", "compare", "push", "export"])
+def test_a_result_whose_files_are_broken_ends_with_a_message(
+    command: str,
+    file: str,
+    content: str,
+    model_folder: Path,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from llmlite.cli import main
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    (folder / "recipe.yaml").write_text("steps: [{step: lora}]\n")
+    (folder / file).write_text(content)
+    words = {
+        "evaluate": [str(folder), "--base", str(model_folder)],
+        "compare": [str(folder)],
+        "push": [str(folder), "me/name"],
+        "export": [str(folder), str(adapter), "--output_dir", str(tmp_path / "out")],
+    }
+    with pytest.raises(SystemExit) as ended:
+        main([command, *words[command]])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.strip()
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
