@@ -107,15 +107,13 @@ def compare(folders: Sequence[Path | str]) -> Comparison:
 
     Raises:
         OutputError: a folder without a report.
+        LoadError: a report that is not whole.
     """
     reports = []
     for folder in map(Path, folders):
         if not (folder / "report.json").is_file():
             raise OutputError(f"compare: {folder} has no report.json, so it is not the result of a finished run.")
-        try:
-            reports.append(Report.read(folder))
-        except (ValueError, TypeError, KeyError) as error:
-            raise OutputError(f"compare: {folder / 'report.json'} cannot be read ({type(error).__name__}: {error}).") from None
+        reports.append(Report.read(folder))
     base_names = [str((report.recipe.get("model") or {}).get("name", "base")) for report in reports]
     names = ["base", *_distinct([report.path for report in reports])]
     warnings = []

@@ -132,15 +132,13 @@ def _finished(folder: Path) -> Report | None:
 
     Raises:
         OutputError: there is nothing to upload.
+        LoadError: its report is not whole.
     """
     if not folder.is_dir():
         raise OutputError(f"push: there is no folder '{folder}'.")
     names = {path.name for path in folder.iterdir()}
     if "report.json" in names:
-        try:
-            return Report.read(folder)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise OutputError(f"push: {folder / 'report.json'} cannot be read ({type(error).__name__}: {error}). Run the recipe again.") from None
+        return Report.read(folder)
     if {"steps", "recipe.yaml"} <= names:
         raise OutputError(f"push: the run in {folder} is not finished. Run its recipe again; it continues where it stopped.")
     if ADAPTERS in names:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llmlite.errors import OutputError
+from llmlite.errors import LoadError, OutputError
 from llmlite.html.compare import compare, pareto_front
 from llmlite.html.page import run_page, write_page
 from llmlite.report import Report, Row
@@ -144,7 +144,7 @@ def test_a_folder_without_a_report_cannot_be_compared(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="has no report.json"):
         compare([tmp_path])
     (tmp_path / "report.json").write_text("{}")
-    with pytest.raises(OutputError, match="cannot be read"):
+    with pytest.raises(LoadError, match="no report of llmlite's"):
         compare([tmp_path])
 
 
