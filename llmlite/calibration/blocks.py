@@ -266,7 +266,15 @@ class Blocks:
 
 @torch.no_grad()
 def last_hidden(model: nn.Module, batches: Sequence[Batch]) -> Iterator[Tensor]:
-    """What enters the output head, (B, T, D), for each batch: all batches through one block, then through the next, so that each block is loaded once."""
+    """What enters the output head, (B, T, D), for each batch; with the head, the model's whole distribution.
+
+    Of a model that is loaded block by block all batches go through one block, then through the next, so that each block is loaded once.
+    """
+    if shelf_of(model) is None:
+        device = next(model.parameters()).device
+        for batch in batches:
+            yield hidden_and_head(model, {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}).hidden
+        return
     stream = Blocks(model, batches)
     blocks = stream.view.blocks
     for block in blocks:

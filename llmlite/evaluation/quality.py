@@ -27,8 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llmlite.calibration.blocks import last_hidden
-from llmlite.models.blockwise import is_blockwise
-from llmlite.training.backbone import hidden_and_head, logit_transform
+from llmlite.training.backbone import logit_transform
 from llmlite.training.chunked import head_logits
 from llmlite.training.token_loss import IGNORE_INDEX, LogitTransform, next_token_labels
 
@@ -197,7 +196,7 @@ def _hidden(model: PreTrainedModel, batches: Iterable[Batch]) -> Iterable[tuple[
     inputs = [
         {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items() if key not in ("labels", "starts")} for batch in batches
     ]
-    hidden = last_hidden(model, inputs) if is_blockwise(model) else (hidden_and_head(model, each).hidden for each in inputs)
+    hidden = last_hidden(model, inputs)
     try:
         quiet = True if _rank_and_processes()[0] else None  # None: no bar where nobody looks
         for batch, hidden_BTD in zip(tqdm(batches, desc="measuring", leave=False, disable=quiet), hidden, strict=True):

@@ -27,13 +27,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llmlite.calibration.blocks import Statistics, Walk, walk_blocks
+from llmlite.calibration.blocks import Statistics, Walk, last_hidden, walk_blocks
 from llmlite.calibration.sensitivity import quick_sensitivity
 from llmlite.models.blockwise import is_blockwise, shelf_of
 from llmlite.models.view import BlockView, ModelView
 from llmlite.quantization.nf4 import DoubleScales, Grid, calibrated_codes, dequantize, grid_of, output_error
 from llmlite.quantization.stock_format import write_codes
-from llmlite.quantization.tune import Codes, TuneScales, last_hidden, tune_scales
+from llmlite.quantization.tune import Codes, TuneScales, tune_scales
 from llmlite.storage import damage, writing_folder
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def calibrate(model: nn.Module, batches: Sequence[Batch], how: CalibratedScheme,
         raise ValueError("sensitivities and tuned scales need a backward pass through the whole model; this one is loaded block by block")
     grid = grid_of(how.scheme)
     codes.mkdir(parents=True, exist_ok=True)
-    hidden = last_hidden(model, batches) if how.tune is not None and damage(codes / _TUNED) is not None else []
+    hidden = [one.cpu() for one in last_hidden(model, batches)] if how.tune is not None and damage(codes / _TUNED) is not None else []
 
     def weigh(places: Sequence[int]) -> list[dict[str, Tensor]]:
         return quick_sensitivity(model, batches, places, how.seed)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmlite.distillation.objective import Distillation, HiddenTeacher
 from llmlite.models.quick import quick_copy, quick_dtype
@@ -34,7 +34,7 @@ from llmlite.training.chunked import chunked_head_loss
 if TYPE_CHECKING:
     from llmlite.calibration.blocks import Batch
 
-__all__ = ["Codes", "TuneScales", "last_hidden", "scaled_product", "tune_scales"]
+__all__ = ["Codes", "TuneScales", "scaled_product", "tune_scales"]
 
 log = logging.getLogger(__name__)
 
@@ -100,13 +100,6 @@ def scaled_product(x: Tensor, levels_OI: Tensor, scales_OB: Tensor) -> Tensor:
     return product
 
 
-@torch.no_grad()
-def last_hidden(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
-    """What enters the head of the dense model, (B, T, D) for each batch, on the CPU: with the head, its whole distribution."""
-    device = next(model.parameters()).device
-    return [hidden_and_head(model, {name: tensor.to(device) for name, tensor in batch.items()}).hidden.cpu() for batch in batches]
-
-
 def tune_scales(model: Any, codes: Mapping[str, Codes], grid: Grid, batches: Sequence[Batch], hidden: Sequence[Tensor], how: TuneScales) -> dict[str, Codes]:
     """The same codes with better scales.
 
@@ -115,7 +108,7 @@ def tune_scales(model: Any, codes: Mapping[str, Codes], grid: Grid, batches: Seq
         codes: of every quantized projection, by name.
         grid: the levels that indices count.
         batches: calibration inputs.
-        hidden: of the dense model, see `last_hidden`.
+        hidden: of the dense model, see `llmlite.calibration.blocks.last_hidden`.
         how: see `TuneScales`.
 
     Returns:
