@@ -22,22 +22,16 @@ from llmlite.errors import ConfigError, OutputError, RunError
 from llmlite.hub.push import push
 from llmlite.pipeline import load_result
 from tests.conftest import save_tiny, token_ids
-from tests.hub.conftest import loopback_hub
+from tests.hub.conftest import STRANGERS_LINES, loopback_hub
 from tests.hub.fake_hub import FakeHub
 
 SMALL: dict[str, Any] = {"max_length": 64, "evaluation_rows": 4, "max_steps": 1}
 BASE = "team/tiny-base"
 
 # what a stranger would run, with the names of the card
-STRANGER = """
-import sys
-{snippet}
-import torch
-from safetensors.torch import load_file, save_file
-for module in model.modules():
-    if hasattr(module, "support_avx512bf16_for_cpu"):
-        module.support_avx512bf16_for_cpu = False
-ids, found = load_file(sys.argv[1])["ids"], {{}}
+STRANGER = (
+    STRANGERS_LINES
+    + """ids, found = load_file(sys.argv[1])["ids"], {{}}
 for name in ("sql", "chat", "sql"):
     model.set_adapter(name)
     with torch.no_grad():
@@ -45,6 +39,7 @@ for name in ("sql", "chat", "sql"):
 save_file(found, sys.argv[2])
 assert not any(name.startswith("llmlite") for name in sys.modules)
 """
+)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,17 @@ import pytest
 from tests.conftest import save_tiny
 from tests.hub.fake_hub import TOKEN, FakeHub
 
+STRANGERS_LINES = """
+import sys
+{snippet}
+import torch
+from safetensors.torch import load_file, save_file
+for module in model.modules():
+    if hasattr(module, "support_avx512bf16_for_cpu"):
+        module.support_avx512bf16_for_cpu = False
+"""
+"""How a script begins that a stranger would run: the lines that load the model, without the packed kernels of CPUs that have bfloat16."""
+
 
 @contextmanager
 def loopback_hub(cache: Path) -> Iterator[FakeHub]:

@@ -23,26 +23,21 @@ from llmlite.hub.push import push
 from llmlite.pipeline import load_result
 from llmlite.report import Report
 from tests.conftest import build_tokenizer, save_tiny, token_ids
-from tests.hub.conftest import loopback_hub
+from tests.hub.conftest import STRANGERS_LINES, loopback_hub
 from tests.hub.fake_hub import TOKEN, FakeHub
 
 PLANTED = {"WANDB_API_KEY": "planted-wandb-key-0123456789", "MY_PASSWORD": "planted-correct-horse"}
 BASE = "team/tiny-base"
 
 # what a stranger would run; no llmlite in sight
-PULL = """
-import sys
-{snippet}
-import torch
-from safetensors.torch import load_file, save_file
-for module in model.modules():
-    if hasattr(module, "support_avx512bf16_for_cpu"):
-        module.support_avx512bf16_for_cpu = False
-with torch.no_grad():
+PULL = (
+    STRANGERS_LINES
+    + """with torch.no_grad():
     logits = model.eval()(input_ids=load_file(sys.argv[1])["input_ids"]).logits.float()
 save_file({{"logits": logits}}, sys.argv[2])
 assert not any(name.startswith("llmlite") for name in sys.modules)
 """
+)
 
 
 def pulled_logits(snippet: str, folder: Path, ids_BT: torch.Tensor | None = None) -> torch.Tensor:
