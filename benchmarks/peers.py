@@ -27,7 +27,9 @@ from metrics.text import detokenised
 from safetensors.torch import load_file, save_file
 
 from llmlite.calibration.sources import windows_of
-from llmlite.models.load import Model, find, load_model, load_tokenizer
+from llmlite.models.find import find
+from llmlite.models.load import load_model, load_tokenizer
+from llmlite.models.settings import Model
 
 HERE = Path(__file__).parent
 OURS = ""

@@ -15,7 +15,7 @@ from llmlite import __version__
 from llmlite.cli import CONTEXT, dotted_options, hush_loggers, run_recipe, takes_text
 from llmlite.config import default_of, field_doc, parse_flag, read_yaml, to_mapping, to_yaml
 from llmlite.errors import ConfigError
-from llmlite.models.load import Model
+from llmlite.models.settings import Model
 from llmlite.recipe import Recipe
 from llmlite.step import STEPS, Step, step_class
 
@@ -250,7 +250,8 @@ def _families_command(model: str | None) -> None:
         for family in sorted(FAMILIES.values(), key=lambda family: family.model_type):
             click.echo(f"{family.model_type:14s} {'heads, FFN, layers' if not family.no_heads else 'FFN, layers (heads: ' + family.no_heads + ')'}")
         return
-    from llmlite.models.load import find, load_config
+    from llmlite.models.find import find
+    from llmlite.models.load import load_config
 
     settings = Model(name=model)
     config = load_config(find(settings, weights=False), settings)

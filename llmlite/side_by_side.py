@@ -99,7 +99,8 @@ def _subject(folder: Path, base: str | None, data: str | None) -> tuple[Callable
 
     from llmlite.context import Run
     from llmlite.data.settings import Data
-    from llmlite.models.load import Model, load_model
+    from llmlite.models.load import load_model
+    from llmlite.models.settings import Model
     from llmlite.pipeline import load_result
     from llmlite.quantization.safety import make_safe
     from llmlite.recipe import Recipe
