@@ -48,7 +48,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
 def test_commands_on_the_page_are_understood(
-    page: str, command: str, model_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str, command: str, model_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     words = [{"Qwen/Qwen3-0.6B": str(model_folder), "M": str(model_folder), "chat.jsonl": str(pairs_file), "D": str(pairs_file)}.get(word, word)
@@ -67,6 +67,11 @@ def test_commands_on_the_page_are_understood(
     given = {} if "--model" in flags else {"--model": str(model_folder)}
     given |= {} if "--data" in flags else {"--data": str(pairs_file)}
     more = [word for pair in {**given, "--output_dir": str(tmp_path), "--max_length": "64"}.items() for word in pair]
+    if "--teacher" in flags:  # an API: all of it is understood, and then nobody answers
+        with pytest.raises(SystemExit):
+            recipe_main(preset, [*flags, *more, "--base_url", "http://127.0.0.1:9/v1", "--dry_run"])
+        assert "http://127.0.0.1:9/v1 cannot be reached" in capsys.readouterr().err
+        return
     recipe_main(preset, [*flags, *more, "--dry_run"])
 
 
