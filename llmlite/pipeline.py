@@ -17,6 +17,7 @@ import gc
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -28,16 +29,18 @@ from typing import TYPE_CHECKING, Any
 
 from llmlite.context import Run
 from llmlite.data.vocabulary import VOCABULARY
-from llmlite.errors import GateFailed, LlmliteError, OutputError, ResourceError
+from llmlite.errors import GateFailed, LlmliteError, OutputError, ResourceError, RunError
 from llmlite.gate import COLLAPSE
 from llmlite.models.adapted import adapter_parameters, is_adapted
+from llmlite.models.find import weight_bytes
 from llmlite.plan import check, claim, made_before_adapter
 from llmlite.recipe import Recipe
 from llmlite.report import Report, Row
 from llmlite.step import Step, name_of_step
-from llmlite.storage import damage, folder_bytes, link_or_copy, locked, set_aside, telling, writing_folder
+from llmlite.storage import damage, folder_bytes, link_or_copy, locked, set_aside, telling, telling_full, writing_folder
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from llmlite.evaluation.quality import Reference
@@ -71,7 +74,8 @@ def run(recipe: Recipe, context: Run | None = None) -> Report:
         if context.is_main:
             claim(recipe)
         context.wait()
-        return _Pipeline(recipe, context, out).run()
+        with telling_full(out):
+            return _Pipeline(recipe, context, out).run()
 
 
 def load_result(folder: Path | str) -> tuple[PreTrainedModel, Run]:
@@ -154,12 +158,13 @@ class _Pipeline:
             with measured_peak(self.context.device.type) as peak:
                 model = self.context.load_base()
                 reference, quality = reference_of(model, self.context.evaluation_batches(), shared=True)
+            _require_numbers(self.recipe, quality.perplexity, self.context.compute_dtype)
             if self.context.is_main:  # one process writes and is timed, the others keep still
                 speed = None if is_blockwise(model) else measure_speed(model)
                 row = Row(
                     "base",
                     model.num_parameters(),
-                    folder_bytes(self.context.source.folder),
+                    weight_bytes(self.context.source.folder),
                     quality.perplexity,
                     prefill_tokens_per_second=speed.prefill_tokens_per_second if speed else None,
                     decode_tokens_per_second=speed.decode_tokens_per_second if speed else None,
@@ -268,7 +273,7 @@ class _Pipeline:
             )
             with writing_folder(folder) as temporary:
                 self._save(model, temporary)
-                size = folder_bytes(temporary) + (folder_bytes(self._base_of(index)) if is_adapted(model) else 0)
+                size = folder_bytes(temporary) + (weight_bytes(self._base_of(index)) if is_adapted(model) else 0)
                 _write_row(temporary, dataclasses.replace(row, bytes_on_disk=size))
                 for extra in sorted(scratch.glob("keep/*")):  # what the step wants beside its weights, for instance a merged model
                     shutil.move(extra, temporary / extra.name)
@@ -416,6 +421,15 @@ class _Pipeline:
             target = self.out / file.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(file, target)
+
+
+def _require_numbers(recipe: Recipe, perplexity: float, dtype: torch.dtype) -> None:
+    """Raise RunError for a base that computes no numbers: nothing could be compared with it, and what is calibrated on it is noise."""
+    if not math.isfinite(perplexity):
+        raise RunError(
+            f"base: the perplexity of {recipe.model.name} on the held-out text is {perplexity}, computed in {str(dtype).removeprefix('torch.')}. "
+            "Its weights hold numbers that are infinite or none, or activations overflow. Download it again, or try dtype: float32."
+        )
 
 
 def _write_row(folder: Path, row: Row) -> None:

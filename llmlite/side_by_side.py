@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmlite.errors import ConfigError, LoadError
 from llmlite.evaluation.result import Evaluation
+from llmlite.models.find import weight_bytes
 from llmlite.report import Report
 from llmlite.storage import folder_bytes, read_object
 
@@ -164,13 +165,12 @@ def _batches(context: Run, text: str | None, window: int | None, stride: int | N
 
 
 def _bytes(folder: Path, context: Run) -> int:
-    size = folder_bytes(folder)
     if not (folder / "adapter_config.json").is_file():
-        return size
+        return weight_bytes(folder)
     steps = context.recipe.steps
     if (folder / "report.json").is_file() and len(steps) > 1:
         return Report.read(folder).rows[-1].bytes_on_disk
-    return size + folder_bytes(context.source.folder)
+    return folder_bytes(folder) + weight_bytes(context.source.folder)
 
 
 @dataclass
@@ -196,7 +196,7 @@ class _Measure:
         log.info("the base: %s", self.context.recipe.model.name)
         model = self.context.load_base()
         self.reference, quality = reference_of(model, self.batches())
-        found = self._rest(model, quality, folder_bytes(self.context.source.folder))
+        found = self._rest(model, quality, weight_bytes(self.context.source.folder))
         del model
         gc.collect()
         return found

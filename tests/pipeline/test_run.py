@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import llmlite
-from llmlite.errors import ConfigError, OutputError
+from llmlite.errors import ConfigError, OutputError, RunError
 from llmlite.report import Report
 from llmlite.storage import damage
 from llmlite.training.checkpoints import newest_complete
+from tests.conftest import save_tiny
 
 SMALL: dict[str, Any] = {"max_length": 64, "evaluation_rows": 6, "r": 4, "per_device_train_batch_size": 2, "save_steps": 2, "logging_steps": 1}
 
@@ -152,6 +153,17 @@ def test_quantizing_twice_is_refused_before_anything_is_loaded(model_folder: Pat
     with pytest.raises(ConfigError, match=r"steps\[1\] quantize: takes a model that is dense or sparse; the step before leaves it nf4"):
         twice.check()
     assert not (tmp_path / "x").exists()
+
+
+def test_a_base_that_computes_no_numbers_is_said_to_before_any_step(pairs_file: Path, tmp_path: Path) -> None:
+    file = save_tiny(tmp_path / "base") / "model.safetensors"
+    stored = load_file(file)
+    stored["model.layers.1.mlp.down_proj.weight"][0, 0] = torch.inf
+    save_file(stored, file, metadata={"format": "pt"})
+    steps = [llmlite.PruneWeights(method="magnitude")]
+    with pytest.raises(RunError, match=r"base: the perplexity of .*base on the held-out text is inf, computed in float32"):
+        llmlite.Recipe(model=str(file.parent), data=str(pairs_file), steps=steps, output_dir=str(tmp_path / "out"), max_length=64).run()
+    assert not (tmp_path / "out" / "steps" / "00-base").exists()
 
 
 def test_the_plan_says_what_the_run_then_measures(finished: Report, model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
