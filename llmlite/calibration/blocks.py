@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmlite.calibration.moments import Moments
+from llmlite.errors import RunError
 from llmlite.models.blockwise import present, replace, shelf_of
 from llmlite.models.view import BlockView, ModelView
 from llmlite.storage import damage, writing_folder
@@ -195,6 +196,9 @@ class Blocks:
             weights: how much each token counts, for each of this process's batches by the name of the projection, (B * T,); None: all alike. Those of
                 projections that share an input add up, are divided by their mean, and half of it is shared out evenly (`EVEN_SHARE`).
             dtype: of the sums: float32, or float64.
+
+        Raises:
+            RunError: inputs that are not finite.
         """
         wanted = [role for role in roles if role in block.linears]
         keys: dict[str, str] = {}  # role -> the role whose sums it shares
@@ -226,6 +230,12 @@ class Blocks:
             statistics.fit.all_reduce()
             if statistics.held is not None:
                 statistics.held.all_reduce()
+        for role, statistics in found.items():
+            if not all(bool(part.gram_II.diagonal().sum().isfinite()) for part in (statistics.fit, statistics.held) if part is not None):
+                raise RunError(
+                    f"calibration: block {block.index} gives {block.linears[role].name} inputs that are infinite or no numbers: nothing can be chosen by them. "
+                    "Activations overflow in the type they are computed in, or weights are damaged. Try dtype: float32, or another calibration text."
+                )
         return {role: found[keys[role]] for role in wanted}
 
     def _mean_weight(self, weights: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> float:

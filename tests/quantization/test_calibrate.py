@@ -215,6 +215,11 @@ def test_a_name_to_skip_that_no_layer_has_is_refused(model_folder: Path, pairs_f
         _checked(model_folder, pairs_file, skip=["downproj"])
 
 
+def test_a_recipe_that_would_quantize_nothing_is_refused(model_folder: Path, pairs_file: Path) -> None:
+    with pytest.raises(ConfigError, match="leave no layer to quantize"):
+        _checked(model_folder, pairs_file, skip=["mlp", "self_attn"])
+
+
 def test_what_stays_dense_can_be_kept_in_16_bit_and_comes_back_so(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
     def run(dtype: str) -> Any:
         step = llmlite.Quantize(scheme="nf4", calibrate=False, report_sequences=0, dtype=dtype)  # type: ignore[arg-type]
