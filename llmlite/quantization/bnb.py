@@ -89,9 +89,10 @@ class Quantize(Step):
                     f"them, silently. Prune to multiples of {BLOCK_SIZE}, or set unaligned: skip to leave these layers in 16 bit."
                 ],
             )
-        if len(set(self._skipped(model))) >= len(linear_shapes(model.config)):
+        skipped = self._skipped(model)
+        if len(set(skipped)) >= len(linear_shapes(model.config)):
             raise ConfigError("quantize", ["skip and unaligned leave no layer to quantize. Skip fewer, or leave the step out."])
-        size = expected_bytes(model.config, dtype=self._dense_dtype(run), scheme=self.scheme, double_quant=self.double_quant)
+        size = expected_bytes(model.config, dtype=self._dense_dtype(run), scheme=self.scheme, double_quant=self.double_quant, skip=skipped)
         dense = expected_bytes(model.config, dtype=run.compute_dtype)
         notes = [f"{self.scheme}{' with double quantization' if self.scheme != 'int8' and self.double_quant else ''}"]
         if self.scheme == "int8":
