@@ -114,6 +114,8 @@ class _Pipeline:
         """All steps, then the result."""
         reference = self._base()
         done = self._complete_steps()
+        if self.context.is_main:
+            self._clear_leftovers(done)
         if done == len(self.recipe.steps) and (self.out / "report.json").is_file():
             log.info("%s is complete; nothing is done again", self.out)
             self.report = Report.read(self.out)
@@ -139,6 +141,10 @@ class _Pipeline:
         step = self.recipe.steps[index]
         name = (name_of_step(type(step)) or type(step).__name__).rpartition(":")[2]
         return self.out / "steps" / f"{index + 1:02d}-{name}"
+
+    def _scratch(self, index: int) -> Path:
+        folder = self._folder(index)
+        return folder.with_name(f"{folder.name}.work")
 
     def _row(self, folder: Path) -> Row:
         return Row(**json.loads((folder / "row.json").read_text(encoding="utf-8")))
@@ -216,6 +222,12 @@ class _Pipeline:
             log.info("%d of %d steps are already done; continuing after them", done, len(self.recipe.steps))
         return done
 
+    def _clear_leftovers(self, done: int) -> None:
+        """Remove what kills have left and nothing continues from: folders in the writing, and what steps that are complete now once continued from."""
+        places = [*(self.out / "steps").glob(".*-*"), *(self._scratch(index) for index in range(done))]
+        for place in places:
+            shutil.rmtree(place, ignore_errors=True)
+
     def _take_over_vocabulary(self, index: int) -> None:
         """Go on with the tokens that the steps of an earlier call left."""
         self.context.take_vocabulary(self._folder(index))
@@ -234,7 +246,7 @@ class _Pipeline:
         step, folder = self.recipe.steps[index], self._folder(index)
         name = name_of_step(type(step)) or type(step).__name__
         log.info("step %d of %d: %s", index + 1, len(self.recipe.steps), name)
-        scratch = folder.with_name(f"{folder.name}.work")
+        scratch = self._scratch(index)
         with telling(scratch):
             scratch.mkdir(parents=True, exist_ok=True)
         self.context.scratch, self.context.notes = scratch, {}
