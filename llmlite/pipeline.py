@@ -240,8 +240,8 @@ class _Pipeline:
         from llmlite.evaluation.quality import measure_quality
         from llmlite.evaluation.speed import measure_speed
         from llmlite.models.blockwise import is_blockwise
+        from llmlite.models.safety import packed_generation
         from llmlite.models.save import settle
-        from llmlite.quantization.safety import packed_generation
 
         step, folder = self.recipe.steps[index], self._folder(index)
         name = name_of_step(type(step)) or type(step).__name__
@@ -302,7 +302,7 @@ class _Pipeline:
             write_blockwise(model, shards, self.context.storage_dtype)
         del model
         gc.collect()
-        return self._loaded(shards)
+        return self.context.load(shards)
 
     def _sample(self, model: PreTrainedModel) -> dict[str, Any]:
         from llmlite.evaluation.sample import sample
@@ -368,14 +368,7 @@ class _Pipeline:
                 index -= 1
             base = self._reload(index - 1) if index else self.context.load_base()
             return load_adapter(base, folder, is_trainable=True)
-        return self._loaded(folder)
-
-    def _loaded(self, folder: Path) -> PreTrainedModel:
-        from llmlite.quantization.safety import make_safe
-
-        model = self.context.load(folder)
-        make_safe(model)
-        return model
+        return self.context.load(folder)
 
     def result(self) -> PreTrainedModel:
         """What the last step left, read from its folder."""

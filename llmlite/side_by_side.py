@@ -103,7 +103,6 @@ def _subject(folder: Path, base: str | None, data: str | None) -> tuple[Callable
     from llmlite.models.load import load_model
     from llmlite.models.settings import Model
     from llmlite.pipeline import load_result
-    from llmlite.quantization.safety import make_safe
     from llmlite.recipe import Recipe
 
     if not folder.is_dir():
@@ -138,7 +137,6 @@ def _subject(folder: Path, base: str | None, data: str | None) -> tuple[Callable
         if adapter.is_file():
             return load_adapter(context.load_base(), folder).eval()
         model = load_model(folder, context.recipe.model, context.device)
-        make_safe(model)
         context.take_vocabulary(folder)
         return model
 
@@ -212,7 +210,7 @@ class _Measure:
     def _rest(self, model: PreTrainedModel, quality: Any, size: int) -> dict[str, Any]:
         from llmlite.evaluation.sample import sample
         from llmlite.evaluation.speed import measure_latency
-        from llmlite.quantization.safety import packed_generation
+        from llmlite.models.safety import packed_generation
 
         tasks = self._tasks(model)
         with packed_generation(model) if self.context.device.type == "cpu" else nullcontext():

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmlite.errors import LoadError, UnsupportedModel
+from llmlite.models.safety import make_safe
 from llmlite.models.tensor_files import TensorFiles
 from llmlite.models.view import BlockView, ModelView
 from llmlite.storage import write_json
@@ -228,6 +229,7 @@ def load_blockwise(
         model.generation_config = type(model.generation_config).from_pretrained(folder)
     Shelf(model, folder, partial(_from_files, TensorFiles(folder), ModelView(model)), dtype, device, spill)
     fill_added_tokens(model, folder, settings)
+    make_safe(model)
     return model.eval()
 
 

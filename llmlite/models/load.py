@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llmlite.errors import LoadError
 from llmlite.models.added_tokens import add_to_tokenizer, fill_rows, pieces_of
 from llmlite.models.find import Source
+from llmlite.models.safety import make_safe
 from llmlite.models.settings import Model
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def require_matching(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
 
 
 def load_model(source: Source | Path, model: Model, device: torch.device, **kwargs: Any) -> PreTrainedModel:
-    """Load weights by stock `AutoModelForCausalLM.from_pretrained`, in eval mode on `device`.
+    """Load weights by stock `AutoModelForCausalLM.from_pretrained`, in eval mode on `device`; layers of bitsandbytes are made safe.
 
     Args:
         source: what `find` returned, or a folder.
@@ -122,6 +123,7 @@ def load_model(source: Source | Path, model: Model, device: torch.device, **kwar
             f"model: '{folder}' lacks {len(missing)} weights that its config asks for, first '{missing[0]}'. Its files and config.json do not belong together."
         )
     fill_added_tokens(loaded, folder, model)
+    make_safe(loaded)
     loaded.eval()
     return loaded
 

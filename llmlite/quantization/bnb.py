@@ -200,11 +200,7 @@ class Quantize(Step):
         )
 
     def _load(self, run: Run, folder: Path, config: BitsAndBytesConfig) -> PreTrainedModel:
-        from llmlite.quantization.safety import make_safe
-
-        model = run.load(folder, quantization_config=config, dtype=self._dense_dtype(run))
-        make_safe(model)
-        return model
+        return run.load(folder, quantization_config=config, dtype=self._dense_dtype(run))
 
     def bitsandbytes_config(self, model: ModelPlan, run: Run) -> BitsAndBytesConfig:
         """How transformers is told to load such a model quantized."""

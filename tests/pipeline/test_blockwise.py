@@ -27,12 +27,12 @@ from llmlite.models.blockwise import is_blockwise, load_blockwise, present, rebu
 from llmlite.models.find import find, weight_bytes
 from llmlite.models.load import load_model
 from llmlite.models.rebuild import rebuild
+from llmlite.models.safety import make_safe
 from llmlite.models.settings import Model
 from llmlite.models.slicing import take_ffn_channels, take_kv_groups
 from llmlite.models.tensor_files import TensorFiles
 from llmlite.models.view import ModelView
 from llmlite.plan import size_line
-from llmlite.quantization.safety import make_safe
 from llmlite.report import Report
 from llmlite.step import Step
 from tests.conftest import ALL_FAMILIES, HEAD_FAMILIES, build_tiny, build_tokenizer, logits_of, save_tiny

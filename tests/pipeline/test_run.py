@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import llmlite
 from llmlite.errors import ConfigError, OutputError, RunError
+from llmlite.models.blockwise import load_blockwise
+from llmlite.models.load import load_model
+from llmlite.models.safety import linear_4bit_layers
+from llmlite.models.settings import Model
 from llmlite.report import Report
 from llmlite.storage import damage
 from llmlite.training.checkpoints import newest_complete
@@ -156,6 +162,25 @@ def test_quantizing_twice_is_refused_before_anything_is_loaded(model_folder: Pat
     with pytest.raises(ConfigError, match=r"steps\[1\] quantize: takes a model that is dense or sparse; the step before leaves it nf4"):
         twice.check()
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_a_base_that_is_quantized_already_is_planned_as_it_is_and_loads_safe(scheme: str, model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
+    how = BitsAndBytesConfig(load_in_8bit=True) if scheme == "int8" else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    stock = AutoModelForCausalLM.from_pretrained(model_folder, quantization_config=how, dtype=torch.float32, device_map={"": "cpu"})
+    folder = shutil.copytree(model_folder, tmp_path / "base")
+    stock.save_pretrained(folder)
+    data = llmlite.Data(train=str(pairs_file), max_length=64)
+    plan = llmlite.Recipe(model=str(folder), data=data, steps=[llmlite.Lora()]).check()
+    assert [row["form"] for row in plan.rows] == [scheme, scheme]
+    assert plan.rows[0]["disk_bytes"] == (folder / "model.safetensors").stat().st_size
+    steps = [llmlite.Quantize(), llmlite.PruneFfn()]
+    with pytest.raises(ConfigError, match=rf"steps\[0\] quantize: takes a model that is dense or sparse; the base is {scheme}(?s:.*)steps\[1\] prune.ffn"):
+        llmlite.Recipe(model=str(folder), data=data, steps=steps).check()
+    for load in (load_model, load_blockwise):
+        layers = linear_4bit_layers(load(folder, Model(name=str(folder)), torch.device("cpu")))
+        assert len(layers) == (0 if scheme == "int8" else 21)
+        assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
 
 
 def test_a_base_that_computes_no_numbers_is_said_to_before_any_step(pairs_file: Path, tmp_path: Path) -> None:

@@ -17,11 +17,11 @@ from llmlite.calibration.blocks import batches_of
 from llmlite.context import Run
 from llmlite.errors import ConfigError
 from llmlite.evaluation.reload import loading_lines, reload_difference
+from llmlite.models.safety import make_safe
 from llmlite.quantization import calibrate as calibrate_module
 from llmlite.quantization import nf4
 from llmlite.quantization.calibrate import CalibratedScheme, calibrate, towards_dense, write_calibrated
 from llmlite.quantization.error import error_report, layer_errors
-from llmlite.quantization.safety import make_safe
 from tests.conftest import build_tiny, logits_of, save_tiny, token_ids
 
 
