@@ -22,7 +22,7 @@ from llmlite.errors import ConfigError, OutputError
 from llmlite.hub.multi_adapter import ADAPTERS, Adapters
 from llmlite.models.adapted import MARKS
 from llmlite.pipeline import base_of_result, load_result
-from llmlite.storage import file_sums, read_object, writing_folder
+from llmlite.storage import MANIFEST, file_sums, read_object, writing_folder
 
 __all__ = ["Exported", "export"]
 
@@ -91,8 +91,11 @@ def export(folders: Sequence[Path | str], output_dir: Path | str, names: Sequenc
 
 
 def _require_free(out: Path) -> None:
-    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    if out.is_file() or (names and ADAPTERS not in names):
+    """Raise OutputError unless the folder is new, empty, or an earlier export and nothing else: it will be replaced as a whole."""
+    own = read_object(out / MANIFEST) if (out / MANIFEST).is_file() and (out / ADAPTERS).is_file() else {}
+    files = [path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()] if out.is_dir() else []
+    names = sorted({*files} - {*own} - ({MANIFEST} if own else set()))
+    if out.is_file() or names:
         raise OutputError(f"export: {out} holds something else ({', '.join(names[:5]) or 'a file'}). Choose another --output_dir; nothing in it was touched.")
 
 

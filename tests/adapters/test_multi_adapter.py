@@ -125,6 +125,10 @@ def test_what_cannot_lie_side_by_side_is_refused_with_every_reason(runs: dict[st
     (tmp_path / "full" / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match="holds something else"):
         llmlite.export(list(runs.values()), tmp_path / "full")
+    for name, text in {"adapters.json": "{}", "manifest.json": '{"adapters.json": {}}'}.items():  # an earlier export, and something else in it
+        (tmp_path / "full" / name).write_text(text)
+    with pytest.raises(OutputError, match=r"holds something else \(mine.txt\)"):
+        llmlite.export(list(runs.values()), tmp_path / "full")
 
 
 @pytest.mark.slow
