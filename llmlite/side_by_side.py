@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmlite.errors import ConfigError, LoadError
 from llmlite.evaluation.result import Evaluation
+from llmlite.models.find import weight_bytes
 from llmlite.report import Report
 from llmlite.storage import folder_bytes, read_object
 
@@ -102,7 +103,6 @@ def _subject(folder: Path, base: str | None, data: str | None) -> tuple[Callable
     from llmlite.models.load import load_model
     from llmlite.models.settings import Model
     from llmlite.pipeline import load_result
-    from llmlite.quantization.safety import make_safe
     from llmlite.recipe import Recipe
 
     if not folder.is_dir():
@@ -137,7 +137,6 @@ def _subject(folder: Path, base: str | None, data: str | None) -> tuple[Callable
         if adapter.is_file():
             return load_adapter(context.load_base(), folder).eval()
         model = load_model(folder, context.recipe.model, context.device)
-        make_safe(model)
         context.take_vocabulary(folder)
         return model
 
@@ -164,13 +163,12 @@ def _batches(context: Run, text: str | None, window: int | None, stride: int | N
 
 
 def _bytes(folder: Path, context: Run) -> int:
-    size = folder_bytes(folder)
     if not (folder / "adapter_config.json").is_file():
-        return size
+        return weight_bytes(folder)
     steps = context.recipe.steps
     if (folder / "report.json").is_file() and len(steps) > 1:
         return Report.read(folder).rows[-1].bytes_on_disk
-    return size + folder_bytes(context.source.folder)
+    return folder_bytes(folder) + weight_bytes(context.source.folder)
 
 
 @dataclass
@@ -196,7 +194,7 @@ class _Measure:
         log.info("the base: %s", self.context.recipe.model.name)
         model = self.context.load_base()
         self.reference, quality = reference_of(model, self.batches())
-        found = self._rest(model, quality, folder_bytes(self.context.source.folder))
+        found = self._rest(model, quality, weight_bytes(self.context.source.folder))
         del model
         gc.collect()
         return found
@@ -212,7 +210,7 @@ class _Measure:
     def _rest(self, model: PreTrainedModel, quality: Any, size: int) -> dict[str, Any]:
         from llmlite.evaluation.sample import sample
         from llmlite.evaluation.speed import measure_latency
-        from llmlite.quantization.safety import packed_generation
+        from llmlite.models.safety import packed_generation
 
         tasks = self._tasks(model)
         with packed_generation(model) if self.context.device.type == "cpu" else nullcontext():
