@@ -25,7 +25,7 @@ from llmlite.errors import GateFailed, LlmliteError, OutputError, ResourceError,
 from llmlite.gate import COLLAPSE
 from llmlite.kept import Kept, write_row
 from llmlite.models.adapted import adapter_parameters, is_adapted
-from llmlite.models.find import weight_bytes
+from llmlite.models.find import weight_bytes, weights_fingerprint
 from llmlite.plan import check, claim, made_before_adapter
 from llmlite.recipe import Recipe
 from llmlite.report import Report, Row
@@ -161,6 +161,7 @@ class _Pipeline:
                     details={
                         "tokens": quality.tokens,
                         "text": self.context.evaluation_data.fingerprint(),
+                        "weights": weights_fingerprint(self.context.source.folder),
                         **({"not_measured": _NOT_IN_BLOCKS} if speed is None else self._sample(model)),
                     },
                 )
@@ -176,6 +177,12 @@ class _Pipeline:
             raise OutputError(
                 f"output_dir: the held-out text of {self.recipe.data.evaluation or self.recipe.data.train} has changed since the run in {self.out} "
                 "began, so its figures could not be compared. Restore the text, choose another --output_dir, or start afresh with --overwrite_output_dir."
+            )
+        weights = weights_fingerprint(self.context.source.folder)
+        if weights and row.details.get("weights") not in {None, weights}:
+            raise OutputError(
+                f"output_dir: the weights of {self.recipe.model.name} have changed since the run in {self.out} began, so its steps are of another model. Put "
+                "them back, choose another --output_dir, or start afresh with --overwrite_output_dir."
             )
         self.report.rows = [row]
         self.report.evaluation = {
