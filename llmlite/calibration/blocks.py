@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from llmlite.calibration.moments import Moments
 from llmlite.models.blockwise import present, replace, shelf_of
+from llmlite.models.device_map import device_of, is_offloaded
 from llmlite.models.view import BlockView, ModelView
 from llmlite.storage import damage, writing_folder
 from llmlite.training.backbone import hidden_and_head
@@ -160,7 +161,7 @@ class Blocks:
     def run(self, block: BlockView, index: int, hidden_BTD: Tensor) -> Tensor:
         """One batch through one block."""
         args, kwargs = self._calls[index][block.index]
-        output = block.module(hidden_BTD.to(next(block.module.parameters()).device), *args, **kwargs)
+        output = block.module(hidden_BTD.to(device_of(block.module)), *args, **kwargs)
         leaving: Tensor = output[0] if isinstance(output, tuple) else output
         return leaving
 
@@ -364,6 +365,8 @@ def walk_blocks(
     """
     if state is None and walk.keeps and shelf_of(model) is not None:
         raise ValueError("a model that is loaded block by block needs a folder for its changed blocks (state)")
+    if walk.keeps and is_offloaded(model):
+        raise ValueError("changes to weights that device_map has offloaded would vanish; load the model whole, or with load: blocks")
     stream = Blocks(model, batches)
     dense = list(stream.hidden) if walk.target == "dense" else None
     complete = _complete(stream, state)

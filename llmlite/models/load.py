@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from llmlite.config import fingerprint, near, settings
 from llmlite.errors import LoadError
 from llmlite.models.added_tokens import add_to_tokenizer, fill_rows, pieces_of
+from llmlite.models.device_map import MemoryLimits, dispatch_map
 from llmlite.step import Names
 from llmlite.storage import MANIFEST, damage, writing_folder
 
@@ -67,6 +68,12 @@ class Model:
     """blocks: one decoder block at a time is in memory, read from the files and written to new ones, for models larger than memory. prune.weights, prune.heads,
     prune.ffn, prune.structured (without trials) and quantize (without what goes backward) can. auto: blocks when the whole model does not fit and every step
     can. With both, the calibration text is the training text unless data.calibration says otherwise: a model in blocks cannot write its own."""
+    device_map: Literal["none", "auto", "balanced", "sequential"] = "none"
+    """Where the decoder blocks of a dense model lie that one device does not hold: over all accelerators alike (auto, balanced) or one after the other
+    (sequential), then in main memory, then on disk, in the files that are there. For measuring, teachers, and `quantize` as the first step; what it makes lies
+    on one device again. Nothing can be written into such a model: load: blocks prunes and quantizes larger ones."""
+    max_memory: MemoryLimits = None
+    """device_map only: bytes that weights may take, by device: 0=20GB,cpu=60GB. Devices that are not named are not used. None: nine tenths of what is free."""
     trust_remote_code: bool = False
     """Run Python code that the model repository carries. Only for authors you trust."""
     add_tokens: Names = ()
@@ -385,17 +392,18 @@ def weight_files(folder: Path) -> list[tuple[str, int, int]]:
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
 
 
-def load_model(source: Source | Path, model: Model, device: torch.device, **kwargs: Any) -> PreTrainedModel:
+def load_model(source: Source | Path, model: Model, device: torch.device, *, tensor_parallel: bool = False, **kwargs: Any) -> PreTrainedModel:
     """Load weights by stock `AutoModelForCausalLM.from_pretrained`, in eval mode on `device`.
 
     Args:
         source: what `find` returned, or a folder.
-        model: settings; `dtype` is resolved by `compute_dtype`.
-        device: where the weights go.
+        model: settings; `dtype` is resolved by `compute_dtype`. A `device_map` says where dense weights go.
+        device: where the weights go otherwise.
+        tensor_parallel: cut the blocks over the processes of this launch, each of which calls this alike; see `llmlite.models.tensor_parallel`.
         kwargs: passed on, for instance ``quantization_config``.
 
     Raises:
-        LoadError: the weights do not fit the config.
+        LoadError: the weights do not fit the config, or cannot be laid out as asked.
     """
     from transformers import AutoModelForCausalLM
 
@@ -404,9 +412,12 @@ def load_model(source: Source | Path, model: Model, device: torch.device, **kwar
         "dtype": compute_dtype(device, model.dtype),
         "use_safetensors": True,
         "trust_remote_code": model.trust_remote_code,
-        "device_map": {"": device},
         **kwargs,
     }
+    if tensor_parallel:
+        options |= _cut_over_processes(folder, model)
+    elif "device_map" not in options:
+        options["device_map"] = _device_map(folder, model, options, device) or {"": device}
     if model.attn_implementation:
         options["attn_implementation"] = model.attn_implementation
     try:
@@ -424,6 +435,26 @@ def load_model(source: Source | Path, model: Model, device: torch.device, **kwar
         _fill_added_tokens(loaded, Source(str(folder), folder, None), model)
     loaded.eval()
     return loaded
+
+
+def _device_map(folder: Path, model: Model, options: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
+    """`dispatch_map` of the dense model in a folder; None for a quantized one, which lies on one device."""
+    if model.device_map == "none" or "quantization_config" in options:
+        return None
+    config = load_config(Source(str(folder), folder, None), model)
+    return None if getattr(config, "quantization_config", None) is not None else dispatch_map(config, model, options["dtype"], device)
+
+
+def _cut_over_processes(folder: Path, model: Model) -> dict[str, Any]:
+    import torch
+
+    from llmlite.models.tensor_parallel import indivisible, tensor_parallel_options
+
+    config = load_config(Source(str(folder), folder, None), model)
+    problems = indivisible(config, torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
+    if problems:
+        raise LoadError(f"model: '{folder}': {' '.join(problems)}")
+    return tensor_parallel_options(config)
 
 
 def _fill_added_tokens(loaded: PreTrainedModel, source: Source, model: Model) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llmlite.errors import Interrupted, OutputError, RunError
+from llmlite.models.device_map import is_offloaded
 from llmlite.training.backbone import hidden_and_head
 from llmlite.training.checkpoints import SealCheckpoints, StopRequest, newest_complete, stopping_at_signals
 from llmlite.training.chunked import chunked_head_loss
@@ -200,8 +201,10 @@ def train(
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
-        RunError: the loss is no number any more.
+        RunError: the loss is no number any more, or part of the model is offloaded.
     """
+    if is_offloaded(model):
+        raise RunError("weights that device_map has offloaded get no gradients. Train on a device that holds the model, or on what `quantize` makes of it.")
     folder = run.scratch / "trainer"
     checkpoint = run.agreed(newest_complete(folder) if run.is_main else None)
     if checkpoint:
