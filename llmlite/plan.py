@@ -123,7 +123,7 @@ def _rows(recipe: Recipe, context: Run, *, blocks: bool) -> tuple[list[dict[str,
                 f"steps[{index}] {name}: the model already carries an adapter. Put a step 'merge' before this one, or do it before the adapter is trained."
             )
             continue
-        if context.layout.sharded and isinstance(step, TrainingStep) and (reason := step.no_sharding(model.form)):
+        if context.layout.sharded and isinstance(step, TrainingStep) and (reason := step.no_sharding(model.form, context.layout)):
             problems.append(f"steps[{index}] {name}: {reason}")
             continue
         if reason := not_dispatched(step, model.form, context):

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from llmlite.context import Run
     from llmlite.distillation.cache import TeacherCache
     from llmlite.distillation.teacher import Teacher, TeacherModel
+    from llmlite.layout import Layout
     from llmlite.training.trainer import Companion, LossMaker
 
 __all__ = ["DistillWhiteBox"]
@@ -193,7 +194,7 @@ class DistillWhiteBox(StudentStep):
         if self.teacher_device_map or self.teacher_quantization:
             problems.append("teacher_tp_plan=auto cuts a dense teacher over the processes; leave teacher_device_map and teacher_quantization out.")
         if run.layout.sharded:
-            problems.append("teacher_tp_plan=auto under FSDP2 is not built. Launch it with recipes/accelerate/ddp.yaml, or use cache: hidden.")
+            problems.append(f"teacher_tp_plan=auto under {run.layout.name} is not built. Launch it with recipes/accelerate/ddp.yaml, or use cache: hidden.")
         if self.hidden_weight or self.attention_weight:
             problems.append("hidden_weight and attention_weight look inside of the teacher, which teacher_tp_plan=auto cuts. Leave one of them out.")
         return problems + [f"teacher: {problem}" for problem in indivisible(teacher.config, processes)]
@@ -242,11 +243,11 @@ class DistillWhiteBox(StudentStep):
         """Get the teacher's signals, train."""
         return self.train_student(model, run, lambda student: self._taught(student, run))
 
-    def no_sharding(self, form: str) -> str:
+    def no_sharding(self, form: str, layout: Layout) -> str:
         """See `TrainingStep.no_sharding`."""
         if self.hidden_weight or self.attention_weight or self.on_policy:
-            return "hidden_weight, attention_weight and on_policy under FSDP2 are not built yet. Launch it with recipes/accelerate/ddp.yaml."
-        return super().no_sharding(form)
+            return f"hidden_weight, attention_weight and on_policy under {layout.name} are not built yet. Launch it with recipes/accelerate/ddp.yaml."
+        return super().no_sharding(form, layout)
 
     def peak_learning_rate(self, hidden_size: int) -> float:
         """The learning rate as asked, else 1e-4."""

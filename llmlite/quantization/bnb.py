@@ -224,7 +224,7 @@ class Quantize(Step):
             bnb_4bit_quant_type=self.scheme,
             bnb_4bit_use_double_quant=self.double_quant,
             bnb_4bit_compute_dtype=self._dense_dtype(run),
-            bnb_4bit_quant_storage=self._dense_dtype(run) if run.layout.sharded else None,  # FSDP2 splits no bytes; None: uint8
+            bnb_4bit_quant_storage=self._dense_dtype(run) if run.layout.kind == "fsdp2" else None,  # FSDP2 splits no bytes; None: uint8
             llm_int8_skip_modules=skipped,
         )
 

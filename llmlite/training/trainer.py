@@ -26,7 +26,7 @@ from llmlite.training.checkpoints import SealCheckpoints, StopRequest, newest_co
 from llmlite.training.chunked import chunked_head_loss
 from llmlite.training.keep_zeros import KeepZeros
 from llmlite.training.settings import TrainingStep
-from llmlite.training.sharded import lend, take_back
+from llmlite.training.sharded import forget_zero3, lend, take_back
 from llmlite.training.token_loss import IGNORE_INDEX, CrossEntropy, TokenLoss, next_token_labels
 
 if TYPE_CHECKING:
@@ -225,8 +225,12 @@ def train(
         make_loss=make_loss or _cross_entropy,
         companion=companion,
     )
-    with stopping_at_signals(stop):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        with stopping_at_signals(stop):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        if run.layout.kind == "zero3":
+            forget_zero3()
     if stop.asked:
         raise Interrupted(f"stopped after optimizer step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint is saved.")
     if trained is not model:
