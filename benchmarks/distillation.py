@@ -28,7 +28,8 @@ import llmlite
 from llmlite.calibration.sources import windows_of
 from llmlite.context import Run
 from llmlite.evaluation.quality import measure_quality, reference_of
-from llmlite.models.load import find, load_tokenizer
+from llmlite.models.find import find
+from llmlite.models.load import load_tokenizer
 
 HERE = Path(__file__).parent
 TIMED_STEPS = 4

@@ -29,8 +29,9 @@ from llmlite.context import Run
 from llmlite.distillation.cache import TeacherCache
 from llmlite.distillation.objective import Distillation
 from llmlite.distillation.teacher import LiveTeacher, TeacherModel
-from llmlite.models.load import DEFAULT_MODEL, find
+from llmlite.models.find import find
 from llmlite.models.rebuild import rebuild
+from llmlite.models.settings import DEFAULT_MODEL
 from llmlite.models.slicing import take_layers
 from llmlite.models.view import ModelView
 from llmlite.training.backbone import hidden_and_head

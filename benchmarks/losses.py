@@ -97,7 +97,7 @@ def _full_top_k(logits: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
     return ((logprobs.exp() * (logprobs - logp)).sum(-1) + tail_q * (tail_q.log() - tail_p.log())).mean()
 
 
-def chunked(problem: Problem, name: str, chunk_tokens: int) -> Tensor:
+def chunked(problem: Problem, name: str, chunk_tokens: int | None) -> Tensor:
     teacher: HiddenTeacher | TopKTeacher = HiddenTeacher(problem.teacher_hidden, problem.teacher_head)
     temperature = 2.0 if name.endswith("@T=2") else 1.0
     if name == "ce":
@@ -112,7 +112,7 @@ def chunked(problem: Problem, name: str, chunk_tokens: int) -> Tensor:
     return chunked_head_loss(problem.hidden, problem.head, loss, chunk_tokens=chunk_tokens).loss
 
 
-def step(problem: Problem, name: str, variant: str, chunk_tokens: int) -> tuple[Tensor, ...]:
+def step(problem: Problem, name: str, variant: str, chunk_tokens: int | None) -> tuple[Tensor, ...]:
     loss = full(problem, name) if variant == "full" else chunked(problem, name, chunk_tokens)
     return (loss.detach(), *torch.autograd.grad(loss, problem.inputs()))
 
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=49152)
     parser.add_argument("--hidden", type=int, default=576)
-    parser.add_argument("--chunk-tokens", type=int, default=256)
+    parser.add_argument("--chunk-tokens", type=int, help="tokens in a matrix product; left out: as llmlite chooses")
     parser.add_argument("--frozen-head", action="store_true", help="no gradient for the head, as with LoRA")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
@@ -190,7 +190,7 @@ def main() -> None:
         return
 
     problem = Problem(args, args.tokens)
-    print(f"{args.tokens} tokens, vocabulary {args.vocabulary}, hidden {args.hidden}, chunks of {args.chunk_tokens}, {torch.get_num_threads()} threads")
+    print(f"{args.tokens} tokens, vocabulary {args.vocabulary}, hidden {args.hidden}, {torch.get_num_threads()} threads")
     print(f"{'loss':20} {'full s':>8} {'chunked s':>9} {'time':>6} {'cpu':>6} {'full MB':>8} {'chunked MB':>10} {'memory':>6} {'rel. error':>10}")
     settings = {key: value for key, value in vars(args).items() if key not in ("child", "output", "losses")}
     machine = {"torch": torch.__version__, "machine": platform.machine(), "cpus": os.cpu_count()}

@@ -2,7 +2,7 @@
 
     python benchmarks/peers/environments.py ENVS            # once: one virtual environment for each peer, from pinned requirements
     python benchmarks/peers.py quantization --envs ENVS --calibration WIKI_VALID.txt --test wikitext=WIKI_TEST.txt --test novel=NOVEL.txt
-    python benchmarks/peers.py sparsity --envs ENVS ...
+    python benchmarks/peers.py sparsity --envs ENVS ...                 # and distillation
 
 Quality is measured here, from the hidden states that each method leaves on the test windows; cost is measured from outside, as a whole process. Writes
 benchmarks/results/peers_TASK.json as it goes.
@@ -27,7 +27,12 @@ from metrics.text import detokenised
 from safetensors.torch import load_file, save_file
 
 from llmlite.calibration.sources import windows_of
-from llmlite.models.load import Model, find, load_model, load_tokenizer
+from llmlite.models.find import find
+from llmlite.models.load import load_model, load_tokenizer
+from llmlite.models.rebuild import rebuild
+from llmlite.models.settings import Model
+from llmlite.models.slicing import take_layers
+from llmlite.models.view import ModelView
 
 HERE = Path(__file__).parent
 OURS = ""
@@ -50,18 +55,36 @@ ROWS: dict[str, dict[str, tuple[str, str, str]]] = {  # row -> (environment, scr
         "llmlite Wanda 50 %": (OURS, "llmlite_steps.py", "wanda-0.5"),
         "llm-compressor Wanda 50 %": ("llmcompressor", "llmcompressor_oneshot.py", "wanda-0.5"),
     },
+    "distillation": {  # a student without a fifth of the layers, 16 steps of 2 rows, forward KL
+        "llmlite distill.whitebox": (OURS, "llmlite_distil.py", "none"),
+        "llmlite distill.whitebox, cached": (OURS, "llmlite_distil.py", "hidden"),
+        "TRL GKDTrainer": ("trl", "trl_gkd.py", ""),
+    },
 }
 
 
 @torch.no_grad()
-def compared(student_NTD: torch.Tensor, dense_NTD: torch.Tensor, head: torch.nn.Module, ids_NT: torch.Tensor) -> dict[str, float]:
-    """Perplexity of the next tokens, and KL from the dense model in nats a token; the head is the dense one."""
+def compared(
+    student_NTD: torch.Tensor, dense_NTD: torch.Tensor, head: torch.nn.Module, ids_NT: torch.Tensor, trained_VD: torch.Tensor | None = None
+) -> dict[str, float]:
+    """Perplexity of the next tokens, and KL from the dense model in nats a token; the head is the dense one unless another was trained."""
     nll = kl = 0.0
     for student_TD, dense_TD, ids_T in zip(student_NTD, dense_NTD, ids_NT, strict=True):
-        student_TV, dense_TV = (head(hidden[:-1]).float().log_softmax(-1) for hidden in (student_TD, dense_TD))
+        logits_TV = head(student_TD[:-1]) if trained_VD is None else student_TD[:-1] @ trained_VD.T
+        student_TV, dense_TV = logits_TV.float().log_softmax(-1), head(dense_TD[:-1]).float().log_softmax(-1)
         nll -= float(student_TV.gather(1, ids_T[1:, None]).double().mean())
         kl += float((dense_TV.exp() * (dense_TV - student_TV)).sum(-1).double().mean())
     return {"perplexity": float(torch.tensor(nll / len(ids_NT)).exp()), "kl": kl / len(ids_NT)}
+
+
+def student_of(model: Any, tokenizer: Any, folder: Path) -> Path:
+    """The model without a fifth of its layers, evenly spaced, as a stock folder."""
+    view = ModelView(model)
+    count = len(view.blocks)
+    student = rebuild(model, *take_layers(view, [index for index in range(count) if index % 5 != 3]))
+    student.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def measured(python: str, script: str, arguments: list[str], threads: int, answer: Path) -> dict[str, Any]:
@@ -126,10 +149,12 @@ def main() -> None:
             place = Path(folder)
             save_file({"calibration": windows(args.calibration, args.sequences, args.seed), **ids}, place / "windows.safetensors")
             given = ["--model", str(source.folder), "--windows", str(place / "windows.safetensors"), "--hidden", str(place / "hidden.safetensors")]
+            if args.task == "distillation":
+                given += ["--student", str(student_of(model, tokenizer, place / "student"))]
             row = measured(python, script, [*given, "--method", method, "--seed", str(args.seed)], args.threads, place / "answer.json")
             if "failed" not in row:
                 hidden = load_file(place / "hidden.safetensors")
-                row |= {name: compared(hidden[name], dense[name], head, ids[name]) for name in ids}
+                row |= {name: compared(hidden[name], dense[name], head, ids[name], hidden.get("head")) for name in ids}
         table[label] = row
         print(f"{label:32s}", json.dumps(row), flush=True)
         out.write_text(json.dumps({**about, "table": table}, indent=1) + "\n")

@@ -26,7 +26,9 @@ from llmlite.calibration.sample import sampled_windows
 from llmlite.calibration.sources import windows_of
 from llmlite.context import Run
 from llmlite.evaluation.quality import measure_quality
-from llmlite.models.load import Model, find, load_model, load_tokenizer
+from llmlite.models.find import find
+from llmlite.models.load import load_model, load_tokenizer
+from llmlite.models.settings import Model
 from llmlite.models.size import size_of_model
 from llmlite.step import parse_step
 

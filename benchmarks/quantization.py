@@ -29,8 +29,10 @@ from llmlite.context import Run
 from llmlite.evaluation.memory import measured_peak
 from llmlite.evaluation.quality import Reference, measure_quality, reference_of
 from llmlite.evaluation.speed import measure_speed
-from llmlite.models.load import Model, find, load_model, load_tokenizer
+from llmlite.models.find import find
+from llmlite.models.load import load_model, load_tokenizer
 from llmlite.models.save import save_model, storage_dtype
+from llmlite.models.settings import Model
 from llmlite.models.size import linear_shapes
 from llmlite.quantization.bnb import Quantize
 from llmlite.storage import folder_bytes

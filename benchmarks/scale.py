@@ -71,7 +71,7 @@ def make(folder: Path, layers: int, width: int, vocabulary: int = 1024) -> int:
 
 def recipe_of(model: Path, method: str, mode: str, out: Path) -> Any:
     import llmlite
-    from llmlite.models.load import Model
+    from llmlite.models.settings import Model
 
     step = llmlite.Quantize(scheme="nf4", token_weights="equal", tune_epochs=0) if method == "nf4" else llmlite.PruneWeights(sparsity=0.5, method=method)
     source = "builtin:python-docs"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmlite.distillation.whitebox import DistillWhiteBox as DistillWhiteBox
     from llmlite.errors import LlmliteError as LlmliteError
     from llmlite.hub.push import push as push
-    from llmlite.models.load import Model as Model
+    from llmlite.models.settings import Model as Model
     from llmlite.multi_adapter import export as export
     from llmlite.plan import check as check
     from llmlite.pruning.ffn import PruneFfn as PruneFfn
@@ -54,7 +54,7 @@ _HOMES = {
     "Lora": "llmlite.adapters.lora",
     "LoraInt4": "llmlite.recipes.lora_int4",
     "LoraInt8": "llmlite.recipes.lora_int8",
-    "Model": "llmlite.models.load",
+    "Model": "llmlite.models.settings",
     "PruneFfn": "llmlite.pruning.ffn",
     "PruneHeads": "llmlite.pruning.heads",
     "PruneHidden": "llmlite.pruning.hidden",

@@ -24,7 +24,7 @@ from llmlite import __version__
 from llmlite.config import default_of, field_doc, near, parse_flag, read_yaml
 from llmlite.data.settings import Data
 from llmlite.errors import ConfigError, Interrupted, LlmliteError
-from llmlite.models.load import Model
+from llmlite.models.settings import Model
 from llmlite.recipe import Recipe
 from llmlite.step import name_of_step
 

@@ -15,7 +15,7 @@ from llmlite import __version__
 from llmlite.cli import CONTEXT, dotted_options, hush_loggers, is_main, run_recipe, takes_text
 from llmlite.config import default_of, field_doc, parse_flag, read_yaml, to_mapping, to_yaml
 from llmlite.errors import ConfigError
-from llmlite.models.load import Model
+from llmlite.models.settings import Model
 from llmlite.recipe import Recipe
 from llmlite.step import STEPS, Step, step_class
 
@@ -146,7 +146,10 @@ class _Bytes(click.ParamType[float]):
 @click.option("--data", metavar="DATA", help="Text to measure, calibrate and heal on. Left out: the Python documentation, offline.")
 @click.option("--keeps", default="0.9,0.8,0.7,0.6", show_default=True, help="Shares of the decoder's parameters that are tried.")
 @click.option("--heal_steps", type=click.IntRange(0), default=40, show_default=True, help="Optimizer steps of distillation behind pruning.")
+@click.option("--vocabulary", is_flag=True, help="Also try to keep only the tokens that the text uses; other text gets longer.")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), help="Type that the model computes in.")
 @click.option("--max_length", type=click.IntRange(2), help="Tokens of a row.")
+@click.option("--calibration", metavar="TEXT", help="What sees the model before it is changed: a file, self, or a mixture such as 0.5*self+0.5*mine.txt.")
 @click.option("--calibration_sequences", type=click.IntRange(1), help="Calibration rows.")
 @click.option("--evaluation_rows", type=click.IntRange(1), help="Held-out rows that are measured.")
 @click.option("--output_dir", metavar="DIR", help="For shrink.yaml, the figures and the result.  [default: outputs/shrink]")
@@ -155,8 +158,9 @@ class _Bytes(click.ParamType[float]):
 def _shrink_command(model: str | None, keeps: str, run_it: bool, output_dir: str | None, seed: int, **options: Any) -> None:
     """Make a model as small as asked: measure what each way costs once, find the best combination, write it as a recipe.
 
-    Ways to prune (the decoder to some share of its parameters, healed by distillation) and to store (8 bit, calibrated 4 bit, low-rank correction) are measured
-    alone; their combinations are computed. Measurements are kept in DIR, so other targets cost seconds, and the same command continues after a stop.
+    Ways to prune (the decoder to some share of its parameters, as it is and healed by distillation) and to store (8 bit, calibrated 4 bit, that with the most
+    sensitive layers left in 16 bit or with a low-rank correction) are measured alone; their combinations are computed. Measurements are kept in DIR, so other
+    targets cost seconds, and the same command continues after a stop.
     """
     from rich.console import Console
 
@@ -169,7 +173,7 @@ def _shrink_command(model: str | None, keeps: str, run_it: bool, output_dir: str
     except ValueError:
         raise ConfigError("llmlite shrink", [f"--keeps {keeps!r} should be numbers between 0 and 1, separated by commas, such as 0.9,0.7."]) from None
     about = {"model": model, "seed": seed, "output_dir": output_dir or "outputs/shrink"}
-    about |= {name: options.pop(name) for name in ("data", "max_length", "calibration_sequences", "evaluation_rows")}
+    about |= {name: options.pop(name) for name in ("data", "dtype", "max_length", "calibration", "calibration_sequences", "evaluation_rows")}
     given = {name: value for name, value in about.items() if value is not None}
     recipe = Recipe.from_options(("flags", {"steps": [{"step": "quantize"}], **given}))
     found = shrink(recipe, keeps=shares, run=run_it, **options)
@@ -256,7 +260,8 @@ def _families_command(model: str | None) -> None:
         for family in sorted(FAMILIES.values(), key=lambda family: family.model_type):
             click.echo(f"{family.model_type:14s} {'heads, FFN, layers' if not family.no_heads else 'FFN, layers (heads: ' + family.no_heads + ')'}")
         return
-    from llmlite.models.load import find, load_config
+    from llmlite.models.find import find
+    from llmlite.models.load import load_config
 
     settings = Model(name=model)
     config = load_config(find(settings, weights=False), settings)

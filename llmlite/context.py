@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmlite.layout import Layout
-from llmlite.models.load import Source, compute_dtype, find, load_config, load_model, load_tokenizer
+from llmlite.models.find import Source, find
+from llmlite.models.load import compute_dtype, load_config, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     import torch

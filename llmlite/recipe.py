@@ -17,7 +17,7 @@ from llmlite.config import near, read_yaml, settings, to_mapping, unknown_option
 from llmlite.data.settings import Data
 from llmlite.errors import ConfigError
 from llmlite.gate import Gate, GateSettings
-from llmlite.models.load import Model
+from llmlite.models.settings import Model
 from llmlite.step import Step, name_of_step, parse_step, step_class
 
 if TYPE_CHECKING:

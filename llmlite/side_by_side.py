@@ -69,7 +69,7 @@ def evaluate(
         answers: held-out prompts that both answer.
         estimate_energy: let codecarbon estimate where the machine has no counter.
         grid_grams_per_kwh: grams of CO2 for each kilowatt hour of your grid; without it no CO2 is stated.
-        device_map, max_memory: where dense weights lie; see `llmlite.models.load.Model`. Of a model that is brought in part by part for each forward pass
+        device_map, max_memory: where dense weights lie; see `llmlite.models.settings.Model`. Of a model that is brought in part by part for each forward pass
             speed, energy and answers are not measured.
         tp_plan: "auto": every process of a torchrun launch holds a slice of both models, and all of them call this alike; the first one writes.
 
@@ -115,7 +115,8 @@ def _subject(folder: Path, base: str | None, data: str | None, layout: dict[str,
 
     from llmlite.context import Run
     from llmlite.data.settings import Data
-    from llmlite.models.load import Model, load_model
+    from llmlite.models.load import load_model
+    from llmlite.models.settings import Model
     from llmlite.pipeline import load_result
     from llmlite.quantization.safety import make_safe
     from llmlite.recipe import Recipe

@@ -23,6 +23,7 @@ from llmlite.errors import LoadError, OutputError, ResourceError
 
 __all__ = [
     "MANIFEST",
+    "cache_folder",
     "damage",
     "file_sums",
     "folder_bytes",
@@ -108,6 +109,13 @@ def damage(folder: Path) -> str | None:
         if _sha256(file) != digest:
             return f"{name} has changed since it was written"
     return None
+
+
+def cache_folder() -> Path:
+    """Where llmlite keeps what it can make again: ``$LLMLITE_CACHE``, else the user's cache folder."""
+    import platformdirs
+
+    return Path(os.environ.get("LLMLITE_CACHE") or platformdirs.user_cache_dir("llmlite"))
 
 
 def file_sums(folder: Path, pattern: str = "*.safetensors") -> dict[str, str]:

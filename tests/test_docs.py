@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import shlex
 from pathlib import Path
 
+import click
 import pytest
 
+from llmlite.cli import recipe_main
+from llmlite.commands import group
 from llmlite.config import parse_flag
 from llmlite.recipe import Recipe
 from llmlite.step import parse_step
@@ -29,6 +34,45 @@ def test_recipes_and_steps_on_the_page_are_understood(page: Path) -> None:
             Recipe.from_options((page.name, values))
         elif isinstance(values, list):
             assert not [problem for index, step in enumerate(values) for problem in parse_step(step, index)[1]], block
+
+
+COMMANDS = [
+    (page.stem, line.partition("  #")[0].strip())
+    for page in PAGES
+    if page.stem != "tutorial"  # whose lines are all run in their order, by a test of its own
+    for block in re.findall(r"```(?:bash)?\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    for line in block.replace("\\\n", " ").splitlines()
+    if re.search(r"(^|-m )llmlite", line)
+]
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_commands_on_the_page_are_understood(
+    page: str, command: str, model_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    words = [{"Qwen/Qwen3-0.6B": str(model_folder), "M": str(model_folder), "chat.jsonl": str(pairs_file), "D": str(pairs_file)}.get(word, word)
+             for word in shlex.split(command)]  # fmt: skip
+    if "--config_file" in words:
+        assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+    if words[0] == "llmlite" or "llmlite" in words:
+        with click.Context(group, info_name="llmlite") as context:
+            name, found, rest = group.resolve_command(context, words[words.index("llmlite") + 1 :])
+            assert found is not None
+            found.make_context(name, list(rest))
+        return
+    module = importlib.import_module(words[words.index("-m") + 1])
+    (preset,) = (getattr(module, name) for name in module.__all__)
+    flags = words[words.index("-m") + 2 :]
+    given = {} if "--model" in flags else {"--model": str(model_folder)}
+    given |= {} if "--data" in flags else {"--data": str(pairs_file)}
+    more = [word for pair in {**given, "--output_dir": str(tmp_path), "--max_length": "64"}.items() for word in pair]
+    if "--teacher" in flags:  # an API: all of it is understood, and then nobody answers
+        with pytest.raises(SystemExit):
+            recipe_main(preset, [*flags, *more, "--base_url", "http://127.0.0.1:9/v1", "--dry_run"])
+        assert "http://127.0.0.1:9/v1 cannot be reached" in capsys.readouterr().err
+        return
+    recipe_main(preset, [*flags, *more, "--dry_run"])
 
 
 def test_every_page_is_in_the_index() -> None:

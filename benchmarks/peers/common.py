@@ -1,6 +1,6 @@
-"""What every peer's script shares: the same windows in, the compressed model's last hidden states on the test windows out. No llmlite in here.
+"""What every peer's script shares: the same windows in, the changed model's last hidden states on the test windows out. No llmlite in here.
 
-The LM head is left dense by every method, so hidden states are enough to compare whole distributions in the driver's own environment.
+With the head, which goes with them where it was trained, hidden states are enough to compare whole distributions in the driver's own environment.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+STEPS, ROWS_OF_A_STEP = 16, 2  # of distillation
 
 
 def bytes_of(folder: Path) -> int:
@@ -50,6 +52,7 @@ def run(compress: Callable[[argparse.Namespace, torch.Tensor], Any], save: Calla
     parser.add_argument("--windows", type=Path, required=True)
     parser.add_argument("--hidden", type=Path, required=True)
     parser.add_argument("--method", default="")
+    parser.add_argument("--student", default="")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -62,7 +65,10 @@ def run(compress: Callable[[argparse.Namespace, torch.Tensor], Any], save: Calla
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     model.eval()
-    save_file({name: hidden_states(model, ids_NT) for name, ids_NT in windows.items()}, args.hidden)
+    found = {name: hidden_states(model, ids_NT) for name, ids_NT in windows.items()}
+    if args.student:
+        found["head"] = model.get_output_embeddings().weight.detach().float().contiguous().clone()
+    save_file(found, args.hidden)
     folder = args.hidden.parent / "saved"
     try:
         (save or (lambda model, tokenizer, folder: (model.save_pretrained(folder), tokenizer.save_pretrained(folder))))(

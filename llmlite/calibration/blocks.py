@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from llmlite.calibration.moments import Moments
 from llmlite.models.blockwise import present, replace, shelf_of
 from llmlite.models.device_map import device_of, is_offloaded
-from llmlite.models.view import BlockView, ModelView
+from llmlite.models.quick import quick_dtype
+from llmlite.models.view import BlockView, LinearView, ModelView
 from llmlite.storage import damage, writing_folder
 from llmlite.training.backbone import hidden_and_head
 
@@ -43,6 +44,8 @@ SPILL_BYTES = 1_000_000_000
 
 EVEN_SHARE = 0.5
 """Share of the tokens' weight that all of them get alike: where a few tokens weigh nearly everything (queries and keys), the others still have a say."""
+
+_BEFORE_O = frozenset({"q", "k", "v", "qkv"})
 
 Batch = Mapping[str, Any]
 Change = Callable[[BlockView, "dict[str, Statistics]"], "Mapping[str, Any] | None"]
@@ -107,6 +110,8 @@ class Blocks:
     Args:
         model: a stock model of a family in the table, in eval mode.
         batches: model inputs; with an `attention_mask` its zeros are padding and are never counted. Every process gives the same ones.
+        quick: whether the blocks multiply in the type that this machine multiplies fastest (`llmlite.models.quick`). The stream between them and all sums keep
+            their own type.
 
     Attributes:
         view: the model's view.
@@ -115,8 +120,10 @@ class Blocks:
         hidden: for each of these the hidden states (B, T, D) at the entrance of the next block.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], *, quick: bool = False) -> None:
         self.view = ModelView(model)
+        first = next(self.view.embedding.parameters())
+        self._dtype = quick_dtype(first.device, first.dtype) if quick else first.dtype
         rank, processes = _rank_and_processes()
         self.shared = 1 < processes <= len(batches)
         self.places = list(range(rank, len(batches), processes)) if self.shared else list(range(len(batches)))
@@ -124,6 +131,8 @@ class Blocks:
         self.hidden: list[Tensor] = []
         self.real: list[Tensor | None] = []  # (B, T) bool, None where every token is real
         self._calls: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        self._known: tuple[BlockView, list[Tensor]] | None = None  # what this block's `o` is given, of each batch, from the present hidden states
+        self._returns: dict[type, int | None] = {}  # kind of attention -> where in what it returns the output of `o` is; None: all of it
         shelf = shelf_of(model)
         self._spill = None if shelf is None else shelf.spill
         device = next(self.view.embedding.parameters()).device
@@ -161,9 +170,53 @@ class Blocks:
     def run(self, block: BlockView, index: int, hidden_BTD: Tensor) -> Tensor:
         """One batch through one block."""
         args, kwargs = self._calls[index][block.index]
-        output = block.module(hidden_BTD.to(device_of(block.module)), *args, **kwargs)
+        device = device_of(block.module)
+        with torch.autocast(device.type, self._dtype, enabled=self._dtype != hidden_BTD.dtype), self._attention_known(block, index, hidden_BTD):
+            output = block.module(hidden_BTD.to(device), *args, **kwargs)
         leaving: Tensor = output[0] if isinstance(output, tuple) else output
-        return leaving
+        return leaving.to(hidden_BTD.dtype)
+
+    @contextmanager
+    def _attention_known(self, block: BlockView, index: int, hidden_BTD: Tensor) -> Iterator[None]:
+        """Let the attention give what `o` makes of its known input, where that is known for these hidden states: nothing before `o` changes any more."""
+        if self._known is None or self._known[0] is not block or hidden_BTD is not self.hidden[index]:
+            yield
+            return
+        output, attention, input_BTI = block.linears["o"].module, _parent(self.view, block.linears["o"]), self._known[1][index]
+        place = self._returns[type(attention)]
+
+        def forward(*_args: Any, **_kwargs: Any) -> Any:
+            made = output(input_BTI)
+            return made if place is None else tuple(made if where == place else None for where in range(2))
+
+        before = attention.__dict__.get("forward")
+        attention.forward = forward
+        try:
+            yield
+        finally:
+            del attention.__dict__["forward"]
+            if before is not None:
+                attention.forward = before
+
+    def _remembers(self, block: BlockView) -> bool:
+        """Whether this family's attention returns the output of `o` as it is, so that it need not be computed again when only `o` and what follows change."""
+        if "o" not in block.linears or (attention := _parent(self.view, block.linears["o"])) is block.module or not self.hidden:
+            return False
+        if type(attention) not in self._returns:
+            seen: list[Any] = []
+            handles = [
+                block.linears["o"].module.register_forward_hook(lambda _module, _args, output: seen.append(output)),
+                attention.register_forward_hook(lambda _module, _args, output: seen.append(output)),
+            ]
+            self.run(block, 0, self.hidden[0])
+            for handle in handles:
+                handle.remove()
+            made, returned = seen
+            if returned is made:
+                self._returns[type(attention)] = None
+            elif isinstance(returned, tuple) and len(returned) == 2 and returned[0] is made:  # beside it attention weights, which blocks only hand on
+                self._returns[type(attention)] = 0
+        return type(attention) in self._returns
 
     def through(self, block: BlockView, hidden: Sequence[Tensor]) -> list[Tensor]:
         """All batches through one block, from these hidden states."""
@@ -171,7 +224,7 @@ class Blocks:
 
     def advance(self, block: BlockView) -> None:
         """All batches through one block."""
-        self.hidden = self.through(block, self.hidden)
+        self.hidden, self._known = self.through(block, self.hidden), None
 
     def tokens(self, index: int, values_BTX: Tensor) -> Tensor:
         """The values of the real tokens of batch `index`, (N, X). Some families (opt) have flattened them to (B * T, X) already."""
@@ -186,6 +239,7 @@ class Blocks:
         dense: list[Tensor] | None = None,
         weights: Sequence[Mapping[str, Tensor]] | None = None,
         dtype: torch.dtype = torch.float32,
+        settled: bool = False,
     ) -> dict[str, Statistics]:
         """Statistics of the inputs of some projections of a block; those that share one input (q, k and v) share one set of sums.
 
@@ -196,13 +250,17 @@ class Blocks:
             weights: how much each token counts, for each of this process's batches by the name of the projection, (B * T,); None: all alike. Those of
                 projections that share an input add up, are divided by their mean, and half of it is shared out evenly (`EVEN_SHARE`).
             dtype: of the sums: float32, or float64.
+            settled: promises that nothing before `o` changes any more in this block: then what `o` is given is kept, and attention is not computed again.
         """
         wanted = [role for role in roles if role in block.linears]
+        remembered: list[Tensor] | None = [] if settled and "o" in wanted and self._remembers(block) else None
         keys: dict[str, str] = {}  # role -> the role whose sums it shares
         found: dict[str, Statistics] = {}
         means: dict[str, float] = {}  # role -> mean weight of its tokens
         for index, hidden in enumerate(self.hidden):
             inputs = self._inputs(block, wanted, index, hidden)
+            if remembered is not None:
+                remembered.append(self._kept(index, inputs["o"]))
             if not keys:
                 for role in wanted:
                     keys[role] = next(first for first in wanted if inputs[first] is inputs[role])
@@ -223,6 +281,8 @@ class Blocks:
                 moments = found[role].held if held else found[role].fit
                 assert moments is not None
                 moments.add(x_NI, None if dense_inputs is None else self.tokens(index, dense_inputs[role]), share_N1)
+        if remembered is not None:
+            self._known = (block, remembered)
         for statistics in found.values() if self.shared else ():
             statistics.fit.all_reduce()
             if statistics.held is not None:
@@ -289,6 +349,10 @@ def last_hidden(model: nn.Module, batches: Sequence[Batch]) -> Iterator[Tensor]:
 
         with skipping(blocks, seen):
             yield hidden_and_head(stream.view.model, batch).hidden
+
+
+def _parent(view: ModelView, linear: LinearView) -> Any:
+    return view.model.get_submodule(linear.name.rpartition(".")[0])
 
 
 def _summed_weight(weights: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
@@ -367,7 +431,8 @@ def walk_blocks(
         raise ValueError("a model that is loaded block by block needs a folder for its changed blocks (state)")
     if walk.keeps and is_offloaded(model):
         raise ValueError("changes to weights that device_map has offloaded would vanish; load the model whole, or with load: blocks")
-    stream = Blocks(model, batches)
+    # a quick walk through changed weights would turn their last bits, which differ with the number of processes, into other choices
+    stream = Blocks(model, batches, quick=walk.inputs == "dense")
     dense = list(stream.hidden) if walk.target == "dense" else None
     complete = _complete(stream, state)
     weights = weigh(stream.places) if weigh is not None and complete < len(stream.view.blocks) else None
@@ -403,8 +468,9 @@ def _visit(
     """Statistics and change of one block, stage by stage; of a walk with dense inputs the stream is behind the block afterwards."""
     notes: dict[str, Any] = {}
     after: list[Tensor] | None = None
-    for stage in walk.stages:
-        found = stream.collect(block, stage, dense=dense, weights=weights, dtype=walk.dtype)
+    for number, stage in enumerate(walk.stages):
+        settled = walk.inputs == "compressed" and not any(role in _BEFORE_O for later in (stage, *walk.stages[number + 1 :]) for role in later)
+        found = stream.collect(block, stage, dense=dense, weights=weights, dtype=walk.dtype, settled=settled)
         if walk.inputs == "dense" and after is None:
             after = stream.through(block, stream.hidden)
         notes |= change(block, found) or {}

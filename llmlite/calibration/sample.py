@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmlite.config import fingerprint
-from llmlite.models.load import Source, cache_folder, weight_files
-from llmlite.storage import damage, writing_folder
+from llmlite.models.find import Source, weight_files
+from llmlite.storage import cache_folder, damage, writing_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

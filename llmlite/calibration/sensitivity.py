@@ -12,7 +12,7 @@ Legend: N tokens, R rows of a chunk, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +27,10 @@ from llmlite.training.token_loss import TokenLoss
 if TYPE_CHECKING:
     from llmlite.calibration.blocks import Batch
 
-__all__ = ["OwnLabels", "quick_sensitivity", "token_sensitivity"]
+__all__ = ["OwnLabels", "cost_of_changes", "quick_sensitivity", "token_sensitivity"]
+
+Watch = Callable[[LinearView, Tensor], "Callable[[Tensor], None] | None"]
+"""Shown a projection and its input (B, T, I) in the forward pass, gives what is to be shown the gradient of its output (B, T, O), if anything."""
 
 
 class OwnLabels(TokenLoss):
@@ -67,17 +70,18 @@ def token_sensitivity(model: nn.Module, batches: Sequence[Batch], places: Sequen
     Returns:
         For each place: name of the projection -> (B * T,) float32, on the model's device. Padding has numbers too, which mean nothing.
     """
-    view = ModelView(model)
-    device = next(view.embedding.parameters()).device
     found = []
     for place in places:
-        inputs = {name: tensor.to(device) for name, tensor in batches[place].items()}
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + place)
-        rows = []
-        for row in range(len(inputs["input_ids"])):  # one row's activations at a time
-            one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
-            rows.append(_of_row(view, one, torch.rand(one["input_ids"].numel(), generator=generator)))
-        found.append({name: torch.cat([each[name] for each in rows]) for name in rows[0]})
+        rows: dict[str, list[Tensor]] = {}
+
+        def watch(linear: LinearView, _input: Tensor, rows: dict[str, list[Tensor]] = rows) -> Callable[[Tensor], None]:
+            def keep(grad: Tensor) -> None:
+                rows.setdefault(linear.name, []).append(grad.reshape(-1, grad.shape[-1]).float().square().sum(-1))
+
+            return keep
+
+        _gradients(model, batches[place], place, seed, watch)
+        found.append({name: torch.cat(each) for name, each in rows.items()})
     return found
 
 
@@ -88,20 +92,67 @@ def quick_sensitivity(model: nn.Module, batches: Sequence[Batch], places: Sequen
     return token_sensitivity(model if dtype == first.dtype else quick_copy(model, dtype), batches, places, seed)
 
 
-def _of_row(view: ModelView, inputs: dict[str, Tensor], uniform_N: Tensor) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+def cost_of_changes(model: nn.Module, batches: Sequence[Batch], changes: Mapping[str, Tensor], seed: int = 0) -> dict[str, float]:
+    """What the change of each projection alone would cost the prediction: KL from the model as it is, in nats a token, to second order.
 
-    def watch(linear: LinearView) -> Any:
-        def keep(grad: Tensor) -> None:
-            found[linear.name] = grad.reshape(-1, grad.shape[-1]).float().square().sum(-1)
+        KL = 1 / (2 N) sum_t (g[t] . D x[t])^2,    g[t] = d loss / d y[t],  D the change of the weights
 
-        def look(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-            output.register_hook(keep)  # type: ignore[no-untyped-call]
+    What tokens do to one another is left out, and so is what projections do to one another: the figures are for comparing layers, and their sum is not the KL
+    of changing all.
+
+    Args:
+        model: the dense model in eval mode; its weights get no gradient.
+        batches: calibration inputs.
+        changes: projection -> new weights minus old ones, (O, I). Others are left out.
+        seed: of the labels.
+
+    Returns:
+        For each of these projections its cost, 0 or more.
+
+    Source: Martens 2014, arXiv:1412.1193, section 5 (the Fisher matrix is the curvature of the divergence).
+    """
+    costs: dict[str, float] = {}
+    tokens = 0
+
+    def watch(linear: LinearView, input_BTI: Tensor) -> Callable[[Tensor], None] | None:
+        if linear.name not in changes:
+            return None
+        error_BTO = torch.nn.functional.linear(input_BTI.detach(), changes[linear.name].to(input_BTI))
+
+        def keep(grad_BTO: Tensor) -> None:
+            per_token_BT = (grad_BTO.reshape(error_BTO.shape) * error_BTO).float().sum(-1)
+            costs[linear.name] = costs.get(linear.name, 0.0) + float(per_token_BT.double().square().sum())
+
+        return keep
+
+    for place, batch in enumerate(batches):
+        tokens += _gradients(model, batch, place, seed, watch)
+    return {name: cost / (2 * max(tokens, 1)) for name, cost in costs.items()}
+
+
+def _gradients(model: nn.Module, batch: Batch, place: int, seed: int, watch: Watch) -> int:
+    """Forward and backward through a batch, one row's activations at a time. Returns the number of real tokens."""
+    view = ModelView(model)
+    device = next(view.embedding.parameters()).device
+    inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + place)
+    for row in range(len(inputs["input_ids"])):
+        one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+        _through_row(view, one, torch.rand(one["input_ids"].numel(), generator=generator), watch)
+    mask = inputs.get("attention_mask")
+    return int(inputs["input_ids"].numel() if mask is None else mask.sum())
+
+
+def _through_row(view: ModelView, inputs: dict[str, Tensor], uniform_N: Tensor, watch: Watch) -> None:
+    def look_at(linear: LinearView) -> Any:
+        def look(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if (keep := watch(linear, args[0])) is not None:
+                output.register_hook(keep)  # type: ignore[no-untyped-call]
 
         return look
 
     trained = [parameter for parameter in view.model.parameters() if parameter.requires_grad]
-    handles = [linear.module.register_forward_hook(watch(linear)) for linear in view.linears()]
+    handles = [linear.module.register_forward_hook(look_at(linear)) for linear in view.linears()]
     handles.append(view.embedding.register_forward_hook(lambda _module, _args, output: output.requires_grad_()))  # where gradients begin
     mask = inputs.get("attention_mask")
     try:
@@ -122,4 +173,3 @@ def _of_row(view: ModelView, inputs: dict[str, Tensor], uniform_N: Tensor) -> di
             parameter.requires_grad_(True)
         for handle in handles:
             handle.remove()
-    return found

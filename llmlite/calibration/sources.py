@@ -87,7 +87,8 @@ def _sampled(run: Run, count: int) -> Tensor:
     from accelerate import PartialState
 
     from llmlite.calibration.sample import sampled_windows
-    from llmlite.models.load import find, load_model
+    from llmlite.models.find import find
+    from llmlite.models.load import load_model
 
     source, width = find(run.recipe.model, weights=True), run.recipe.data.max_length
     with PartialState().main_process_first():

@@ -32,8 +32,7 @@ from llmlite.config import fingerprint
 from llmlite.distillation.losses import top_k_teacher
 from llmlite.distillation.objective import HiddenTeacher, TopKTeacher
 from llmlite.errors import ConfigError, RunError
-from llmlite.models.load import cache_folder
-from llmlite.storage import damage, require_space, writing_folder
+from llmlite.storage import cache_folder, damage, require_space, writing_folder
 from llmlite.training.token_loss import IGNORE_INDEX, LogitTransform, next_token_labels
 
 if TYPE_CHECKING:

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from llmlite.context import Run
-    from llmlite.models.load import Model, Source
+    from llmlite.models.find import Source
+    from llmlite.models.settings import Model
 
 __all__ = ["SPREADING", "AlignedTeacher", "LiveTeacher", "Teacher", "TeacherModel"]
 
@@ -176,7 +177,7 @@ class TeacherModel:
     @cached_property
     def settings(self) -> Model:
         """As settings of a model."""
-        from llmlite.models.load import Model
+        from llmlite.models.settings import Model
 
         base = self.run.recipe.model
         dtype = base.dtype if self.dtype == "auto" else self.dtype
@@ -199,8 +200,8 @@ class TeacherModel:
             return False
 
     def source(self, weights: bool) -> Source:
-        """Where it is; see `llmlite.models.load.find`."""
-        from llmlite.models.load import find
+        """Where it is; see `llmlite.models.find.find`."""
+        from llmlite.models.find import find
 
         return find(self.settings, weights)
 
@@ -220,7 +221,7 @@ class TeacherModel:
 
     def identity(self) -> list[Any]:
         """Plain values that change when its signals would."""
-        from llmlite.models.load import weight_files
+        from llmlite.models.find import weight_files
 
         source = self.source(weights=True)
         return [str(source.folder.resolve()), weight_files(source.folder), str(self.compute_dtype), self.quantization]
@@ -235,7 +236,7 @@ class TeacherModel:
     def expected_bytes(self) -> int:
         """Bytes of its weights on this process's device; of an architecture that is not in the families table, those of its files."""
         from llmlite.models.device_map import dispatch_map, held_bytes
-        from llmlite.models.load import weight_files
+        from llmlite.models.find import weight_files
         from llmlite.models.size import expected_bytes, size_of_config
 
         if not self._known:

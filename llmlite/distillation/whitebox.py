@@ -296,7 +296,7 @@ class DistillWhiteBox(StudentStep):
         import shutil
 
         from llmlite.distillation.cache import Kind, TeacherCache, choose_kind, kinds_on_disk
-        from llmlite.models.load import cache_folder
+        from llmlite.storage import cache_folder
 
         if self.cache == "none" or self._live_reasons():
             return None

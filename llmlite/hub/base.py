@@ -16,7 +16,7 @@ from llmlite.evaluation.reload import adapter_lines, resizing_line
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from llmlite.models.load import Source
+    from llmlite.models.find import Source
     from llmlite.report import Report
 
 __all__ = ["base_of", "describe_base", "loading_snippet"]
@@ -38,7 +38,7 @@ def describe_base(source: Source, config: PretrainedConfig | None, before_adapte
     if source.hub_id and source.folder.parent.name == "snapshots":
         known["revision"] = source.folder.name
     elif source.hub_id:
-        from llmlite.models.load import packaged_licence
+        from llmlite.models.gguf import packaged_licence
 
         known |= {"weights": "a GGUF file from a package", "license": packaged_licence(source.hub_id)}
     known |= _metadata_of(source.folder / "README.md")

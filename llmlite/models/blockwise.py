@@ -34,7 +34,7 @@ from llmlite.models.view import BlockView, ModelView
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
-    from llmlite.models.load import Model
+    from llmlite.models.settings import Model
     from llmlite.models.slicing import Sliced
 
 __all__ = ["is_blockwise", "load_blockwise", "present", "rebuilt", "replace", "shelf_of", "write_blockwise"]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from llmlite.models.load import Model
+    from llmlite.models.settings import Model
     from llmlite.models.view import ModelView
 
 __all__ = ["MemoryLimits", "brought", "device_of", "dispatch_map", "feed_device", "held_bytes", "is_offloaded", "memory_limits", "places"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -141,7 +141,9 @@ def _logical_parameters(view: ModelView) -> Iterator[tuple[int, int]]:
             yield id(parameter), packed.get(id(parameter), parameter.numel())
 
 
-def expected_bytes(config: Any, *, dtype: torch.dtype = torch.float32, scheme: Scheme | None = None, double_quant: bool = False) -> int:
+def expected_bytes(
+    config: Any, *, dtype: torch.dtype = torch.float32, scheme: Scheme | None = None, double_quant: bool = False, skip: Collection[str] = ()
+) -> int:
     """Bytes of the safetensors file that `save_pretrained` will write, from the config alone.
 
     Exact for one file, header included. Two things add to it: models beyond one shard carry one more header for each shard, and with double quantization each
@@ -152,10 +154,12 @@ def expected_bytes(config: Any, *, dtype: torch.dtype = torch.float32, scheme: S
         dtype: of everything that is not quantized (embeddings, norms, biases, lm_head): float32, bfloat16 or float16.
         scheme: bitsandbytes format of the projections in the decoder blocks; None leaves them in `dtype`.
         double_quant: 4 bits only: the scales are quantized to 8 bits too (Dettmers et al. 2023, arXiv:2305.14314, section 3).
+        skip: names of projections that stay in `dtype` all the same.
     """
     model = meta_model(config)
     view = ModelView(model)
-    shapes = {f"{linear.name}.weight": (linear.out_features, linear.in_features) for linear in view.linears()} if scheme else {}
+    packed = [linear for linear in view.linears() if scheme and linear.name not in skip]
+    shapes = {f"{linear.name}.weight": (linear.out_features, linear.in_features) for linear in packed}
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, parameter in model.named_parameters():
         if name in shapes and scheme:

@@ -197,7 +197,7 @@ class Trials:
         complete = least_over_processes(whole.index(False) if False in whole else len(whole), next(self.view.embedding.parameters()).device)
         if complete == len(whole):
             return
-        stream = Blocks(self.model, batches_of(fit_NT))
+        stream = Blocks(self.model, batches_of(fit_NT), quick=True)
         for block in self.view.blocks:
             if block.index < complete:
                 stream.advance(block)

@@ -58,7 +58,7 @@ def measure_outliers(model: PreTrainedModel, windows_NT: Tensor, factor: float) 
     from llmlite.calibration.blocks import Blocks, batches_of
     from llmlite.models.blockwise import present
 
-    stream, found = Blocks(model, batches_of(windows_NT)), []
+    stream, found = Blocks(model, batches_of(windows_NT), quick=True), []
     for block in stream.view.blocks:
         with present(block):
             statistics = stream.collect(block, list(block.linears))

@@ -89,7 +89,8 @@ class Quantize(Step):
                     f"them, silently. Prune to multiples of {BLOCK_SIZE}, or set unaligned: skip to leave these layers in 16 bit."
                 ],
             )
-        size = expected_bytes(model.config, dtype=self._dense_dtype(run), scheme=self.scheme, double_quant=self.double_quant)
+        skipped = self._skipped(model)
+        size = expected_bytes(model.config, dtype=self._dense_dtype(run), scheme=self.scheme, double_quant=self.double_quant, skip=skipped)
         dense = run.base_bytes if run.device_map is not None else expected_bytes(model.config, dtype=run.compute_dtype)
         notes = [f"{self.scheme}{' with double quantization' if self.scheme != 'int8' and self.double_quant else ''}"]
         if self.scheme == "int8":

@@ -1,6 +1,7 @@
-"""Sensitivities: each way to prune and each way to store, run alone on the model by the ordinary pipeline, and remembered.
+"""Sensitivities: each option run alone on the model by the ordinary pipeline, each layer's cost of 4 bits, and the sizes of combinations. All remembered.
 
-A measurement is a recipe of its own, so it is resumed after a kill like any other; when it is complete only its figures are kept.
+A measurement is a recipe of its own, so it is resumed after a kill like any other; when it is complete only its figures are kept. A recipe measures every
+option that its first steps are, too.
 """
 
 from __future__ import annotations
@@ -11,105 +12,152 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmlite.config import fingerprint
 from llmlite.recipe import Recipe
+from llmlite.report import Report
 from llmlite.shrink.search import Option
-from llmlite.step import parse_step
+from llmlite.step import ModelPlan, Step, parse_step
 from llmlite.storage import write_json
 
-__all__ = ["NOTHING", "measured", "prune_options", "recipe_of", "sizes_of", "store_options"]
+if TYPE_CHECKING:
+    from llmlite.context import Run
+
+__all__ = ["layer_costs", "measured", "plan_after", "plan_of_base", "recipe_of", "sizes_of"]
 
 log = logging.getLogger(__name__)
 
-NOTHING = Option("")
+_COST_SEQUENCES = 16  # calibration rows that say which layers are worth 16 bit
 
 
-def prune_options(keeps: Sequence[float], heal_steps: int) -> list[Option]:
-    """Shares of the decoder to keep, each healed by distillation from the base when `heal_steps` is not 0; unmeasured."""
-    options = []
-    for keep in keeps:
-        steps: list[dict[str, Any]] = [{"step": "prune.structured", "keep_parameters": keep}]
-        if heal_steps:
-            steps.append({"step": "distill.whitebox", "max_steps": heal_steps})
-        options.append(Option(f"keep {keep:g}{', healed' if heal_steps else ''}", tuple(steps)))
-    return options
-
-
-def store_options(narrow: bool) -> list[Option]:
-    """Formats: 8 bit, calibrated 4 bit, and that with a low-rank correction; unmeasured.
-
-    Args:
-        narrow: also with embedding and activations in bfloat16, where the run computes in float32.
-    """
-    kinds: list[tuple[str, list[dict[str, Any]]]] = []
-    for dtype in ("auto", "bfloat16") if narrow else ("auto",):
-        tail, more = ("", {}) if dtype == "auto" else (", 16-bit rest", {"dtype": dtype})
-        nf4 = {"step": "quantize", "scheme": "nf4", **more}
-        kinds += [
-            (f"int8{tail}", [{"step": "quantize", "scheme": "int8", **more}]),
-            (f"nf4{tail}", [nf4]),
-            (f"nf4 + rank 16{tail}", [nf4, {"step": "correct", "r": 16}]),
-        ]
-    return [Option(name, tuple(steps)) for name, steps in kinds]
+def _steps_of(values: Sequence[dict[str, Any]]) -> tuple[Step, ...]:
+    parsed = []
+    for index, value in enumerate(values):
+        step, problems = parse_step(dict(value), index)
+        assert step is not None, problems  # they are ours
+        parsed.append(step)
+    return tuple(parsed)
 
 
 def recipe_of(recipe: Recipe, steps: Sequence[dict[str, Any]], folder: Path) -> Recipe:
     """The recipe with these steps and this output folder."""
-    parsed = []
-    for index, values in enumerate(steps):
-        step, problems = parse_step(dict(values), index)
-        assert step is not None, problems  # they are ours
-        parsed.append(step)
-    return dataclasses.replace(recipe, steps=tuple(parsed), output_dir=str(folder), overwrite_output_dir=False, dry_run=False)
+    return dataclasses.replace(recipe, steps=_steps_of(steps), output_dir=str(folder), overwrite_output_dir=False, dry_run=False)
 
 
-def measured(recipe: Recipe, option: Option, folder: Path) -> Option:
-    """The option with its figures: read from `folder` when it was measured before, else run.
+def measured(recipe: Recipe, options: Sequence[Option], folder: Path) -> list[Option]:
+    """The options with their figures: read from `folder` when they were measured before, else run, the longest first because it measures its beginnings too.
 
     Args:
         recipe: model, data and seed; its steps do not count.
-        option: what to run.
+        options: what to run.
         folder: where figures are remembered.
 
     Raises:
-        LlmliteError: the run cannot be made; what it has done is kept and continued.
+        LlmliteError: a run cannot be made; what it has done is kept and continued.
     """
-    key = fingerprint({**recipe.identity(), "steps": list(option.steps)}, 1)
-    file, work = folder / f"{key}.json", folder / f"{key}.run"
-    if file.is_file():
-        values = json.loads(file.read_text(encoding="utf-8"))
-        log.info("%s: measured before, KL %.4f", option.name, values["kl"])
-    else:
+
+    def file_of(steps: Sequence[dict[str, Any]]) -> Path:
+        return folder / f"{fingerprint({**recipe.identity(), 'steps': list(steps)}, 1)}.json"
+
+    for option in sorted(options, key=lambda option: -len(option.steps)):
+        file = file_of(option.steps)
+        if not option.steps or file.is_file():
+            continue
         log.info("measuring: %s", option.name)
+        work = file.with_suffix(".run")
         report = recipe_of(recipe, option.steps, work).run()
-        base, last = report.rows[0], report.rows[-1]
-        values = {
-            "option": option.name,
-            "kl": last.kl,
-            "perplexity_ratio": last.perplexity / base.perplexity,
-            "decode_speedup": (last.decode_tokens_per_second or 1.0) / (base.decode_tokens_per_second or 1.0),
-        }
-        write_json(file, values)
+        for count in range(len(option.steps), 0, -1):
+            write_json(file_of(option.steps[:count]), _figures(report, count))
         shutil.rmtree(work)
-    return Option(option.name, option.steps, float(values["kl"]), float(values["perplexity_ratio"]), float(values["decode_speedup"]))
+    found = []
+    for option in options:
+        values = json.loads(file_of(option.steps).read_text(encoding="utf-8")) if option.steps else {}
+        found.append(dataclasses.replace(option, **values))
+        if option.steps:
+            log.info("%s: KL %.4f, perplexity %.3fx", option.name, found[-1].kl, found[-1].perplexity_ratio)
+    return found
 
 
-def sizes_of(recipe: Recipe, steps: Sequence[dict[str, Any]], folder: Path) -> tuple[int, int]:
-    """Bytes on disk and bytes of the weights in memory after these steps, from the configs alone.
+def _figures(report: Report, count: int) -> dict[str, float]:
+    base, row = report.rows[0], report.rows[count]
+    assert row.kl is not None  # it was compared with the base
+    return {
+        "kl": row.kl,
+        "perplexity_ratio": row.perplexity / base.perplexity,
+        "decode_speedup": (row.decode_tokens_per_second or 1.0) / (base.decode_tokens_per_second or 1.0),
+    }
 
-    Raises:
-        ConfigError: the steps do not go together, for instance widths that cannot be quantized.
+
+def layer_costs(context: Run, folder: Path) -> dict[str, float]:
+    """What rounding each projection alone to NF4 costs the prediction; layers that 4 bits cannot hold are left out.
+
+    Args:
+        context: of the model and the data.
+        folder: where the figures are remembered.
+
+    Returns:
+        Layer -> KL from the base in nats a token, to second order; see `llmlite.calibration.sensitivity.cost_of_changes`.
     """
-    from llmlite.context import Run
+    file = folder / f"{fingerprint({**context.recipe.identity(), 'steps': ['layer costs']}, 1)}.json"
+    if not file.is_file():
+        log.info("measuring: what 4 bits cost in each layer")
+        write_json(file, _measured_costs(context))
+    costs: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
+    return costs
+
+
+def _measured_costs(context: Run) -> dict[str, float]:
+    import torch
+
+    from llmlite.calibration.blocks import batches_of
+    from llmlite.calibration.sensitivity import cost_of_changes
+    from llmlite.models.quick import quick_copy, quick_dtype
+    from llmlite.models.view import ModelView
+    from llmlite.quantization.bnb import BLOCK_SIZE
+    from llmlite.quantization.calibrate import quantization_windows
+    from llmlite.quantization.nf4 import dequantize, grid_of, largest_scales, nearest_index
+
+    model = context.load_base().eval()
+    dtype = quick_dtype(context.device, context.compute_dtype)
+    grid = grid_of("nf4").to(context.device)
+    changes: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for linear in ModelView(model).linears():
+            weight_OI = linear.weight_OI.float()
+            if weight_OI.shape[1] % BLOCK_SIZE:
+                continue
+            scales_OB = largest_scales(weight_OI, BLOCK_SIZE)
+            index_OI = nearest_index(weight_OI / scales_OB.repeat_interleave(BLOCK_SIZE, 1), grid)
+            changes[linear.name] = (dequantize(index_OI, scales_OB, grid) - weight_OI).to(dtype)
+    batches = batches_of(quantization_windows(context)[:_COST_SEQUENCES])
+    if dtype != context.compute_dtype:
+        model = quick_copy(model, dtype)
+    return cost_of_changes(model, batches, changes, context.recipe.seed)
+
+
+def plan_of_base(context: Run) -> ModelPlan:
+    """The base as the first step finds it."""
     from llmlite.models.size import expected_bytes
 
-    context = Run(recipe)
-    if not steps:
-        return expected_bytes(context.config, dtype=context.storage_dtype), expected_bytes(context.config, dtype=context.compute_dtype)
-    rows = recipe_of(recipe, steps, folder / "never-made").check().rows
-    on_disk = rows[-1]["disk_bytes"] + (rows[-2]["disk_bytes"] if rows[-1]["adapters"] else 0)
-    quantized = rows[-1]["form"] in {"int8", "nf4", "fp4"}
-    wider = context.compute_dtype.itemsize / context.storage_dtype.itemsize
-    return int(on_disk), int(on_disk if quantized else on_disk * wider)
+    return ModelPlan(context.config, disk_bytes=expected_bytes(context.config, dtype=context.storage_dtype))
+
+
+def plan_after(model: ModelPlan, steps: Sequence[dict[str, Any]], context: Run) -> ModelPlan:
+    """What the steps leave behind, from the configs alone; of an adapter `disk_bytes` counts its base too.
+
+    Raises:
+        ConfigError: the steps do not go with such a model, for instance widths that cannot be quantized.
+    """
+    for step in _steps_of(steps):
+        before, model = model, step.check(model, context)
+        if model.adapters:
+            model = dataclasses.replace(model, disk_bytes=model.disk_bytes + before.disk_bytes)
+    return model
+
+
+def sizes_of(model: ModelPlan, context: Run) -> tuple[int, int]:
+    """Bytes on disk, and bytes of the weights in memory: a quantized model is loaded as it is stored, a dense one in the run's own type."""
+    quantized = model.form in {"int8", "nf4", "fp4"}
+    wider = 1.0 if quantized else context.compute_dtype.itemsize / context.storage_dtype.itemsize
+    return int(model.disk_bytes), int(model.disk_bytes * wider)

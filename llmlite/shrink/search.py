@@ -1,25 +1,27 @@
-"""The search: every combination of one way to prune and one way to store, what it should give, and which of them nothing else beats.
+"""The search: every combination of one option from each group, what it should give, and which of them nothing else beats.
 
     bytes       exact, from the configs
-    KL          KL(prune) + KL(store)                  small changes of a distribution cost KL in second order, and independent ones add up
-    perplexity  ratio(prune) * ratio(store)
-    speed       ratio(prune) * ratio(store)
+    KL          the options' KLs added up             small changes of a distribution cost KL in second order, and independent ones add up
+    perplexity  their ratios multiplied
+    speed       their ratios multiplied
 
 Nothing here loads a model. What the sum is worth is shown by every run: its report has expected beside obtained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Candidate", "Limits", "Option", "best", "combinations", "frontier"]
+__all__ = ["NOTHING", "Candidate", "Limits", "Option", "best", "combinations", "frontier"]
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to prune, or one way to store, measured alone against the base.
+    """One thing that can be done to the model, and what it did when it was done alone.
 
     Attributes:
         name: for the table; empty for doing nothing.
@@ -27,6 +29,7 @@ class Option:
         kl: nats a token from the base.
         perplexity_ratio: to the base.
         decode_speedup: tokens a second while writing, to the base.
+        names_layers: whether its steps name layers of the whole model, so that it does not go with one that takes layers away.
     """
 
     name: str
@@ -34,6 +37,10 @@ class Option:
     kl: float = 0.0
     perplexity_ratio: float = 1.0
     decode_speedup: float = 1.0
+    names_layers: bool = False
+
+
+NOTHING = Option("")
 
 
 @dataclass(frozen=True)
@@ -41,40 +48,39 @@ class Candidate:
     """A combination and what is expected of it.
 
     Attributes:
-        prune, store: its options.
+        parts: its options, in the order in which their steps run.
         bytes_on_disk: of everything that is needed to load it.
         weight_bytes: that the weights need in memory.
     """
 
-    prune: Option
-    store: Option
+    parts: tuple[Option, ...]
     bytes_on_disk: int
     weight_bytes: int
 
     @property
     def name(self) -> str:
-        """Both options in words."""
-        return " + ".join(option.name for option in (self.prune, self.store) if option.name) or "as it is"
+        """The options in words."""
+        return " + ".join(option.name for option in self.parts if option.name) or "as it is"
 
     @property
     def steps(self) -> tuple[dict[str, Any], ...]:
         """All steps in order."""
-        return self.prune.steps + self.store.steps
+        return tuple(step for option in self.parts for step in option.steps)
 
     @property
     def kl(self) -> float:
         """Expected KL from the base, nats a token."""
-        return self.prune.kl + self.store.kl
+        return sum(option.kl for option in self.parts)
 
     @property
     def perplexity_ratio(self) -> float:
         """Expected perplexity against the base's."""
-        return self.prune.perplexity_ratio * self.store.perplexity_ratio
+        return math.prod(option.perplexity_ratio for option in self.parts)
 
     @property
     def decode_speedup(self) -> float:
         """Expected decoding speed against the base's."""
-        return self.prune.decode_speedup * self.store.decode_speedup
+        return math.prod(option.decode_speedup for option in self.parts)
 
 
 @dataclass(frozen=True)
@@ -103,15 +109,19 @@ class Limits:
         return [name for name, broken in checks if broken]
 
 
-def combinations(prunes: Iterable[Option], stores: Sequence[Option], sizes: dict[tuple[str, str], tuple[int, int]]) -> list[Candidate]:
-    """All pairs whose sizes are known.
+def combinations(groups: Sequence[Iterable[Option]], sizes: Mapping[tuple[str, ...], tuple[int, int]]) -> list[Candidate]:
+    """All combinations whose sizes are known.
 
     Args:
-        prunes, stores: the options, doing nothing among them.
-        sizes: (prune name, store name) -> (bytes on disk, bytes of the weights in memory).
+        groups: in the order in which their steps run; doing nothing is an option of each.
+        sizes: the options' names -> (bytes on disk, bytes of the weights in memory).
     """
-    pairs = ((prune, store) for prune in prunes for store in stores)
-    return [Candidate(prune, store, *sizes[prune.name, store.name]) for prune, store in pairs if (prune.name, store.name) in sizes]
+    found = []
+    for parts in itertools.product(*groups):
+        names = tuple(option.name for option in parts)
+        if names in sizes:
+            found.append(Candidate(parts, *sizes[names]))
+    return found
 
 
 def frontier(candidates: Iterable[Candidate]) -> list[Candidate]:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from llmlite.config import to_yaml
+from llmlite.config import read_yaml, to_yaml
 from llmlite.errors import ConfigError, RunError
 from llmlite.recipe import Recipe
 from llmlite.report import Report, human_bytes
-from llmlite.shrink.measure import NOTHING, measured, prune_options, recipe_of, sizes_of, store_options
-from llmlite.shrink.search import Candidate, Limits, best, combinations, frontier
+from llmlite.shrink.measure import layer_costs, measured, plan_after, plan_of_base, recipe_of, sizes_of
+from llmlite.shrink.options import VOCABULARY, mixed_options, prune_options, store_options
+from llmlite.shrink.search import NOTHING, Candidate, Limits, Option, best, combinations, frontier
+from llmlite.step import ModelPlan
 from llmlite.storage import locked, telling, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from llmlite.context import Run
 
 __all__ = ["Shrunk", "shrink"]
 
@@ -74,6 +79,7 @@ def shrink(
     max_perplexity_increase: float | None = None,
     keeps: Sequence[float] = (0.9, 0.8, 0.7, 0.6),
     heal_steps: int = 40,
+    vocabulary: bool = False,
     run: bool = False,
 ) -> Shrunk:
     """Find the recipe with the least expected KL within the limits.
@@ -87,7 +93,8 @@ def shrink(
         max_perplexity_increase: most that perplexity may rise, as a share.
         keeps: shares of the decoder's parameters that are tried.
         heal_steps: optimizer steps of distillation behind pruning; 0 leaves it out.
-        run: run the chosen recipe too, into ``result/``.
+        vocabulary: also try to keep only the tokens that the training text uses.
+        run: run the chosen recipe too, into ``result/``; beside the results of other choices, into ``result-2/`` and so on.
 
     Raises:
         ConfigError: no limit at all, or one that makes no sense.
@@ -105,26 +112,33 @@ def shrink(
     import torch
 
     context = Run(recipe)
+    context.check_data()
     full = expected_bytes(context.config, dtype=torch.bfloat16)
     folder = recipe.folder
     wanted = min((value for value in (target and target * full, max_bytes) if value), default=None)
     limits = Limits(wanted, max_memory, min_speedup, max_perplexity_increase)
-    prunes = prune_options(keeps, heal_steps)
-    stores = store_options(narrow=context.compute_dtype == torch.float32)
-    sizes = _sizes(recipe, folder, prunes, stores)
-    _require_reachable(limits, sizes, full)
+    narrow = ["bfloat16"] if context.compute_dtype == torch.float32 else []
+    groups = [
+        [NOTHING, *prune_options(keeps, heal_steps)],
+        [NOTHING, *([VOCABULARY] if vocabulary else [])],
+        [NOTHING, *store_options(narrow if narrow and min_speedup is None else ["auto", *narrow])],
+    ]
+    sizes = _sizes(groups, context)
+    _require_reachable(limits, sizes, full, vocabulary)
     with telling(folder):
         (folder / "measured").mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        known = [[NOTHING, *(measured(recipe, option, folder / "measured") for option in options if _fits(option.name, sizes))] for options in (prunes, stores)]
-        candidates = combinations(known[0], known[1], sizes)
+        found_in = folder / "measured"
+        known = [measured(recipe, [option for option in group if _fits(option.name, sizes)], found_in) for group in groups]
+        mixed = _mixed(known[-1], context, found_in)
+        candidates = combinations(known, sizes) + combinations([*known[:-1], mixed], _sizes([*known[:-1], mixed], context))
         chosen = best(candidates, limits)
         if chosen is None:
             raise RunError(_nothing_fits(candidates, limits))
         found = Shrunk(folder, full, chosen, frontier(candidates), limits)
         write_text(folder / "shrink.yaml", _yaml(recipe, found))
     if run and chosen.steps:
-        found.report = _run(recipe, chosen, folder / "result")
+        found.report = _run(recipe, chosen, folder)
     return found
 
 
@@ -133,29 +147,51 @@ def _limits(target: float | None, max_bytes: float | None, max_memory: float | N
     return {name: value for name, value in named.items() if value is not None}
 
 
-def _sizes(recipe: Recipe, folder: Path, prunes: Sequence[Any], stores: Sequence[Any]) -> dict[tuple[str, str], tuple[int, int]]:
+def _sizes(groups: Sequence[Sequence[Option]], context: Run) -> dict[tuple[str, ...], tuple[int, int]]:
     """Sizes of all combinations that the formats can hold."""
-    found = {}
-    for prune in (NOTHING, *prunes):
-        for store in (NOTHING, *stores):
+    plans: dict[tuple[str, ...], ModelPlan] = {(): plan_of_base(context)}
+    for group in groups:
+        plans = dict(_extended(plans, group, context))
+    return {names: sizes_of(plan, context) for names, plan in plans.items()}
+
+
+def _extended(plans: dict[tuple[str, ...], ModelPlan], group: Sequence[Option], context: Run) -> Iterator[tuple[tuple[str, ...], ModelPlan]]:
+    for before, plan in plans.items():
+        for option in group:
+            if option.names_layers and any(name not in {NOTHING.name, VOCABULARY.name} for name in before):
+                continue  # pruning may have taken the layers away
             try:
-                found[prune.name, store.name] = sizes_of(recipe, prune.steps + store.steps, folder)
+                yield (*before, option.name), plan_after(plan, option.steps, context)
             except ConfigError as error:
-                log.info("left out: %s + %s: %s", prune.name, store.name, error.problems[0])
-    return found
+                log.info("left out: %s: %s", " + ".join(filter(None, (*before, option.name))), error.problems[0])
 
 
-def _fits(name: str, sizes: dict[tuple[str, str], tuple[int, int]]) -> bool:
-    return any(name in pair for pair in sizes)
+def _mixed(stores: Sequence[Option], context: Run, folder: Path) -> list[Option]:
+    """Formats of 4 and 16 bit side by side, where 4 bits were measured with what is not quantized in 16 bit."""
+    import torch
+
+    nf4 = next((option for option in stores if option.steps and option.name.startswith("nf4") and len(option.steps) == 1), None)
+    wide = context.compute_dtype == torch.float32 and nf4 is not None and "dtype" not in nf4.steps[0]
+    if nf4 is None or wide:
+        return []
+    from llmlite.models.size import linear_shapes
+
+    weights = {name: outputs * inputs for name, (outputs, inputs) in linear_shapes(context.config).items()}
+    return mixed_options(nf4, layer_costs(context, folder), weights)
 
 
-def _require_reachable(limits: Limits, sizes: dict[tuple[str, str], tuple[int, int]], full: int) -> None:
+def _fits(name: str, sizes: dict[tuple[str, ...], tuple[int, int]]) -> bool:
+    return any(name in names for names in sizes)
+
+
+def _require_reachable(limits: Limits, sizes: dict[tuple[str, ...], tuple[int, int]], full: int, vocabulary: bool) -> None:
     smallest, lightest = min(size for size, _ in sizes.values()), min(weight for _, weight in sizes.values())
     problems = []
     if limits.bytes_on_disk is not None and smallest > limits.bytes_on_disk:
         problems.append(
             f"nothing that is tried gets below {human_bytes(smallest)} ({smallest / full:.2f} of the 16-bit size); "
-            f"{human_bytes(limits.bytes_on_disk)} was asked for. Add smaller --keeps (0.5,0.4), or prune the vocabulary first: step prune.vocabulary."
+            f"{human_bytes(limits.bytes_on_disk)} was asked for. Add smaller --keeps (0.5,0.4)"
+            + ("." if vocabulary else ", or --vocabulary, which keeps only the tokens that your text uses.")
         )
     if limits.weight_bytes is not None and lightest > limits.weight_bytes:
         problems.append(f"nothing that is tried needs less than {human_bytes(lightest)} for its weights; {human_bytes(limits.weight_bytes)} was asked for.")
@@ -186,9 +222,14 @@ def _yaml(recipe: Recipe, found: Shrunk) -> str:
 
 
 def _run(recipe: Recipe, chosen: Candidate, folder: Path) -> Report:
+    """Run the choice into ``result/``, or ``result-2/`` and so on where the results of other choices lie."""
     from llmlite.html.page import write_page
 
-    report = recipe_of(recipe, chosen.steps, folder).run()
+    for number in itertools.count(1):
+        asked = recipe_of(recipe, chosen.steps, folder / ("result" if number == 1 else f"result-{number}"))
+        if not (asked.folder / "recipe.yaml").is_file() or read_yaml(asked.folder / "recipe.yaml") == asked.identity():
+            break
+    report = asked.run()
     base = report.rows[0].perplexity
     report.expected = {"kl": chosen.kl, "perplexity": base * chosen.perplexity_ratio, "bytes_on_disk": chosen.bytes_on_disk}
     report.save()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmlite.models.families import family_of
 from llmlite.models.size import expected_bytes, runtime_bytes
+from llmlite.training.chunked import CHUNK_ELEMENTS
 
 if TYPE_CHECKING:
     from llmlite.context import Run
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
     from llmlite.training.settings import TrainingStep
 
 __all__ = ["training_peak_bytes"]
-
-_CHUNK_TOKENS = 256
 
 
 def training_peak_bytes(model: ModelPlan, trained_parameters: int, step: TrainingStep, run: Run) -> int:
@@ -36,7 +35,7 @@ def training_peak_bytes(model: ModelPlan, trained_parameters: int, step: Trainin
     # the adapters add to each; measured 27 thousand numbers a token at width 576 and FFN 1,536
     block = tokens * element * (16 * width + 12 * ffn)
     activations = tokens * element * width * layers + block if checkpointing else block * layers
-    head = 2 * _CHUNK_TOKENS * 4 * int(model.config.vocab_size)
+    head = 2 * 4 * CHUNK_ELEMENTS
     scheme: Any = model.form if model.form in {"int8", "nf4", "fp4"} else None
     weights = expected_bytes(model.config, dtype=run.compute_dtype, scheme=scheme, double_quant=True)
     return weights + 16 * trained_parameters + activations + head + runtime_bytes(run.device)

@@ -101,7 +101,9 @@ def test_a_padded_base_keeps_its_size_and_a_quantized_one_its_blocks(rows: Path,
 
 
 def test_a_new_row_is_the_mean_of_its_pieces_in_embedding_and_head(tmp_path: Path) -> None:
-    from llmlite.models.load import Model, find, load_model, load_tokenizer
+    from llmlite.models.find import find
+    from llmlite.models.load import load_model, load_tokenizer
+    from llmlite.models.settings import Model
 
     base = save_tiny(tmp_path / "base", "llama", vocab_size=len(build_tokenizer()), tie_word_embeddings=False)
     settings = Model(name=str(base), add_tokens=TOKENS)

@@ -20,7 +20,9 @@ import llmlite
 from llmlite.calibration.sample import sampled_windows
 from llmlite.distillation.api.cache import Answers, Spent
 from llmlite.errors import LlmliteError
-from llmlite.models.load import Model, find, load_model
+from llmlite.models.find import find
+from llmlite.models.load import load_model
+from llmlite.models.settings import Model
 
 VALUES: list[Any] = [None, -1, "text", [], {}, 1.5, True]
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {

@@ -16,7 +16,9 @@ import torch
 import llmlite
 from llmlite.errors import DataError, LlmliteError, LoadError
 from llmlite.html.page import run_page
-from llmlite.models.load import Model, find, load_model
+from llmlite.models.find import find
+from llmlite.models.load import load_model
+from llmlite.models.settings import Model
 from llmlite.report import Report, Row
 from tests.conftest import save_tiny
 

@@ -129,7 +129,8 @@ def inputs_seen(model: PreTrainedModel, name: str) -> torch.Tensor:
     return seen[0].flatten(0, 1)
 
 
-def test_compressed_inputs_come_from_the_changed_prefix_and_dense_ones_from_the_dense_model() -> None:
+def test_compressed_inputs_come_from_the_changed_prefix_and_dense_ones_from_the_dense_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmlite.calibration.blocks.quick_dtype", lambda device, own: own)
     grams: dict[str, torch.Tensor] = {}
     models = {}
     for kind in ("compressed", "dense"):
@@ -145,6 +146,50 @@ def test_compressed_inputs_come_from_the_changed_prefix_and_dense_ones_from_the_
     for kind, model in (("compressed", models["compressed"]), ("dense", build_tiny("llama"))):
         x = inputs_seen(model, "model.layers.2.mlp.down_proj")
         torch.testing.assert_close(grams[kind], x.T @ x, rtol=1e-4, atol=1e-3)
+
+
+def test_a_quick_walk_hears_nearly_the_same_and_sums_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    grams = []
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr("llmlite.calibration.blocks.quick_dtype", lambda device, own, dtype=dtype: dtype)
+
+        def change(block: BlockView, found: dict[str, Statistics]) -> Mapping[str, Any]:
+            grams.append(found["down"].all.gram_II)
+            return {}
+
+        model = build_tiny("llama")
+        before = logits_of(model)
+        walk_blocks(model, batches_of(token_ids(8)), Walk((("down",),), inputs="dense"), change)
+        assert torch.equal(logits_of(model), before)
+    blocks = len(grams) // 2
+    for exact_II, quick_II in zip(grams[:blocks], grams[blocks:], strict=True):
+        assert quick_II.dtype == torch.float32
+        assert not torch.equal(quick_II, exact_II)
+        assert torch.dist(quick_II, exact_II) < 0.05 * exact_II.norm()
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_attention_that_does_not_change_is_not_computed_again(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(block: BlockView, found: dict[str, Statistics]) -> Mapping[str, Any]:
+        for role in found:
+            block.linears[role].weight_OI.mul_(0.9)
+        return {role: float(statistics.all.gram_II.sum()) for role, statistics in found.items()}
+
+    walk = Walk((("q", "k", "v", "qkv"), ("o",), ("gate", "up", "gate_up"), ("down",)))
+    made, notes, calls = [], [], []
+    for remembers in (True, False):
+        model = build_tiny(family)
+        if not remembers:
+            monkeypatch.setattr(Blocks, "_remembers", lambda *_: False)
+        count = [0]
+        linears = ModelView(model).blocks[-1].linears
+        (linears.get("q") or linears["qkv"]).module.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+        notes.append(walk_blocks(model, batches_of(token_ids(8)), walk, change))
+        made.append(logits_of(model))
+        calls.append(count[0])
+    assert torch.equal(made[0], made[1])
+    assert notes[0] == notes[1]
+    assert calls[0] < calls[1]
 
 
 def test_with_the_dense_target_cross_moments_join_the_two_streams() -> None:

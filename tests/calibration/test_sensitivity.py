@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llmlite.calibration.blocks import Blocks, batches_of
-from llmlite.calibration.sensitivity import OwnLabels, token_sensitivity
+from llmlite.calibration.sensitivity import OwnLabels, cost_of_changes, token_sensitivity
 from llmlite.models.view import ModelView
 from tests.conftest import build_tiny, token_ids
 
@@ -41,6 +41,21 @@ def test_sensitivity_is_the_squared_gradient_of_the_loss_at_each_output(family: 
     torch.testing.assert_close(found[linear.name], grad.square().sum(-1), rtol=1e-3, atol=1e-9)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_cost_of_a_change_is_the_divergence_it_causes() -> None:
+    model = build_tiny("llama")
+    batches = batches_of(token_ids(rows=64, length=32, seed=1))
+    last = list(ModelView(model).linears())[-1]  # behind it tokens do nothing to one another, so that the figure is exact to second order
+    change_OI = 0.02 * torch.randn(last.weight_OI.shape, generator=torch.Generator().manual_seed(0))
+    found = cost_of_changes(model, batches, {last.name: change_OI}, seed=1)
+    assert found.keys() == {last.name}
+    with torch.no_grad():
+        before = [model(**batch).logits.log_softmax(-1) for batch in batches]
+        last.weight_OI.add_(change_OI)
+        after = [model(**batch).logits.log_softmax(-1) for batch in batches]
+    kl = torch.stack([(one.exp() * (one - other)).sum(-1).mean() for one, other in zip(before, after, strict=True)]).mean()
+    assert found[last.name] == pytest.approx(float(kl), rel=0.15)  # the labels are drawn
 
 
 def test_labels_of_a_batch_do_not_depend_on_who_reads_the_others() -> None:

@@ -12,7 +12,7 @@ import llmlite
 from llmlite.calibration import sample
 from llmlite.context import Run
 from llmlite.data.settings import Data
-from llmlite.models.load import Source
+from llmlite.models.find import Source
 from tests.conftest import build_tiny
 
 

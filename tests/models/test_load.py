@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from llmlite.errors import LoadError
-from llmlite.models import load
-from llmlite.models.load import DEFAULT_MODEL, Model, compute_dtype, find, load_model, load_tokenizer, require_matching
+from llmlite.models import gguf as gguf_files
+from llmlite.models.find import find
+from llmlite.models.load import compute_dtype, load_config, load_model, load_tokenizer, require_matching
+from llmlite.models.settings import DEFAULT_MODEL, Model
 from llmlite.storage import damage, writing_folder
 from tests.conftest import build_tiny, save_tiny
 
@@ -20,7 +22,7 @@ from tests.conftest import build_tiny, save_tiny
 def gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[Path]]:
     """A file whose conversion is counted; what is converted is a stand-in, the locking and the cache are real."""
     monkeypatch.setenv("LLMLITE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(load, "_require_whole_gguf", lambda path: None)
+    monkeypatch.setattr(gguf_files, "_require_whole_gguf", lambda path: None)
     written: list[Path] = []
 
     def write(path: Path, folder: Path) -> None:
@@ -28,7 +30,7 @@ def gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[Pa
         with writing_folder(folder) as temporary:
             (temporary / "config.json").write_text("{}")
 
-    monkeypatch.setattr(load, "_write_converted", write)
+    monkeypatch.setattr(gguf_files, "_write_converted", write)
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
     return file, written
@@ -85,7 +87,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused(tmp_path:
     folder = save_tiny(tmp_path / "model", vocab_size=300)
     source = find(Model(name=str(folder)))
     with pytest.raises(LoadError, match=r"tokens and its embedding 300"):
-        require_matching(load_tokenizer(source, Model()), load.load_config(source, Model()))
+        require_matching(load_tokenizer(source, Model()), load_config(source, Model()))
 
 
 def test_an_adapter_folder_is_told_from_a_model(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from llmlite.errors import ConfigError, LoadError
 from llmlite.evaluation.speed import Speed
 from llmlite.loading import decide_loading
 from llmlite.models.blockwise import is_blockwise, load_blockwise, present, rebuilt, write_blockwise
-from llmlite.models.load import Model
 from llmlite.models.rebuild import rebuild
+from llmlite.models.settings import Model
 from llmlite.models.slicing import take_ffn_channels, take_kv_groups
 from llmlite.models.tensor_files import TensorFiles
 from llmlite.models.view import ModelView

@@ -19,7 +19,8 @@ from llmlite.errors import ConfigError, LoadError, RunError
 from llmlite.layout import Layout
 from llmlite.models.blockwise import present
 from llmlite.models.device_map import dispatch_map, is_offloaded, memory_limits
-from llmlite.models.load import Model, load_model
+from llmlite.models.load import load_model
+from llmlite.models.settings import Model
 from llmlite.models.view import ModelView
 from llmlite.plan import check, size_line
 from llmlite.recipe import Recipe

@@ -31,7 +31,8 @@ import torch
 from safetensors.torch import save_file
 from llmlite.cli import main
 from llmlite.context import Run
-from llmlite.models.load import Model, load_model
+from llmlite.models.load import load_model
+from llmlite.models.settings import Model
 from llmlite.recipe import Recipe
 
 folder, options, taught = Path(sys.argv[1]), sys.argv[2].split(), sys.argv[3:]

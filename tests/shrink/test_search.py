@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmlite.shrink.options import mixed_options, prune_options
 from llmlite.shrink.search import Candidate, Limits, Option, best, combinations, frontier
 
 OPTIONS = st.builds(Option, st.text(min_size=1, max_size=3), st.just(()), st.floats(0, 1), st.floats(1, 2), st.floats(0.5, 2))
-CANDIDATES = st.lists(st.builds(Candidate, OPTIONS, OPTIONS, st.integers(1, 50), st.integers(1, 50)), max_size=12)
+CANDIDATES = st.lists(st.builds(Candidate, st.tuples(OPTIONS, OPTIONS), st.integers(1, 50), st.integers(1, 50)), max_size=12)
 
 
 @given(CANDIDATES)
@@ -39,9 +40,28 @@ def test_the_best_is_the_least_kl_within_the_limits(candidates: list[Candidate],
 
 def test_kl_adds_and_ratios_multiply() -> None:
     prune, store = Option("p", ({"step": "a"},), 0.1, 1.2, 1.5), Option("s", ({"step": "b"},), 0.05, 1.1, 0.8)
-    (candidate,) = combinations([prune], [store], {("p", "s"): (10, 20)})
+    (candidate,) = combinations([[prune], [store]], {("p", "s"): (10, 20)})
     assert candidate.kl == pytest.approx(0.15)
     assert candidate.perplexity_ratio == pytest.approx(1.32)
     assert candidate.decode_speedup == pytest.approx(1.2)
     assert candidate.steps == ({"step": "a"}, {"step": "b"})
     assert Limits(5, 30, 1.3, 0.3).broken_by(candidate) == ["bytes", "speed", "perplexity"]
+
+
+def test_the_layers_that_cost_most_for_their_size_stay_in_16_bit() -> None:
+    nf4 = Option("nf4", ({"step": "quantize", "scheme": "nf4"},), 0.1, 1.21, 0.5)
+    costs, weights = {"a": 6.0, "b": 3.0, "c": 1.0, "d": 0.0}, {"a": 100, "b": 10, "c": 10, "d": 80}
+    small, middle, most = mixed_options(nf4, costs, weights, shares=(0.02, 0.06, 0.11, 0.65))
+    assert [option.steps[0]["skip"] for option in (small, middle, most)] == [["b"], ["b", "c"], ["a", "b", "c"]]  # 0.02 of 200 weights holds none
+    assert small.kl == pytest.approx(0.07)  # b caused three tenths
+    assert middle.perplexity_ratio == pytest.approx(1.21**0.6)
+    assert most.kl == pytest.approx(0.0)
+    assert most.decode_speedup == pytest.approx(1 / (0.4 / 0.5 + 0.6))
+    assert all(option.names_layers for option in (small, middle, most))
+    assert nf4.steps[0].get("skip") is None
+
+
+def test_a_healed_option_begins_with_the_unhealed_one() -> None:
+    pruned, healed = prune_options((0.8,), 40)
+    assert healed.steps[: len(pruned.steps)] == pruned.steps
+    assert prune_options((0.8,), 0) == [pruned]

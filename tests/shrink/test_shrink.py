@@ -11,7 +11,7 @@ import llmlite
 from llmlite.cli import main
 from llmlite.errors import ConfigError, RunError
 from llmlite.recipe import Recipe
-from llmlite.shrink.measure import store_options
+from llmlite.shrink.options import store_options
 from llmlite.shrink.shrink import shrink
 from tests.conftest import save_tiny
 
@@ -28,7 +28,7 @@ def recipe(model: Path, rows: Path, out: Path) -> Recipe:
 
 def test_the_chosen_recipe_keeps_the_limit_and_is_run(folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = recipe(folder, pairs_file, tmp_path / "out")
-    monkeypatch.setattr("llmlite.shrink.shrink.store_options", lambda narrow: store_options(narrow)[1:2])  # one of the formats; each is a run of its own
+    monkeypatch.setattr("llmlite.shrink.shrink.store_options", lambda _: store_options(["bfloat16"])[1:2])  # one of the formats; each is a run of its own
     found = shrink(asked, target=0.75, keeps=(0.6,), heal_steps=0, run=True)
     assert found.report is not None
     assert found.report.rows[-1].bytes_on_disk <= 0.75 * found.full_bytes * 1.01

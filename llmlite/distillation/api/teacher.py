@@ -21,7 +21,10 @@ from llmlite.distillation.api.client import OPENAI_URL, Client, Endpoint, enviro
 from llmlite.distillation.api.prompts import Question, questions_of, read_prompts
 from llmlite.distillation.api.serve import served
 from llmlite.errors import ApiError
-from llmlite.models.load import Model, Source, cache_folder, find, load_config, load_tokenizer
+from llmlite.models.find import Source, find
+from llmlite.models.load import load_config, load_tokenizer
+from llmlite.models.settings import Model
+from llmlite.storage import cache_folder
 
 if TYPE_CHECKING:
     from llmlite.context import Run

