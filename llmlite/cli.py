@@ -283,7 +283,7 @@ def _lost_another_process(error: Exception) -> bool:
 
 def hush_loggers() -> None:
     """Silence what other libraries log harmlessly: each request, and of bitsandbytes a kernel that it cannot fetch."""
-    for name in ("bitsandbytes", "httpx", "httpx2", "httpcore", "httpcore2", "filelock", "urllib3", "fsspec"):
+    for name in ("accelerate", "bitsandbytes", "httpx", "httpx2", "httpcore", "httpcore2", "filelock", "urllib3", "fsspec"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -12,13 +12,14 @@ from llmlite.calibration.mixture import SELF, parse_mixture
 from llmlite.errors import ConfigError
 from llmlite.report import human_bytes
 from llmlite.step import name_of_step
+from llmlite.training.settings import TrainingStep
 
 if TYPE_CHECKING:
     from llmlite.context import Run
     from llmlite.recipe import Recipe
     from llmlite.step import ModelPlan, Step
 
-__all__ = ["blockwise_peak", "decide_loading", "measuring_bytes", "needs_whole", "not_dispatched", "require_dispatchable"]
+__all__ = ["blockwise_peak", "decide_loading", "measuring_bytes", "misplaced", "needs_whole", "not_dispatched", "require_dispatchable"]
 
 _CAN = "prune.weights, prune.heads, prune.ffn, prune.structured (spread: auto, ffn or query_heads+ffn) and quantize (token_weights: equal, tune_epochs: 0)"
 _MEASURING_BYTES = 4 * 4 * 256  # for each token of the vocabulary: four tables of logits of the 256 tokens that are measured at a time
@@ -92,22 +93,27 @@ def _places_of_blocks(context: Run) -> list[int | str]:
     return [place for name, place in (context.device_map or {}).items() if name.startswith(inside)]
 
 
-def require_dispatchable(recipe: Recipe, context: Run) -> None:
-    """Raise ConfigError for a `device_map` that goes with none of its neighbours, all of them together."""
-    model, found = recipe.model, []
+def misplaced(context: Run) -> list[str]:
+    """What `device_map` and `max_memory` do not go with, whatever is done with the model, as sentences."""
+    model, found = context.recipe.model, []
     if model.device_map == "none":
-        if model.max_memory:
-            found.append(f"max_memory={model.max_memory} limits what device_map may use, and device_map is none. Set device_map: auto.")
-    elif context.layout.processes > 1:
+        return [f"max_memory={model.max_memory} limits what device_map may use, and device_map is none. Set device_map: auto."] if model.max_memory else []
+    if context.layout.processes > 1:
         found.append(
             f"device_map={model.device_map} spreads one model over all devices from one process; this launch has {context.layout.processes} with one each. "
             "Start it without accelerate or torchrun."
         )
-    elif model.load != "whole":
+    if model.add_tokens:
+        found.append("device_map and add_tokens together are not built.")
+    return found
+
+
+def require_dispatchable(recipe: Recipe, context: Run) -> None:
+    """Raise ConfigError for a `device_map` that does not go with the rest of a recipe, all of it together."""
+    model, found = recipe.model, misplaced(context)
+    if model.device_map != "none" and model.load != "whole":
         found.append(f"device_map={model.device_map} and load={model.load} are two ways to load a model that is too large. Choose one.")
-    elif model.add_tokens:
-        found.append("device_map and add_tokens in one recipe are not built.")
-    elif recipe.data.calibration and any(source == SELF for _, source in parse_mixture(recipe.data.calibration)):
+    if model.device_map != "none" and recipe.data.calibration and any(source == SELF for _, source in parse_mixture(recipe.data.calibration)):
         found.append("data: with device_map the model cannot write its calibration text (self): each token would go through all devices. Name a text instead.")
     if found:
         raise ConfigError(recipe.name, found)
@@ -118,5 +124,9 @@ def not_dispatched(step: Step, form: str, context: Run) -> str:
     reason = step.no_dispatch(form) if context.device_map is not None else ""
     if not reason:
         return ""
-    instead = "train on what `quantize` makes, which one device holds" if step.no_blocks() else "load: blocks does this step, one block at a time"
-    return f"device_map={context.recipe.model.device_map}: {reason}. Instead: {instead}; or lower what the model needs until one device holds it."
+    instead = "Do it on a device that holds the model."
+    if isinstance(step, TrainingStep):
+        instead = "Train on what `quantize` makes of it, which one device holds."
+    elif not step.no_blocks():
+        instead = "load: blocks does this step, one block at a time."
+    return f"device_map={context.recipe.model.device_map}: {reason}. {instead}"

@@ -128,7 +128,6 @@ def _rows(recipe: Recipe, context: Run, *, blocks: bool) -> tuple[list[dict[str,
             continue
         if reason := not_dispatched(step, model.form, context):
             problems.append(f"steps[{index}] {name}: {reason}")
-            continue
         before = model
         try:
             model = step.check(model, context)

@@ -165,25 +165,21 @@ def _require_layout(folder: Path, context: Run, tasks: Sequence[str]) -> None:
     """Raise ConfigError where models cannot be laid out as asked, before any is loaded."""
     from transformers import AutoConfig
 
-    from llmlite.loading import require_dispatchable
+    from llmlite.loading import misplaced
     from llmlite.models.tensor_parallel import indivisible
     from llmlite.quantization.bnb import Quantize
 
-    adapter, settings = (folder / "adapter_config.json").is_file(), context.recipe.model
-    problems = []
+    adapter = (folder / "adapter_config.json").is_file()
+    problems = misplaced(context)
     if not context.tensor_parallel:
         if context.layout.processes > 1:
             problems.append(
                 f"this launch has {context.layout.processes} processes, and each would measure the same. Start it in one, or with --tp_plan auto, which cuts "
                 "the models over them."
             )
-        else:
-            require_dispatchable(context.recipe, context)
-            if adapter and context.device_map is not None and not any(isinstance(step, Quantize) for step in context.recipe.steps):
-                problems.append("an adapter cannot be put on a model whose blocks lie on several devices. Merge it (step merge), and evaluate that folder.")
+        elif adapter and context.device_map is not None and not any(isinstance(step, Quantize) for step in context.recipe.steps):
+            problems.append("an adapter cannot be put on a model whose blocks lie on several devices. Merge it (step merge), and evaluate that folder.")
     else:
-        if settings.device_map != "none":
-            problems.append(f"device_map={settings.device_map} and tp_plan=auto are two ways to lay a model out. Choose one.")
         if tasks:
             problems.append("tasks are not built for tp_plan=auto. Measure them in one process, with --device_map auto where the model needs it.")
         if adapter:

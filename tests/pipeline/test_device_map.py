@@ -133,9 +133,9 @@ def test_an_offloaded_teacher_teaches_what_the_whole_one_does(folder: Path, pair
 @pytest.mark.parametrize(
     ("steps", "words"),
     [
-        (["finetune"], ["gradients stop at them", "train on what `quantize` makes"]),
+        (["finetune"], ["gradients stop at them", "Train on what `quantize` makes"]),
         ([{"step": "prune.weights", "sparsity": 0.5}], ["changes to weights that lie elsewhere would vanish", "load: blocks does this step"]),
-        (["quantize"], ["go backward through the whole model; with token_weights: equal"]),
+        (["quantize", "lora"], ["has 1 problem", "go backward through the whole model; with token_weights: equal"]),
         ([QUANTIZE, {"step": "lora", "init_lora_weights": "quantization_error"}], ["steps[1] lora", "goes backward through the whole dense base"]),
         ([QUANTIZE, "correct"], ["steps[1] correct", "goes backward"]),
     ],
@@ -152,7 +152,7 @@ def test_steps_that_would_write_into_offloaded_weights_are_refused(folder: Path,
     [
         ({"model": {"max_memory": "cpu=1GB"}}, "device_map is none"),
         ({"model": {"device_map": "auto", "load": "blocks"}}, "two ways to load a model"),
-        ({"model": {"device_map": "auto", "add_tokens": "<x>"}}, "device_map and add_tokens"),
+        ({"model": {"device_map": "auto", "add_tokens": "<x>"}}, "device_map and add_tokens together"),
         ({"model": {"device_map": "auto"}, "data": {"calibration": "self"}}, "cannot write its calibration text"),
     ],
 )

@@ -141,7 +141,7 @@ def test_what_cannot_be_cut_is_said_up_front() -> None:
     [
         (Layout("ddp", 2), {}, ["each would measure the same", "--tp_plan auto"]),
         (Layout("ddp", 3), {"tp_plan": "auto"}, ["4 query heads of llama do not divide by 3", "2 processes would do"]),
-        (Layout("ddp", 2), {"tp_plan": "auto", "device_map": "auto", "tasks": ("piqa",)}, ["Choose one", "tasks are not built"]),
+        (Layout("ddp", 2), {"tp_plan": "auto", "device_map": "auto", "tasks": ("piqa",)}, ["this launch has 2 with one each", "tasks are not built"]),
         (Layout(), {"tp_plan": "auto"}, ["this is one process"]),
     ],
 )
