@@ -35,7 +35,7 @@ def lora_int4(args: argparse.Namespace) -> dict[str, Any]:
     from llmlite.context import Run
     from llmlite.data.text import read_splits
     from llmlite.evaluation.quality import measure_quality
-    from llmlite.quantization.safety import make_safe
+    from llmlite.models.safety import make_safe
 
     model = llmlite.Model()
     run = Run(llmlite.LoraInt4(max_length=args.max_length))

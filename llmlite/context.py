@@ -108,14 +108,11 @@ class Run:
         return dispatch_map(self.config, self.recipe.model, self.compute_dtype, self.device)
 
     @cached_property
-    def base_bytes(self) -> int:
-        """Bytes of the base's dense weights on this process's device."""
+    def dispatched_bytes(self) -> int:
+        """Bytes of the base's weights on this process's device, where `device_map` is not None."""
         from llmlite.models.device_map import held_bytes
-        from llmlite.models.size import expected_bytes
 
-        if self.device_map is not None:
-            return held_bytes(self.config, self.device_map, self.compute_dtype, self.device)
-        return expected_bytes(self.config, dtype=self.compute_dtype)
+        return held_bytes(self.config, self.device_map or {}, self.compute_dtype, self.device)
 
     @cached_property
     def source(self) -> Source:

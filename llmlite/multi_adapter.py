@@ -20,8 +20,9 @@ from typing import Any
 
 from llmlite.errors import ConfigError, OutputError
 from llmlite.hub.multi_adapter import ADAPTERS, Adapters
+from llmlite.models.adapted import MARKS
 from llmlite.pipeline import base_of_result, load_result
-from llmlite.storage import file_sums, read_object, writing_folder
+from llmlite.storage import MANIFEST, file_sums, read_object, writing_folder
 
 __all__ = ["Exported", "export"]
 
@@ -77,7 +78,7 @@ def export(folders: Sequence[Path | str], output_dir: Path | str, names: Sequenc
             if (first / file).is_file():
                 shutil.copy2(first / file, temporary / file)
         dtype = str(context.compute_dtype).removeprefix("torch.")
-        differences, lines = [], ""
+        differences = []
         for name in named:  # each is the last one of its lines, and so the active one
             order = [*(other for other in named if other != name), name]
             lines = loading_lines(temporary, base, dtype, vocabulary, order)
@@ -86,13 +87,15 @@ def export(folders: Sequence[Path | str], output_dir: Path | str, names: Sequenc
             differences.append(require_reload(model, lines))
             del model
         Adapters.of(named).write(temporary, out.absolute().name)
-        lines = loading_lines(temporary, base, dtype, vocabulary, list(named)).replace(str(temporary), str(out))
-    return Exported(out, tuple(named), lines, max(differences))
+    return Exported(out, tuple(named), loading_lines(out, base, dtype, vocabulary, list(named)), max(differences))
 
 
 def _require_free(out: Path) -> None:
-    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    if out.is_file() or (names and ADAPTERS not in names):
+    """Raise OutputError unless the folder is new, empty, or an earlier export and nothing else: it will be replaced as a whole."""
+    own = read_object(out / MANIFEST) if (out / MANIFEST).is_file() and (out / ADAPTERS).is_file() else {}
+    files = [path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()] if out.is_dir() else []
+    names = sorted({*files} - {*own} - ({MANIFEST} if own else set()))
+    if out.is_file() or names:
         raise OutputError(f"export: {out} holds something else ({', '.join(names[:5]) or 'a file'}). Choose another --output_dir; nothing in it was touched.")
 
 
@@ -104,6 +107,7 @@ def _named(folders: list[Path], names: Sequence[str]) -> dict[str, Path]:
     chosen = list(names) or [folder.absolute().name for folder in folders]
     problems += [f"'{name}' is the name of two adapters. Say others: --names a,b" for name in dict.fromkeys(chosen) if chosen.count(name) > 1]
     problems += [f"'{name}' is no name for an adapter: letters, digits, _ and - only. Say others: --names a,b" for name in chosen if not _NAME.fullmatch(name)]
+    problems += [f"'{name}' cannot be the name of an adapter: {reason}. Say others: --names a,b" for name in chosen if (reason := _taken(name))]
     if len(folders) < 2:
         problems.append("one adapter is whole as it is; give two or more folders.")
     if problems:
@@ -115,6 +119,17 @@ def _named(folders: list[Path], names: Sequence[str]) -> dict[str, Path]:
 
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def _taken(name: str) -> str:
+    """Why stock peft cannot load an adapter of this name, as a phrase; empty when it can."""
+    from torch import nn
+
+    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
+        return "torch's dictionaries, in which peft keeps adapters, have something of that name"
+    if marks := [mark for mark in MARKS if name in mark]:
+        return f"peft takes it for a part of '{marks[0]}' in the names of weights, and would not read them"
+    return ""
 
 
 def _require_one_base(named: Mapping[str, Path]) -> tuple[Path, Any, int | None]:

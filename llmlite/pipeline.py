@@ -17,6 +17,7 @@ import gc
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -28,16 +29,18 @@ from typing import TYPE_CHECKING, Any
 
 from llmlite.context import Run
 from llmlite.data.vocabulary import VOCABULARY
-from llmlite.errors import GateFailed, LlmliteError, OutputError, ResourceError
+from llmlite.errors import GateFailed, LlmliteError, OutputError, ResourceError, RunError
 from llmlite.gate import COLLAPSE
 from llmlite.models.adapted import adapter_parameters, is_adapted
+from llmlite.models.find import weight_bytes
 from llmlite.plan import check, claim, made_before_adapter
 from llmlite.recipe import Recipe
 from llmlite.report import Report, Row
 from llmlite.step import Step, name_of_step
-from llmlite.storage import damage, folder_bytes, link_or_copy, locked, set_aside, telling, writing_folder
+from llmlite.storage import damage, folder_bytes, link_or_copy, locked, set_aside, telling, telling_full, writing_folder
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from llmlite.evaluation.quality import Reference
@@ -72,7 +75,8 @@ def run(recipe: Recipe, context: Run | None = None) -> Report:
         if context.is_main:
             claim(recipe)
         context.wait()
-        return _Pipeline(recipe, context, out).run()
+        with telling_full(out):
+            return _Pipeline(recipe, context, out).run()
 
 
 def load_result(folder: Path | str, tensor_parallel: bool = False, **options: Any) -> tuple[PreTrainedModel, Run]:
@@ -116,6 +120,8 @@ class _Pipeline:
         """All steps, then the result."""
         reference = self._base()
         done = self._complete_steps()
+        if self.context.is_main:
+            self._clear_leftovers(done)
         if done == len(self.recipe.steps) and (self.out / "report.json").is_file():
             log.info("%s is complete; nothing is done again", self.out)
             self.report = Report.read(self.out)
@@ -142,6 +148,10 @@ class _Pipeline:
         name = (name_of_step(type(step)) or type(step).__name__).rpartition(":")[2]
         return self.out / "steps" / f"{index + 1:02d}-{name}"
 
+    def _scratch(self, index: int) -> Path:
+        folder = self._folder(index)
+        return folder.with_name(f"{folder.name}.work")
+
     def _row(self, folder: Path) -> Row:
         return Row(**json.loads((folder / "row.json").read_text(encoding="utf-8")))
 
@@ -161,13 +171,14 @@ class _Pipeline:
             with measured_peak(self.context.device.type) as peak:
                 model = self.context.load_base()
                 reference, quality = reference_of(model, self.context.evaluation_batches(), shared=True)
+            _require_numbers(self.recipe, quality.perplexity, self.context.compute_dtype)
             if self.context.is_main:  # one process writes and is timed, the others keep still
                 skipped = _NOT_IN_BLOCKS if is_blockwise(model) else _NOT_OFFLOADED if is_offloaded(model) else ""
                 speed = None if skipped else measure_speed(model)
                 row = Row(
                     "base",
                     model.num_parameters(),
-                    folder_bytes(self.context.source.folder),
+                    weight_bytes(self.context.source.folder),
                     quality.perplexity,
                     prefill_tokens_per_second=speed.prefill_tokens_per_second if speed else None,
                     decode_tokens_per_second=speed.decode_tokens_per_second if speed else None,
@@ -219,6 +230,12 @@ class _Pipeline:
             log.info("%d of %d steps are already done; continuing after them", done, len(self.recipe.steps))
         return done
 
+    def _clear_leftovers(self, done: int) -> None:
+        """Remove what kills have left and nothing continues from: folders in the writing, and what steps that are complete now once continued from."""
+        places = [*(self.out / "steps").glob(".*-*"), *(self._scratch(index) for index in range(done))]
+        for place in places:
+            shutil.rmtree(place, ignore_errors=True)
+
     def _take_over_vocabulary(self, index: int) -> None:
         """Go on with the tokens that the steps of an earlier call left."""
         self.context.take_vocabulary(self._folder(index))
@@ -231,13 +248,13 @@ class _Pipeline:
         from llmlite.evaluation.quality import measure_quality
         from llmlite.evaluation.speed import measure_speed
         from llmlite.models.blockwise import is_blockwise
+        from llmlite.models.safety import packed_generation
         from llmlite.models.save import settle
-        from llmlite.quantization.safety import packed_generation
 
         step, folder = self.recipe.steps[index], self._folder(index)
         name = name_of_step(type(step)) or type(step).__name__
         log.info("step %d of %d: %s", index + 1, len(self.recipe.steps), name)
-        scratch = folder.with_name(f"{folder.name}.work")
+        scratch = self._scratch(index)
         with telling(scratch):
             scratch.mkdir(parents=True, exist_ok=True)
         self.context.scratch, self.context.notes = scratch, {}
@@ -276,7 +293,7 @@ class _Pipeline:
             )
             with writing_folder(folder) as temporary:
                 self._save(model, temporary)
-                size = folder_bytes(temporary) + (folder_bytes(self._base_of(index)) if is_adapted(model) else 0)
+                size = folder_bytes(temporary) + (weight_bytes(self._base_of(index)) if is_adapted(model) else 0)
                 _write_row(temporary, dataclasses.replace(row, bytes_on_disk=size))
                 for extra in sorted(scratch.glob("keep/*")):  # what the step wants beside its weights, for instance a merged model
                     shutil.move(extra, temporary / extra.name)
@@ -293,7 +310,7 @@ class _Pipeline:
             write_blockwise(model, shards, self.context.storage_dtype)
         del model
         gc.collect()
-        return self._loaded(shards)
+        return self.context.load(shards)
 
     def _sample(self, model: PreTrainedModel) -> dict[str, Any]:
         from llmlite.evaluation.sample import sample
@@ -359,14 +376,7 @@ class _Pipeline:
                 index -= 1
             base = self._reload(index - 1) if index else self.context.load_base()
             return load_adapter(base, folder, is_trainable=True)
-        return self._loaded(folder)
-
-    def _loaded(self, folder: Path) -> PreTrainedModel:
-        from llmlite.quantization.safety import make_safe
-
-        model = self.context.load(folder)
-        make_safe(model)
-        return model
+        return self.context.load(folder)
 
     def result(self) -> PreTrainedModel:
         """What the last step left, read from its folder."""
@@ -424,6 +434,15 @@ class _Pipeline:
             target = self.out / file.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(file, target)
+
+
+def _require_numbers(recipe: Recipe, perplexity: float, dtype: torch.dtype) -> None:
+    """Raise RunError for a base that computes no numbers: nothing could be compared with it, and what is calibrated on it is noise."""
+    if not math.isfinite(perplexity):
+        raise RunError(
+            f"base: the perplexity of {recipe.model.name} on the held-out text is {perplexity}, computed in {str(dtype).removeprefix('torch.')}. "
+            "Its weights hold numbers that are infinite or none, or activations overflow. Download it again, or try dtype: float32."
+        )
 
 
 def _write_row(folder: Path, row: Row) -> None:

@@ -100,11 +100,14 @@ def _rows(recipe: Recipe, context: Run, *, blocks: bool) -> tuple[list[dict[str,
     from llmlite.models.size import expected_bytes, runtime_bytes, size_of_config
 
     config = context.config
+    form, stored = _stored_form(config)
+    weights = expected_bytes(config, dtype=context.compute_dtype, **stored) if context.device_map is None else context.dispatched_bytes
     model = ModelPlan(
         config,
+        form=form,
         parameters=size_of_config(config).parameters,
-        disk_bytes=expected_bytes(config, dtype=context.storage_dtype),
-        peak_bytes=context.base_bytes + runtime_bytes(context.device) + measuring_bytes(config),
+        disk_bytes=expected_bytes(config, dtype=context.storage_dtype, **stored),
+        peak_bytes=weights + runtime_bytes(context.device) + measuring_bytes(config),
     )
     rows = [_plan_row("base", model)]
     if blocks:
@@ -113,8 +116,9 @@ def _rows(recipe: Recipe, context: Run, *, blocks: bool) -> tuple[list[dict[str,
     for index, step in enumerate(recipe.steps):
         name = name_of_step(type(step)) or type(step).__name__
         if model.form not in step.takes:
+            given = f"{'the step before leaves it' if index else 'the base is'} {model.form}"
             problems.append(
-                f"steps[{index}] {name}: takes a model that is {' or '.join(sorted(step.takes))}; the step before leaves it {model.form}. "
+                f"steps[{index}] {name}: takes a model that is {' or '.join(sorted(step.takes))}; {given}. "
                 "Prune and distil before quantizing; adapters come last."
             )
             continue
@@ -141,6 +145,19 @@ def _rows(recipe: Recipe, context: Run, *, blocks: bool) -> tuple[list[dict[str,
     if blocks and model.form not in {"dense", "sparse"}:  # the fresh process that proves the result loads it whole
         rows[-1]["peak_bytes"] = max(rows[-1]["peak_bytes"], model.disk_bytes + runtime_bytes(context.device))
     return rows, model
+
+
+def _stored_form(config: Any) -> tuple[str, dict[str, Any]]:
+    """How a base's weights are stored (see `ModelPlan.form`), and what `expected_bytes` wants to know of it. A library other than bitsandbytes gives its name,
+    which no step takes."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return "dense", {}
+    stored = found if isinstance(found, dict) else found.to_dict()
+    form = "int8" if stored.get("load_in_8bit") else stored.get("bnb_4bit_quant_type", "fp4") if stored.get("load_in_4bit") else stored.get("quant_method")
+    if form not in {"int8", "nf4", "fp4"}:
+        return str(form), {}
+    return str(form), {"scheme": form, "double_quant": bool(stored.get("bnb_4bit_use_double_quant")), "skip": stored.get("llm_int8_skip_modules") or ()}
 
 
 def _refuse_launch(context: Run) -> None:

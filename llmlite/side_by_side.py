@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmlite.errors import ConfigError, LoadError
 from llmlite.evaluation.result import Evaluation
+from llmlite.models.find import weight_bytes
 from llmlite.report import Report
 from llmlite.storage import folder_bytes, read_object
 
@@ -118,7 +119,6 @@ def _subject(folder: Path, base: str | None, data: str | None, layout: dict[str,
     from llmlite.models.load import load_model
     from llmlite.models.settings import Model
     from llmlite.pipeline import load_result
-    from llmlite.quantization.safety import make_safe
     from llmlite.recipe import Recipe
 
     if not folder.is_dir():
@@ -154,7 +154,6 @@ def _subject(folder: Path, base: str | None, data: str | None, layout: dict[str,
         if adapter.is_file():
             return load_adapter(context.load_base(), folder).eval()
         model = load_model(folder, context.recipe.model, context.device, tensor_parallel=tensor_parallel)
-        make_safe(model)
         context.take_vocabulary(folder)
         return model
 
@@ -210,13 +209,12 @@ def _batches(context: Run, text: str | None, window: int | None, stride: int | N
 
 
 def _bytes(folder: Path, context: Run) -> int:
-    size = folder_bytes(folder)
     if not (folder / "adapter_config.json").is_file():
-        return size
+        return weight_bytes(folder)
     steps = context.recipe.steps
     if (folder / "report.json").is_file() and len(steps) > 1:
         return Report.read(folder).rows[-1].bytes_on_disk
-    return size + folder_bytes(context.source.folder)
+    return folder_bytes(folder) + weight_bytes(context.source.folder)
 
 
 @dataclass
@@ -242,7 +240,7 @@ class _Measure:
         log.info("the base: %s", self.context.recipe.model.name)
         model = self.context.load_base()
         self.reference, quality = reference_of(model, self.batches())
-        found = self._rest(model, quality, folder_bytes(self.context.source.folder))
+        found = self._rest(model, quality, weight_bytes(self.context.source.folder))
         del model
         gc.collect()
         return found
@@ -260,7 +258,7 @@ class _Measure:
         from llmlite.evaluation.sample import sample
         from llmlite.evaluation.speed import measure_latency
         from llmlite.models.device_map import is_offloaded
-        from llmlite.quantization.safety import packed_generation
+        from llmlite.models.safety import packed_generation
 
         tasks = self._tasks(model)
         if is_offloaded(model):  # each token would read the model from where it lies

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ __all__ = [
     "require_space",
     "seal",
     "set_aside",
+    "telling",
+    "telling_full",
     "write_json",
     "write_text",
     "writing_folder",
@@ -72,12 +75,23 @@ def writing_folder(folder: Path) -> Iterator[Path]:
 def telling(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals into one clear error about `path`."""
     try:
-        yield
+        with telling_full(path):
+            yield
     except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise ResourceError(f"{path}: the disk is full. Free some space and run the same command again; it continues where it stopped.") from error
         if error.errno in {errno.EACCES, errno.EROFS, errno.EPERM}:
             raise OutputError(f"{path}: cannot be written ({error.strerror}). Choose another --output_dir.") from error
+        raise
+
+
+@contextmanager
+def telling_full(path: Path) -> Iterator[None]:
+    """Say of a full disk that it is full, whoever noticed it first."""
+    try:
+        yield
+    except Exception as error:  # safetensors and tokenizers, written in Rust, have errors of their own, with the system's number in the text
+        inside = re.search(r"\(os error (\d+)\)", str(error))
+        if (error.errno if isinstance(error, OSError) else inside and int(inside[1])) in {errno.ENOSPC, errno.EDQUOT}:
+            raise ResourceError(f"{path}: the disk is full. Free some space and run the same command again; it continues where it stopped.") from error
         raise
 
 

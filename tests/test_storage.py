@@ -6,9 +6,12 @@ import errno
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from llmlite.errors import OutputError, ResourceError
-from llmlite.storage import MANIFEST, damage, link_or_copy, locked, require_space, set_aside, writing_folder
+from llmlite.storage import MANIFEST, damage, link_or_copy, locked, require_space, set_aside, telling_full, writing_folder
 
 
 def write(folder: Path, text: str = "weights") -> None:
@@ -81,3 +84,10 @@ def test_a_linked_file_has_the_same_bytes_and_replaces_the_old_one(tmp_path: Pat
     (tmp_path / "b").write_text("old")
     link_or_copy(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_text() == "new"
+
+
+def test_a_full_disk_is_said_to_be_full_by_whatever_library_noticed_it(tmp_path: Path) -> None:
+    with pytest.raises(SafetensorError), telling_full(tmp_path):
+        save_file({"x": torch.zeros(2)}, tmp_path / "no folder" / "x.safetensors")
+    with pytest.raises(ResourceError, match="the disk is full"), telling_full(tmp_path):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")  # what it says on a full disk

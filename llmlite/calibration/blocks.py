@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmlite.calibration.moments import Moments
+from llmlite.errors import RunError
 from llmlite.models.blockwise import present, replace, shelf_of
 from llmlite.models.device_map import device_of, is_offloaded
 from llmlite.models.quick import quick_dtype
@@ -251,6 +252,9 @@ class Blocks:
                 projections that share an input add up, are divided by their mean, and half of it is shared out evenly (`EVEN_SHARE`).
             dtype: of the sums: float32, or float64.
             settled: promises that nothing before `o` changes any more in this block: then what `o` is given is kept, and attention is not computed again.
+
+        Raises:
+            RunError: inputs that are not finite.
         """
         wanted = [role for role in roles if role in block.linears]
         remembered: list[Tensor] | None = [] if settled and "o" in wanted and self._remembers(block) else None
@@ -287,6 +291,12 @@ class Blocks:
             statistics.fit.all_reduce()
             if statistics.held is not None:
                 statistics.held.all_reduce()
+        for role, statistics in found.items():
+            if not all(bool(part.gram_II.diagonal().sum().isfinite()) for part in (statistics.fit, statistics.held) if part is not None):
+                raise RunError(
+                    f"calibration: block {block.index} gives {block.linears[role].name} inputs that are infinite or no numbers: nothing can be chosen by them. "
+                    "Activations overflow in the type they are computed in, or weights are damaged. Try dtype: float32, or another calibration text."
+                )
         return {role: found[keys[role]] for role in wanted}
 
     def _mean_weight(self, weights: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> float:

@@ -21,7 +21,7 @@ from llmlite.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Rendered", "prompt_of", "render"]
+__all__ = ["Rendered", "render"]
 
 Span = tuple[int, int]
 
@@ -62,20 +62,6 @@ def render(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: st
         return _render_chat(_messages(row), tokenizer, where)
     prompt = _plain_prompt(row, where, separator)
     return Rendered(prompt + row["completion"], ((len(prompt), len(prompt) + len(row["completion"])),), templated=False, wants_end=True)
-
-
-def prompt_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "the row", separator: str = "\n\n") -> tuple[str, bool]:
-    """What the model sees before it answers: the text, and whether a template wrote it (then tokenise with add_special_tokens=False).
-
-    Of a chat it is everything before the last assistant turn; of plain text its first half.
-    """
-    if "text" in row:
-        return row["text"][: len(row["text"]) // 2], False
-    if not _has_template(tokenizer):
-        return _plain_prompt(row, where, separator), False
-    messages = _messages(row)
-    last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-    return _apply(tokenizer, messages[:last], where, generation_prompt=True), True
 
 
 def _has_template(tokenizer: PreTrainedTokenizerBase) -> bool:

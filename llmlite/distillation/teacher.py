@@ -257,7 +257,6 @@ class TeacherModel:
     def load(self) -> PreTrainedModel:
         """The model, frozen, in eval mode."""
         from llmlite.models.load import load_model
-        from llmlite.quantization.safety import make_safe
 
         options: dict[str, Any] = {"tensor_parallel": self.cut}
         if self.device_map and self.laid_out.device_map == "none":
@@ -269,6 +268,5 @@ class TeacherModel:
 
             options["quantization_config"] = Quantize(scheme=self.quantization, unaligned="skip").bitsandbytes_config(ModelPlan(self.config), self.run)
         model = load_model(self.source(weights=True), self.laid_out, self.run.device, **options)
-        make_safe(model)
         model.requires_grad_(False)
         return model

@@ -59,13 +59,13 @@ def loading_lines(
     """
     options = f', dtype="{dtype}"' if dtype else ""
     if base is None:
-        return f'from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("{folder}"{options})'
+        return f"from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained({_literal(folder)}{options})"
     loader, load = adapter_loader(Path(folder, *adapters[:1]))
     return (
         f"from transformers import AutoModelForCausalLM; {loader}\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{base}"{options})\n'
+        f"base = AutoModelForCausalLM.from_pretrained({_literal(base)}{options})\n"
         + (f"{resizing_line(vocabulary)}\n" if vocabulary else "")
-        + "\n".join(adapter_lines(load, f'"{folder}"', adapters))
+        + "\n".join(adapter_lines(load, _literal(folder), adapters))
     )
 
 
@@ -74,12 +74,17 @@ def offloaded_lines(model: PreTrainedModel, folder: Path | str, dtype: str) -> s
     view = ModelView(model)
     found = places(view, {block.name: "disk" for block in view.blocks}, "cpu")
     return f"""import tempfile; from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="{dtype}", device_map={found}, offload_folder=tempfile.mkdtemp())"""
+model = AutoModelForCausalLM.from_pretrained({_literal(folder)}, dtype="{dtype}", device_map={found}, offload_folder=tempfile.mkdtemp())"""
+
+
+def _literal(text: Path | str) -> str:
+    """A Python string in double quotes, which nothing in the text can end."""
+    return json.dumps(str(text), ensure_ascii=False)
 
 
 def resizing_line(vocabulary: int) -> str:
     """The line that gives a stock base the rows of added tokens; the adapter fills them."""
-    return f"base.resize_token_embeddings({vocabulary}, mean_resizing=False)"
+    return f"base.resize_token_embeddings({int(vocabulary)}, mean_resizing=False)"
 
 
 def adapter_lines(load: str, place: str, names: Sequence[str] = ()) -> list[str]:
@@ -92,8 +97,9 @@ def adapter_lines(load: str, place: str, names: Sequence[str] = ()) -> list[str]
     """
     if not names:
         return [f"model = {load}(base, {place})"]
-    first, *others = [f'{place}, adapter_name="{name}", subfolder="{name}"' for name in names]
-    switch = [f'model.set_adapter("{names[-1]}")  # and back: model.set_adapter("{names[0]}")'] if others else []
+    named = [_literal(name) for name in names]
+    first, *others = [f"{place}, adapter_name={name}, subfolder={name}" for name in named]
+    switch = [f"model.set_adapter({named[-1]})  # and back: model.set_adapter({named[0]})"] if others else []
     return [f"model = {load}(base, {first})", *(f"model.load_adapter({other})" for other in others), *switch]
 
 

@@ -29,6 +29,7 @@ _STYLE: dict[str, Any] = {
     "axes.spines.right": False,
     "grid.color": "#dddddd",
     "savefig.facecolor": "white",
+    "text.parse_math": False,  # names are names, whatever is in them
 }
 
 

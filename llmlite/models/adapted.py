@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["adapter_parameters", "is_adapted", "is_adapter_parameter"]
+__all__ = ["MARKS", "adapter_parameters", "is_adapted", "is_adapter_parameter"]
 
-# Parts of the names that peft, and llmlite's own bottleneck adapters, give to what they add.
-_MARKS = ("lora_", "ia3_", "bottleneck_", "prompt_encoder", "modules_to_save", "trainable_tokens_")
+MARKS = ("lora_", "ia3_", "bottleneck_", "prompt_encoder", "modules_to_save", "trainable_tokens_")
+"""Parts of the names that peft, and llmlite's own bottleneck adapters, give to what they add."""
 
 
 def is_adapted(model: Any) -> bool:
@@ -17,7 +17,7 @@ def is_adapted(model: Any) -> bool:
 
 def is_adapter_parameter(name: str) -> bool:
     """Whether a parameter of that dotted name belongs to an adapter rather than to its base."""
-    return any(mark in name for mark in _MARKS)
+    return any(mark in name for mark in MARKS)
 
 
 def adapter_parameters(model: Any) -> int:

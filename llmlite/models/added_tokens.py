@@ -62,4 +62,5 @@ def fill_rows(model: Any, rows: Mapping[int, Sequence[int]], tokens: int) -> Non
     with torch.no_grad():
         for table in tables:
             for index, pieces in rows.items():
-                table[index] = table[list(pieces)].float().mean(0).to(table.dtype)
+                parts = list(pieces) or slice(min(rows))  # a token that the tokenizer left out: the mean of all that it knew
+                table[index] = table[parts].float().mean(0).to(table.dtype)

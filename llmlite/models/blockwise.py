@@ -14,7 +14,6 @@ Changes go to new files only: writing into weights that a library has offloaded 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,8 +27,10 @@ from torch import Tensor, nn
 
 from llmlite.errors import LoadError, UnsupportedModel
 from llmlite.models.device_map import brought
+from llmlite.models.safety import make_safe
 from llmlite.models.tensor_files import TensorFiles
 from llmlite.models.view import BlockView, ModelView
+from llmlite.storage import write_json
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -207,7 +208,7 @@ def load_blockwise(
     """
     from transformers import AutoConfig
 
-    from llmlite.models.load import compute_dtype
+    from llmlite.models.load import compute_dtype, fill_added_tokens
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
     dtype = dtype or compute_dtype(device, settings.dtype)
@@ -225,6 +226,8 @@ def load_blockwise(
     if generation.is_file():
         model.generation_config = type(model.generation_config).from_pretrained(folder)
     Shelf(model, folder, partial(_from_files, TensorFiles(folder), ModelView(model)), dtype, device, spill)
+    fill_added_tokens(model, folder, settings)
+    make_safe(model)
     return model.eval()
 
 
@@ -261,9 +264,14 @@ def _from_files(files: TensorFiles, view: ModelView, block: str) -> Tensors:
         full = f"{saved.get(path, path)}.{leaf}"
         if not full.startswith(decoder) and f"{decoder}{full}".rpartition(".")[0] in own:
             full = decoder + full
-        if full.startswith(f"{block}.") if block else not full.startswith(inside):
-            found[full] = files.read(name)
+        if full.startswith(f"{block}.") if block else not full.startswith(inside) and _parents(full) & own:
+            found[full] = files.read(name)  # nothing that the model does not have: under other names that could be all of it
     return found
+
+
+def _parents(name: str) -> set[str]:
+    parts = name.split(".")
+    return {".".join(parts[:depth]) for depth in range(1, len(parts))}
 
 
 def rebuilt(model: PreTrainedModel, take: Callable[[ModelView], Sliced]) -> PreTrainedModel:
@@ -326,7 +334,7 @@ def write_blockwise(model: PreTrainedModel, folder: Path, dtype: torch.dtype) ->
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "model.safetensors.index.json", index)  # whole or not at all: it says that the folder is complete
 
 
 def _of_block(block: BlockView, dtype: torch.dtype, quantized: bool) -> Tensors:

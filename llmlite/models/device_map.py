@@ -76,7 +76,8 @@ def feed_device(device: torch.device) -> Place:
 
 
 def dispatch_map(config: Any, settings: Model, dtype: torch.dtype, device: torch.device) -> dict[str, Place] | None:
-    """Where each part of a model lies, as `from_pretrained` takes it; None when `device` holds all of it, or nothing else was asked for.
+    """Where each part of a model lies, as `from_pretrained` takes it; None when `device` holds all of it, as it does where nothing else was asked for, and of a
+    quantized model.
 
     Args:
         config: of a family in the table.
@@ -87,7 +88,7 @@ def dispatch_map(config: Any, settings: Model, dtype: torch.dtype, device: torch
     Raises:
         LoadError: there is no room for what must lie there.
     """
-    if settings.device_map == "none":
+    if settings.device_map == "none" or getattr(config, "quantization_config", None) is not None:
         return None
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory, get_max_memory

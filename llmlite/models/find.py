@@ -15,8 +15,9 @@ from llmlite.errors import LoadError
 from llmlite.models.gguf import converted, is_packaged, packaged_gguf
 from llmlite.models.settings import Model
 
-__all__ = ["Source", "find", "weight_files"]
+__all__ = ["Source", "find", "stock_files", "weight_bytes", "weight_files"]
 
+_INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
@@ -77,9 +78,14 @@ def _require_stock_folder(folder: Path) -> None:
         if "adapter_config.json" in names:
             raise LoadError(f"model: '{folder}' holds an adapter, not a model. Give its base model, or a merged folder.")
         raise LoadError(f"model: '{folder}' has no config.json, so it is not a model folder. It holds: {', '.join(names[:8]) or 'nothing'}.")
-    if any(name.endswith(".safetensors") for name in names):
+    if "model.safetensors" in names or _INDEX in names:
         _require_whole(folder)
         return
+    if strangers := [name for name in names if name.endswith(".safetensors")]:
+        raise LoadError(
+            f"model: '{folder}' has {', '.join(strangers[:3])} and neither model.safetensors nor {_INDEX}, which is what transformers reads. "
+            "Download it again, or save it there once more: model.save_pretrained(folder)."
+        )
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
         raise LoadError(
@@ -93,22 +99,38 @@ def _require_whole(folder: Path) -> None:
     """Every shard there, every header readable, every byte that the header promises in the file."""
     import safetensors
 
-    index = folder / "model.safetensors.index.json"
-    files = sorted(folder.glob("*.safetensors"))
-    if index.exists():
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, UnicodeDecodeError) as error:
-            raise LoadError(f"model: '{index}' is not a valid shard index ({error}). Download the folder again.") from None
-        missing = sorted(str(name) for name in shards if not (folder / str(name)).is_file())
-        if missing:
-            raise LoadError(f"model: '{folder}' lacks {len(missing)} of {len(shards)} weight files, first {missing[0]}. Download it again.")
+    files = stock_files(folder)
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise LoadError(f"model: '{folder}' lacks {len(missing)} of {len(files)} weight files, first {missing[0]}. Download it again.")
     for file in files:
         try:
             with safetensors.safe_open(file, framework="pt"):
                 pass
         except (safetensors.SafetensorError, OSError) as error:
             raise LoadError(f"model: '{file}' is damaged ({error}). Download or save it again.") from None
+
+
+def stock_files(folder: Path) -> list[Path]:
+    """The weight files that stock `from_pretrained` reads: model.safetensors, else those that the index names.
+
+    A repository may hold others beside them, for instance a consolidated copy under another library's names.
+
+    Raises:
+        LoadError: the index is none.
+    """
+    index = folder / _INDEX
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        return [folder / "model.safetensors"]
+    try:
+        return [folder / name for name in sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise LoadError(f"model: '{index}' is not a valid shard index ({error}). Download the folder again.") from None
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a model's weights on disk: of the files that `stock_files` names."""
+    return sum(file.stat().st_size for file in stock_files(folder))
 
 
 def weight_files(folder: Path) -> list[tuple[str, int, int]]:

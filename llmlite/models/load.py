@@ -10,13 +10,14 @@ from llmlite.errors import LoadError
 from llmlite.models.added_tokens import add_to_tokenizer, fill_rows, pieces_of
 from llmlite.models.device_map import dispatch_map
 from llmlite.models.find import Source
+from llmlite.models.safety import make_safe
 from llmlite.models.settings import Model
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["compute_dtype", "load_config", "load_model", "load_tokenizer", "require_matching"]
+__all__ = ["compute_dtype", "fill_added_tokens", "has_tokenizer", "load_config", "load_model", "load_tokenizer", "require_matching"]
 
 
 def load_config(source: Source, model: Model) -> PretrainedConfig:
@@ -50,9 +51,7 @@ def load_tokenizer(source: Source, model: Model) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    names = {path.name for path in source.folder.iterdir()} - {"tokenizer_config.json"}
-    if not any(name.startswith(("tokenizer.", "vocab", "spiece", "sentencepiece", "tekken")) or name.endswith((".tiktoken", ".model")) for name in names):
-        # transformers would make up an empty one
+    if not has_tokenizer(source.folder):  # transformers would make up an empty one
         raise LoadError(
             f"model: '{source.folder}' has no usable tokenizer: neither tokenizer.json nor a vocabulary. Save it there: tokenizer.save_pretrained(folder)."
         )
@@ -70,6 +69,12 @@ def load_tokenizer(source: Source, model: Model) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a vocabulary, in any of the forms that transformers reads."""
+    names = {path.name for path in folder.iterdir()} - {"tokenizer_config.json"}
+    return any(name.startswith(("tokenizer.", "vocab", "spiece", "sentencepiece", "tekken")) or name.endswith((".tiktoken", ".model")) for name in names)
+
+
 def require_matching(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
     """Refuse a tokenizer with ids that the model has no embedding for; in training that is an index error, hours in.
 
@@ -84,7 +89,7 @@ def require_matching(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
 
 
 def load_model(source: Source | Path, model: Model, device: torch.device, *, tensor_parallel: bool = False, **kwargs: Any) -> PreTrainedModel:
-    """Load weights by stock `AutoModelForCausalLM.from_pretrained`, in eval mode on `device`.
+    """Load weights by stock `AutoModelForCausalLM.from_pretrained`, in eval mode on `device`; layers of bitsandbytes are made safe.
 
     Args:
         source: what `find` returned, or a folder.
@@ -122,18 +127,17 @@ def load_model(source: Source | Path, model: Model, device: torch.device, *, ten
         raise LoadError(
             f"model: '{folder}' lacks {len(missing)} weights that its config asks for, first '{missing[0]}'. Its files and config.json do not belong together."
         )
-    if model.add_tokens and (folder / "tokenizer_config.json").is_file():
-        _fill_added_tokens(loaded, Source(str(folder), folder, None), model)
+    fill_added_tokens(loaded, folder, model)
+    make_safe(loaded)
     loaded.eval()
     return loaded
 
 
 def _device_map(folder: Path, model: Model, options: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
-    """`dispatch_map` of the dense model in a folder; None for a quantized one, which lies on one device."""
+    """`dispatch_map` of the model in a folder; None where it is quantized while it loads."""
     if model.device_map == "none" or "quantization_config" in options:
         return None
-    config = load_config(Source(str(folder), folder, None), model)
-    return None if getattr(config, "quantization_config", None) is not None else dispatch_map(config, model, options["dtype"], device)
+    return dispatch_map(load_config(Source(str(folder), folder, None), model), model, options["dtype"], device)
 
 
 def _cut_over_processes(folder: Path, model: Model) -> dict[str, Any]:
@@ -148,8 +152,12 @@ def _cut_over_processes(folder: Path, model: Model) -> dict[str, Any]:
     return tensor_parallel_options(config)
 
 
-def _fill_added_tokens(loaded: PreTrainedModel, source: Source, model: Model) -> None:
-    """Rows for the tokens of `Model.add_tokens` that the folder's own tokenizer does not know; a folder that a step left knows them all."""
+def fill_added_tokens(loaded: PreTrainedModel, folder: Path, model: Model) -> None:
+    """Rows for the tokens of `Model.add_tokens` that the folder's own tokenizer does not know. A folder that a step left knows them all; one without a
+    tokenizer is a step's scratch folder, whose model has the rows already."""
+    source = Source(str(folder), folder, None)
+    if not model.add_tokens or not has_tokenizer(folder):
+        return
     pieces = pieces_of(load_tokenizer(source, dataclasses.replace(model, add_tokens=())), model.add_tokens)
     if pieces:
         tokenizer = load_tokenizer(source, model)

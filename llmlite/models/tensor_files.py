@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llmlite.errors import LoadError
+from llmlite.models.find import stock_files
 
 __all__ = ["TensorFiles"]
 
@@ -33,16 +34,16 @@ _DTYPES = {
 
 
 class TensorFiles:
-    """The tensors of a file, or of all the files of a folder, by the names they have there.
+    """The tensors of a file, or of the model in a folder, by the names they have there.
 
     Args:
-        place: a `.safetensors` file, or a folder of them.
+        place: a `.safetensors` file, or a stock folder.
     """
 
     def __init__(self, place: Path) -> None:
         self.place = place
         self._found: dict[str, tuple[Path, int, dict[str, Any]]] = {}  # name -> file, where its data begin, entry of the header
-        for file in sorted(place.glob("*.safetensors")) if place.is_dir() else [place]:
+        for file in stock_files(place) if place.is_dir() else [place]:
             with file.open("rb") as stream:
                 length = int.from_bytes(stream.read(8), "little")
                 entries = json.loads(stream.read(length))

@@ -5,25 +5,10 @@ Shapes: O outputs, I inputs.
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import Tensor
 
-__all__ = ["follows_pattern", "parse_pattern", "pattern_mask", "row_mask", "tensor_mask"]
-
-
-def parse_pattern(text: str) -> tuple[int, int]:
-    """``2:4`` as (2, 4): of every 4 neighbouring inputs 2 are zero.
-
-    Raises:
-        ValueError: not N:M with 0 < N < M; the message is a sentence for the user.
-    """
-    found = re.fullmatch(r"(\d+):(\d+)", text.strip())
-    zeros, group = (int(found[1]), int(found[2])) if found else (0, 0)
-    if not 0 < zeros < group:
-        raise ValueError(f"be a share of zeros in (0, 1), or a pattern N:M such as 2:4 with 0 < N < M; got {text!r}")
-    return zeros, group
+__all__ = ["follows_pattern", "pattern_mask", "row_mask", "tensor_mask"]
 
 
 def row_mask(score_OI: Tensor, sparsity: float) -> Tensor:

@@ -71,11 +71,11 @@ class Quantize(Step):
         """See `Step.check`.
 
         Raises:
-            ConfigError: layers whose width bitsandbytes cannot represent, unless they are skipped; names in `skip` that no layer has.
+            ConfigError: layers whose width bitsandbytes cannot represent, unless they are skipped; names in `skip` that no layer has; no layer left.
         """
         from llmlite.calibration.memory import backward_bytes, walk_bytes
         from llmlite.models.quick import quick_dtype
-        from llmlite.models.size import expected_bytes, runtime_bytes
+        from llmlite.models.size import expected_bytes, linear_shapes, runtime_bytes
 
         self._require_known_names(model)
         unaligned = self._unaligned(model)
@@ -90,8 +90,10 @@ class Quantize(Step):
                 ],
             )
         skipped = self._skipped(model)
+        if len(set(skipped)) >= len(linear_shapes(model.config)):
+            raise ConfigError("quantize", ["skip and unaligned leave no layer to quantize. Skip fewer, or leave the step out."])
         size = expected_bytes(model.config, dtype=self._dense_dtype(run), scheme=self.scheme, double_quant=self.double_quant, skip=skipped)
-        dense = run.base_bytes if run.device_map is not None else expected_bytes(model.config, dtype=run.compute_dtype)
+        dense = run.dispatched_bytes if run.device_map is not None else expected_bytes(model.config, dtype=run.compute_dtype)
         notes = [f"{self.scheme}{' with double quantization' if self.scheme != 'int8' and self.double_quant else ''}"]
         if self.scheme == "int8":
             notes.append("in evaluation the inputs are rounded to 8 bit too (LLM.int8); in training only the weights are")
@@ -206,11 +208,7 @@ class Quantize(Step):
         )
 
     def _load(self, run: Run, folder: Path, config: BitsAndBytesConfig) -> PreTrainedModel:
-        from llmlite.quantization.safety import make_safe
-
-        model = run.load(folder, quantization_config=config, dtype=self._dense_dtype(run))
-        make_safe(model)
-        return model
+        return run.load(folder, quantization_config=config, dtype=self._dense_dtype(run))
 
     def bitsandbytes_config(self, model: ModelPlan, run: Run) -> BitsAndBytesConfig:
         """How transformers is told to load such a model quantized."""

@@ -158,6 +158,10 @@ class DoubleScales:
         absmax_G = padded.view(-1, _DOUBLE_BLOCK).amax(1).clamp_min(1e-12)
         return cls(offset, absmax_G, create_dynamic_map().to(flat.device))
 
+    def to(self, device: torch.device) -> DoubleScales:
+        """The same second level on another device."""
+        return DoubleScales(self.offset.to(device), self.absmax_G.to(device), self.code_256.to(device))
+
     def index(self, scales_OB: Tensor) -> Tensor:
         """The 8-bit code of the nearest scale that is above 0, uint8, (O, B)."""
         flat = scales_OB.float().flatten()

@@ -49,6 +49,10 @@ class Codes:
     scales_OB: Tensor
     double: DoubleScales | None = None
 
+    def to(self, device: torch.device) -> Codes:
+        """The same codes on another device."""
+        return Codes(self.index_OI.to(device), self.scales_OB.to(device), None if self.double is None else self.double.to(device))
+
 
 @dataclass(frozen=True)
 class TuneScales:
@@ -112,7 +116,7 @@ def tune_scales(model: Any, codes: Mapping[str, Codes], grid: Grid, batches: Seq
         how: see `TuneScales`.
 
     Returns:
-        Codes with new scales, all of them above 0, and with their second level such that they can be stored.
+        Codes with new scales, all of them above 0, and with their second level such that they can be stored; the codes given where the descent overflows.
     """
     device = next(model.parameters()).device
     dtype = quick_dtype(device, model.dtype)
@@ -142,6 +146,9 @@ def tune_scales(model: Any, codes: Mapping[str, Codes], grid: Grid, batches: Seq
             if done % _LOG_EVERY == 0 or done == steps:
                 log.info("scales: step %d of %d, %.4f nats a token from the dense model", done, steps, sum(recent) / len(recent))
                 recent = []
+    if not all(bool(factor.isfinite().all()) for factor in factors.values()):
+        log.warning("scales: the descent overflows in %s, so they stay as calibration chose them", dtype)
+        return dict(codes)
     return {name: Codes(one.index_OI, _stored(one, factors[name].detach().to(one.scales_OB.device)), one.double) for name, one in codes.items()}
 
 
@@ -160,15 +167,16 @@ def _descend(model: Any, inputs: dict[str, Tensor], hidden_TD: Tensor, rows: int
 
 def _replace(linear: LinearView, codes: Codes, grid: Grid, dtype: torch.dtype, factor_OB: Tensor) -> None:
     """Let a projection compute with levels and scales."""
-    levels_OI = grid.levels_L.to(factor_OB.device, dtype)[codes.index_OI.to(factor_OB.device).int()]
-    linear.base.forward = _forward(codes, levels_OI, factor_OB, linear.base)
+    codes = codes.to(factor_OB.device)
+    levels_OI = grid.levels_L.to(factor_OB.device, dtype)[codes.index_OI.int()]
+    linear.base.forward = _forward(levels_OI, codes.scales_OB, codes.double, factor_OB, linear.base)
 
 
-def _forward(codes: Codes, levels_OI: Tensor, factor_OB: Tensor, base: Any) -> Callable[[Tensor], Tensor]:
+def _forward(levels_OI: Tensor, start_OB: Tensor, double: DoubleScales | None, factor_OB: Tensor, base: Any) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        scales_OB = codes.scales_OB.to(factor_OB.device) * factor_OB
-        if codes.double is not None:
-            scales_OB = scales_OB + (codes.double.round(scales_OB.detach()) - scales_OB).detach()
+        scales_OB = start_OB * factor_OB
+        if double is not None:
+            scales_OB = scales_OB + (double.round(scales_OB.detach()) - scales_OB).detach()
         product = scaled_product(x, levels_OI, scales_OB)
         return product if base.bias is None else product + base.bias
 

@@ -10,6 +10,7 @@ from llmlite.step import ModelPlan
 from llmlite.training.settings import TrainingStep
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from llmlite.context import Run
@@ -58,8 +59,15 @@ def train_all_weights(
     from llmlite.training.trainer import train
 
     came_in = model.dtype
-    model.to(torch.float32)
+    _cast_parameters(model, torch.float32)
     model.requires_grad_(True)
     train(model, step, run, make_loss, companion)
     model.requires_grad_(False)
-    return model.to(came_in)
+    _cast_parameters(model, came_in)
+    return model
+
+
+def _cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Parameters alone: `model.to` would round buffers too, the rotary frequencies for instance, which no checkpoint brings back as they were."""
+    for parameter in model.parameters():  # tied ones are one
+        parameter.data = parameter.data.to(dtype)

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmlite
 from llmlite.errors import ConfigError
+from llmlite.models.added_tokens import fill_rows
 from llmlite.quantization.bnb import Quantize
-from tests.conftest import build_tokenizer, save_tiny
+from tests.conftest import build_tiny, build_tokenizer, save_tiny
 
 TOKENS = ("<call>", "</call>")
 SHORT: dict[str, Any] = {"max_steps": 3, "per_device_train_batch_size": 2}
@@ -118,6 +119,13 @@ def test_a_new_row_is_the_mean_of_its_pieces_in_embedding_and_head(tmp_path: Pat
         for token in TOKENS:
             by_hand = torch.stack([old[index] for index in before(token)["input_ids"]]).mean(0)
             torch.testing.assert_close(new[after.convert_tokens_to_ids(token)], by_hand)
+
+
+def test_a_token_that_the_tokenizer_wrote_in_nothing_starts_as_the_mean_of_all() -> None:
+    model = build_tiny("llama", vocab_size=20)
+    expected = model.get_input_embeddings().weight.detach().mean(0)
+    fill_rows(model, {20: [], 21: [3]}, 22)
+    torch.testing.assert_close(model.get_input_embeddings().weight[20], expected)
 
 
 @pytest.mark.slow

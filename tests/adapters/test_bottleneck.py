@@ -15,7 +15,7 @@ import llmlite
 from llmlite.adapters.bottleneck import Bottleneck
 from llmlite.errors import ConfigError
 from llmlite.models.adapted import adapter_parameters
-from llmlite.quantization.safety import make_safe
+from llmlite.models.safety import make_safe
 from tests.conftest import ALL_FAMILIES, build_tiny, logits_of, tiny_config
 
 PLACEMENTS = ("houlsby", "pfeiffer", "parallel")

@@ -14,7 +14,7 @@ import llmlite
 from llmlite.adapters.initialise import initialise, low_rank_correction
 from llmlite.calibration.blocks import batches_of
 from llmlite.errors import ConfigError
-from llmlite.quantization.safety import make_safe
+from llmlite.models.safety import make_safe
 from tests.conftest import build_tiny, logits_of, token_ids
 
 SMALL: dict[str, Any] = {"max_length": 64, "evaluation_rows": 6, "calibration_sequences": 8}

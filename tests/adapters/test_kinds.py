@@ -77,7 +77,7 @@ def test_the_plan_counts_what_peft_adds_on_every_family(family: str) -> None:
 def test_a_merged_model_is_the_adapted_one_and_merging_twice_is_merging_once(kind: str, scheme: str, model_folder: Path) -> None:
     from transformers import BitsAndBytesConfig
 
-    from llmlite.quantization.safety import make_safe
+    from llmlite.models.safety import make_safe
 
     quantization = {"nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), "int8": BitsAndBytesConfig(load_in_8bit=True)}.get(scheme)
     options = {"quantization_config": quantization} if quantization else {}

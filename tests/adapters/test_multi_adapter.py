@@ -113,6 +113,10 @@ def test_what_cannot_lie_side_by_side_is_refused_with_every_reason(runs: dict[st
         llmlite.export([runs["sql"], runs["sql"]], tmp_path / "out")
     with pytest.raises(ConfigError, match=r"'v1.0' is no name for an adapter"):
         llmlite.export(list(runs.values()), tmp_path / "out", ["v1.0", "b"])
+    with pytest.raises(
+        ConfigError, match=r"'train' cannot be the name of an adapter: torch's(?s:.*)'lora' cannot be the name of an adapter: peft takes it for"
+    ):
+        llmlite.export(list(runs.values()), tmp_path / "out", ["train", "lora"])
     with pytest.raises(ConfigError, match="two or more"):
         llmlite.export([runs["sql"]], tmp_path / "out")
     with pytest.raises(OutputError, match="holds no finished run whose result is an adapter"):
@@ -120,6 +124,10 @@ def test_what_cannot_lie_side_by_side_is_refused_with_every_reason(runs: dict[st
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match="holds something else"):
+        llmlite.export(list(runs.values()), tmp_path / "full")
+    for name, text in {"adapters.json": "{}", "manifest.json": '{"adapters.json": {}}'}.items():  # an earlier export, and something else in it
+        (tmp_path / "full" / name).write_text(text)
+    with pytest.raises(OutputError, match=r"holds something else \(mine.txt\)"):
         llmlite.export(list(runs.values()), tmp_path / "full")
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from llmlite.calibration.blocks import Blocks, batches_of
 from llmlite.calibration.sensitivity import OwnLabels, cost_of_changes, token_sensitivity
+from llmlite.errors import RunError
 from llmlite.models.view import ModelView
 from tests.conftest import build_tiny, token_ids
 
@@ -83,6 +84,14 @@ def test_weighted_sums_are_those_of_scaled_tokens_and_shared_inputs_add_their_we
         torch.testing.assert_close(found[role].all.gram_II, expected_II, rtol=1e-4, atol=1e-4)
     assert found["q"] is found["k"]
     assert found["q"] is found["v"]
+
+
+def test_inputs_that_are_no_numbers_are_refused_with_the_name_of_the_layer() -> None:
+    model = build_tiny("llama")
+    stream = Blocks(model, batches_of(token_ids()))
+    stream.hidden[0][0, 3] = torch.nan
+    with pytest.raises(RunError, match=r"block 0 gives model.layers.0.self_attn.q_proj inputs that are infinite or no numbers"):
+        stream.collect(stream.view.blocks[0], ("q",))
 
 
 def test_equal_weights_change_nothing() -> None:

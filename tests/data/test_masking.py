@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from llmlite.data.chat import prompt_of, render
 from llmlite.data.prepare import prepare
 from llmlite.data.text import Rows
 from llmlite.data.tokens import IGNORED, encode, leading_ids, preview, token_stream
@@ -190,15 +189,6 @@ def test_a_tokenizer_without_offsets_masks_the_same_characters():
     assert not tokenizer.is_fast
     encoded = encode(rows_of({"prompt": "수도?", "completion": "서울 é."}), tokenizer, 200)
     assert trained_runs(tokenizer, encoded.input_ids[0], encoded.labels[0]) == ["서울 é.</s>"]
-
-
-def test_the_prompt_to_generate_from_is_what_stands_before_the_trained_part(make_tokenizer: Callable, templates: dict[str, str]):
-    for template in (templates["chatml"], templates["thinking"], None):
-        tokenizer = make_tokenizer(template)
-        prompt, templated = prompt_of(PAIR, tokenizer)
-        rendered = render(PAIR, tokenizer, "row")
-        assert rendered.text[: rendered.spans[-1][0]] == prompt
-        assert templated == rendered.templated == (template is not None)
 
 
 def test_the_preview_marks_what_is_trained(make_tokenizer: Callable):

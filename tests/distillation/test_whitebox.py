@@ -83,6 +83,20 @@ def test_finetuning_all_weights_lowers_the_perplexity(model_folder: Path, pairs_
     assert report.rows[2].perplexity < 0.8 * report.rows[1].perplexity
 
 
+def test_training_in_bfloat16_gives_back_bfloat16_weights_and_untouched_frequencies(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
+    data = llmlite.Data(train=str(pairs_file), max_length=64, evaluation_rows=6)
+    step = llmlite.Finetune(max_steps=1, per_device_train_batch_size=1)
+    context = Run(llmlite.Recipe(model=llmlite.Model(name=str(model_folder), dtype="bfloat16"), data=data, steps=[step]), scratch=tmp_path)
+    model = context.load_base()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    trained = step.apply(model, context)
+    assert {parameter.dtype for parameter in trained.parameters()} == {torch.bfloat16}
+    assert before
+    for name, buffer in trained.named_buffers():
+        assert buffer.dtype == before[name].dtype == torch.float32
+        assert torch.equal(buffer, before[name])
+
+
 def test_a_step_with_nothing_to_learn_is_refused(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
     recipe = llmlite.Recipe(
         model=str(model_folder), data=str(pairs_file), max_length=64, steps=[llmlite.DistillWhiteBox(ce_weight=0, kd_weight=0)], output_dir=str(tmp_path / "x")

@@ -14,6 +14,7 @@ import yaml
 
 import llmlite
 from llmlite.errors import OutputError
+from llmlite.evaluation.reload import loading_lines
 from llmlite.html.images import CURVE, OVERVIEW, card_images
 from llmlite.hub.base import loading_snippet
 from llmlite.hub.card import model_card, write_card
@@ -89,6 +90,14 @@ def test_names_with_quotes_cannot_leave_the_string_they_stand_in() -> None:
     assert literals.count(evil) == 5  # the base, and place and revision of adapter and tokenizer
 
 
+def test_the_lines_that_a_fresh_process_runs_are_python_whatever_the_folders_and_adapters_are_called() -> None:
+    evil = 'x"); import os  #\\ \n'
+    parsed = ast.parse("\n".join([loading_lines(evil), loading_lines(evil, evil, "float32", 7, (evil, "b"))]))
+    assert [name.name for node in ast.walk(parsed) if isinstance(node, ast.Import) for name in node.names] == []
+    literals = [node.value for node in ast.walk(parsed) if isinstance(node, ast.Constant)]
+    assert literals.count(evil) == 6  # the model; the base, the place of two adapters, name and folder of one of them
+
+
 def test_secrets_and_folders_planted_all_over_a_report_are_in_nothing_that_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     token, key = "hf_" + "plantedplantedplanted", "planted-key-of-agatha"
     monkeypatch.setenv("HF_TOKEN", token)
@@ -146,7 +155,7 @@ def test_the_card_s_images_are_small_pictures_without_metadata_and_the_same_ever
 
 def test_a_figure_that_is_no_number_is_drawn_as_none_and_an_untrained_result_has_no_curve(tmp_path: Path) -> None:
     report = report_of(tmp_path, [{"step": "quantize"}])
-    report.rows[1] = dataclasses.replace(report.rows[1], perplexity=float("inf"))
+    report.rows[1] = dataclasses.replace(report.rows[1], perplexity=float("inf"), name="$x^{")  # no formula for matplotlib
     assert set(card_images(report)) == {OVERVIEW}
     assert card_images(Report(tmp_path, report.recipe, {}, {}, report.rows[:1])) == {}
 

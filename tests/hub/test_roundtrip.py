@@ -149,7 +149,7 @@ def test_the_card_shows_the_report_s_figures_the_recipe_and_what_was_not_measure
 def test_the_lines_on_the_card_load_the_adapter_by_stock_libraries_with_the_same_logits(run: Report, hub: FakeHub, tmp_path: Path) -> None:
     from peft import PeftModel
 
-    from llmlite.quantization.safety import make_safe
+    from llmlite.models.safety import make_safe
 
     base = AutoModelForCausalLM.from_pretrained(run.path / "steps" / "01-quantize", dtype="auto")
     make_safe(base)

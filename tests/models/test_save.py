@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from llmlite.models.safety import make_safe
 from llmlite.models.save import save_model, settle
 from llmlite.models.size import expected_bytes
-from llmlite.quantization.safety import make_safe
 from tests.conftest import build_tiny, logits_of
 
 

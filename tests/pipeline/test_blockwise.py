@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -23,16 +24,18 @@ from llmlite.errors import ConfigError, LoadError
 from llmlite.evaluation.speed import Speed
 from llmlite.loading import decide_loading
 from llmlite.models.blockwise import is_blockwise, load_blockwise, present, rebuilt, write_blockwise
+from llmlite.models.find import find, weight_bytes
+from llmlite.models.load import load_model
 from llmlite.models.rebuild import rebuild
+from llmlite.models.safety import make_safe
 from llmlite.models.settings import Model
 from llmlite.models.slicing import take_ffn_channels, take_kv_groups
 from llmlite.models.tensor_files import TensorFiles
 from llmlite.models.view import ModelView
 from llmlite.plan import size_line
-from llmlite.quantization.safety import make_safe
 from llmlite.report import Report
 from llmlite.step import Step
-from tests.conftest import ALL_FAMILIES, HEAD_FAMILIES, build_tiny, logits_of, save_tiny
+from tests.conftest import ALL_FAMILIES, HEAD_FAMILIES, build_tiny, build_tokenizer, logits_of, save_tiny
 
 CPU = torch.device("cpu")
 FLOAT32 = Model(name="tiny", dtype="float32")
@@ -89,14 +92,50 @@ def test_files_of_other_times_are_read_or_refused_by_name(tmp_path: Path) -> Non
     build_tiny("gpt2").save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     stored = load_file(file)
-    from safetensors.torch import save_file
-
     save_file({name.removeprefix("transformer."): tensor for name, tensor in stored.items()}, file, metadata={"format": "pt"})  # as gpt2 lies on the Hub
     assert torch.equal(logits_of(load_blockwise(tmp_path, FLOAT32, CPU)), logits_of(build_tiny("gpt2")))
     save_file({name.replace("c_proj", "old_name"): tensor for name, tensor in stored.items()}, file, metadata={"format": "pt"})
     model = load_blockwise(tmp_path, FLOAT32, CPU)
     with pytest.raises(LoadError, match=r"no tensor 'transformer.h.0.attn.c_proj.weight'.*load: whole"), present(ModelView(model).blocks[0]):
         pass
+
+
+def test_weights_beside_those_that_stock_transformers_reads_are_not_read(tmp_path: Path) -> None:
+    build_tiny("llama").save_pretrained(tmp_path, max_shard_size="100KB")
+    stored = tensors_in(tmp_path)
+    size = weight_bytes(tmp_path)
+    other = {name.removeprefix("model."): tensor + 1 for name, tensor in stored.items()}  # another library's copy, with some of the names
+    save_file({**other, **{name: tensor + 1 for name, tensor in stored.items()}}, tmp_path / "other.safetensors")
+    assert torch.equal(logits_of(load_blockwise(tmp_path, FLOAT32, CPU)), logits_of(build_tiny("llama")))
+    assert weight_bytes(tmp_path) == size == sum(file.stat().st_size for file in tmp_path.glob("model-*.safetensors"))
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(LoadError, match="neither model.safetensors nor model.safetensors.index.json"):
+        find(Model(name=str(tmp_path)))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_added_tokens_have_the_rows_that_they_have_in_a_whole_model(tied: bool, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, vocab_size=len(build_tokenizer()), tie_word_embeddings=tied)
+    (folder / "tokenizer_config.json").unlink()  # the tokenizer is whole without it
+    settings = dataclasses.replace(FLOAT32, name=str(folder), add_tokens=("<tool>", "</tool>"))
+    whole, model = load_model(folder, settings, CPU), load_blockwise(folder, settings, CPU)
+    assert whole.config.vocab_size == model.config.vocab_size == len(build_tokenizer()) + 2
+    ids = torch.tensor([[5, model.config.vocab_size - 1, 7, model.config.vocab_size - 2]])
+    assert torch.equal(logits_of(model, ids), logits_of(whole, ids))
+
+
+def test_a_folder_whose_index_could_not_be_written_does_not_look_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_tiny("llama").save_pretrained(tmp_path / "base")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model = load_blockwise(tmp_path / "base", FLOAT32, CPU)
+    monkeypatch.setattr("json.dump", full)
+    monkeypatch.setattr("llmlite.storage.os.replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write_blockwise(model, tmp_path / "again", torch.float32)
+    assert not (tmp_path / "again" / "model.safetensors.index.json").exists()
 
 
 def test_tensors_are_read_without_mapping_and_a_short_file_is_damage(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import llmlite
-from llmlite.errors import ConfigError, OutputError
+from llmlite.errors import ConfigError, OutputError, RunError
+from llmlite.models.blockwise import load_blockwise
+from llmlite.models.load import load_model
+from llmlite.models.safety import linear_4bit_layers
+from llmlite.models.settings import Model
 from llmlite.report import Report
 from llmlite.storage import damage
 from llmlite.training.checkpoints import newest_complete
+from tests.conftest import save_tiny
 
 SMALL: dict[str, Any] = {"max_length": 64, "evaluation_rows": 6, "r": 4, "per_device_train_batch_size": 2, "save_steps": 2, "logging_steps": 1}
 
@@ -67,8 +74,11 @@ def test_neither_report_nor_adapter_names_a_folder_of_this_machine(finished: Rep
 
 def test_the_same_command_again_does_no_step_again(finished: Report) -> None:
     before = {p: p.stat().st_mtime_ns for p in (finished.path / "steps").rglob("*") if p.is_file()}
+    for leftover in (".01-quantize-k7hs2a", "01-quantize.work"):  # as a kill leaves them, between a rename and the next line
+        (finished.path / "steps" / leftover).mkdir()
+        (finished.path / "steps" / leftover / "model.safetensors").write_text("bytes")
     again = llmlite.Recipe.from_file(finished.path / "recipe.yaml").run(finished.path)
-    assert {p: p.stat().st_mtime_ns for p in (finished.path / "steps").rglob("*") if p.is_file()} == before
+    assert {p: p.stat().st_mtime_ns for p in (finished.path / "steps").rglob("*") if p.is_file()} == before  # and the leftovers are gone
     assert again.rows == finished.rows
 
 
@@ -152,6 +162,36 @@ def test_quantizing_twice_is_refused_before_anything_is_loaded(model_folder: Pat
     with pytest.raises(ConfigError, match=r"steps\[1\] quantize: takes a model that is dense or sparse; the step before leaves it nf4"):
         twice.check()
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_a_base_that_is_quantized_already_is_planned_as_it_is_and_loads_safe(scheme: str, model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
+    how = BitsAndBytesConfig(load_in_8bit=True) if scheme == "int8" else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    stock = AutoModelForCausalLM.from_pretrained(model_folder, quantization_config=how, dtype=torch.float32, device_map={"": "cpu"})
+    folder = shutil.copytree(model_folder, tmp_path / "base")
+    stock.save_pretrained(folder)
+    data = llmlite.Data(train=str(pairs_file), max_length=64)
+    plan = llmlite.Recipe(model=str(folder), data=data, steps=[llmlite.Lora()]).check()
+    assert [row["form"] for row in plan.rows] == [scheme, scheme]
+    assert plan.rows[0]["disk_bytes"] == (folder / "model.safetensors").stat().st_size
+    steps = [llmlite.Quantize(), llmlite.PruneFfn()]
+    with pytest.raises(ConfigError, match=rf"steps\[0\] quantize: takes a model that is dense or sparse; the base is {scheme}(?s:.*)steps\[1\] prune.ffn"):
+        llmlite.Recipe(model=str(folder), data=data, steps=steps).check()
+    for load in (load_model, load_blockwise):
+        layers = linear_4bit_layers(load(folder, Model(name=str(folder)), torch.device("cpu")))
+        assert len(layers) == (0 if scheme == "int8" else 21)
+        assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+
+
+def test_a_base_that_computes_no_numbers_is_said_to_before_any_step(pairs_file: Path, tmp_path: Path) -> None:
+    file = save_tiny(tmp_path / "base") / "model.safetensors"
+    stored = load_file(file)
+    stored["model.layers.1.mlp.down_proj.weight"][0, 0] = torch.inf
+    save_file(stored, file, metadata={"format": "pt"})
+    steps = [llmlite.PruneWeights(method="magnitude")]
+    with pytest.raises(RunError, match=r"base: the perplexity of .*base on the held-out text is inf, computed in float32"):
+        llmlite.Recipe(model=str(file.parent), data=str(pairs_file), steps=steps, output_dir=str(tmp_path / "out"), max_length=64).run()
+    assert not (tmp_path / "out" / "steps" / "00-base").exists()
 
 
 def test_the_plan_says_what_the_run_then_measures(finished: Report, model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from llmlite.calibration.moments import Moments
+from llmlite.errors import ConfigError
 from llmlite.pruning import scores
-from llmlite.pruning.masks import follows_pattern, parse_pattern, pattern_mask, row_mask, tensor_mask
+from llmlite.pruning.masks import follows_pattern, pattern_mask, row_mask, tensor_mask
 from llmlite.pruning.owl import outlier_share, owl_sparsities
 from llmlite.pruning.reconstruct import DAMPINGS, choose_damping, least_squares, output_error
 from llmlite.pruning.sparsegpt import sparsegpt
 from llmlite.pruning.units import Cut, obs_choice, strongest
+from llmlite.pruning.weights import PruneWeights
 
 
 def correlated(tokens: int = 200, inputs: int = 12, seed: int = 0) -> torch.Tensor:
@@ -159,11 +161,11 @@ def test_masks_remove_the_lowest_scores() -> None:
     assert pattern_mask(score, 1, 2).tolist() == [[True, False, True, False], [True, False, True, False]]
 
 
-@pytest.mark.parametrize("text", ["4:2", "2:2", "0:4", "a:b", "2"])
+@pytest.mark.parametrize("text", ["4:2", "2:2", "0:4", "a:b", "1:2:4"])
 def test_patterns_that_are_none_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="N:M such as 2:4"):
-        parse_pattern(text)
-    assert parse_pattern("4:8") == (4, 8)
+    with pytest.raises(ConfigError, match="N:M with 0 < N < M"):
+        PruneWeights(sparsity=text)
+    assert PruneWeights(sparsity=" 4:8 ").pattern == (4, 8)
 
 
 @pytest.mark.parametrize("options", [{"sparsity": 0.5}, {"pattern": (2, 4)}, {"pattern": (1, 3)}])

@@ -17,11 +17,11 @@ from llmlite.calibration.blocks import batches_of
 from llmlite.context import Run
 from llmlite.errors import ConfigError
 from llmlite.evaluation.reload import loading_lines, reload_difference
+from llmlite.models.safety import make_safe
 from llmlite.quantization import calibrate as calibrate_module
 from llmlite.quantization import nf4
 from llmlite.quantization.calibrate import CalibratedScheme, calibrate, towards_dense, write_calibrated
 from llmlite.quantization.error import error_report, layer_errors
-from llmlite.quantization.safety import make_safe
 from tests.conftest import build_tiny, logits_of, save_tiny, token_ids
 
 
@@ -213,6 +213,11 @@ def test_skip_takes_whole_names_and_parts_of_them(tmp_path: Path, model_folder: 
 def test_a_name_to_skip_that_no_layer_has_is_refused(model_folder: Path, pairs_file: Path) -> None:
     with pytest.raises(ConfigError, match=r"skip: 'downproj' is part of no layer's name.*down_proj"):
         _checked(model_folder, pairs_file, skip=["downproj"])
+
+
+def test_a_recipe_that_would_quantize_nothing_is_refused(model_folder: Path, pairs_file: Path) -> None:
+    with pytest.raises(ConfigError, match="leave no layer to quantize"):
+        _checked(model_folder, pairs_file, skip=["mlp", "self_attn"])
 
 
 def test_what_stays_dense_can_be_kept_in_16_bit_and_comes_back_so(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:

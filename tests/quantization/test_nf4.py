@@ -10,6 +10,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, quantize_4bit
 from torch import Tensor
 
+from llmlite.models.safety import make_safe
 from llmlite.quantization.nf4 import (
     DoubleScales,
     calibrated_codes,
@@ -22,7 +23,6 @@ from llmlite.quantization.nf4 import (
     refine,
     search_scales,
 )
-from llmlite.quantization.safety import make_safe
 from llmlite.quantization.stock_format import pack, read_codes, unpack, write_codes
 
 SCHEMES = ("nf4", "fp4")

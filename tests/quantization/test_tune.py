@@ -12,7 +12,8 @@ from llmlite.calibration.blocks import batches_of
 from llmlite.models.quick import quick_copy
 from llmlite.models.view import ModelView
 from llmlite.quantization.calibrate import CalibratedScheme, calibrate
-from llmlite.quantization.tune import TuneScales, scaled_product
+from llmlite.quantization.nf4 import DoubleScales, grid_of, nearest_index
+from llmlite.quantization.tune import Codes, TuneScales, scaled_product, tune_scales
 from tests.conftest import build_tiny, logits_of, token_ids
 
 
@@ -70,6 +71,23 @@ def test_tuning_that_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pyte
     again = build_tiny("llama")
     calibrate(again, batches, how, tmp_path / "codes", tmp_path / "walk")
     assert torch.equal(logits_of(first), logits_of(again))
+
+
+def test_a_descent_that_overflows_leaves_the_scales_as_they_were() -> None:
+    model, batches, grid = build_tiny("llama"), batches_of(token_ids(rows=4, length=8)), grid_of("nf4")
+    codes = {
+        one.name: Codes(nearest_index(one.weight_OI, grid), torch.ones(one.weight_OI.shape[0], 1)) for one in ModelView(model).linears() if "q_" in one.name
+    }
+    hidden = [torch.full((*batch["input_ids"].shape, 64), torch.inf) for batch in batches]
+    tuned = tune_scales(model, codes, grid, batches, hidden, TuneScales())
+    assert all(torch.equal(tuned[name].scales_OB, one.scales_OB) for name, one in codes.items())
+
+
+def test_codes_go_to_another_device_whole() -> None:
+    scales_OB = torch.rand(6, 1)
+    codes = Codes(torch.zeros(6, 64, dtype=torch.uint8), scales_OB, DoubleScales.of(scales_OB)).to(torch.device("meta"))
+    assert codes.double is not None
+    assert {str(one.device) for one in (codes.index_OI, codes.scales_OB, codes.double.offset, codes.double.absmax_G, codes.double.code_256)} == {"meta"}
 
 
 def test_a_quick_copy_keeps_ties_and_leaves_the_model_alone() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from llmlite.errors import RunError
-from llmlite.quantization.safety import linear_4bit_layers, make_safe, packed_generation
+from llmlite.models.safety import linear_4bit_layers, make_safe, packed_generation
 from tests.conftest import build_tiny, logits_of
 
 

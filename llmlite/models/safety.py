@@ -32,7 +32,8 @@ def linear_4bit_layers(model: nn.Module) -> list[Linear4bit]:
 
 
 def make_safe(model: nn.Module) -> int:
-    """Keep every 4-bit layer in its portable format, whatever the CPU can do. Call it right after loading. Returns the number of layers.
+    """Keep every 4-bit layer in its portable format, whatever the CPU can do. `load_model` and `load_blockwise` call it; so must who loads otherwise,
+    before anything else. Returns the number of layers.
 
     Without it, on CPUs with AVX512-BF16: KL 7.4 instead of 0.04 after a save, LoRA gradients up to 2500 times too small.
 
