@@ -11,7 +11,6 @@ switched to in a fresh process and must give the logits that it gives alone.
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llmlite.errors import ConfigError, OutputError
-from llmlite.hub.multi_adapter import ADAPTERS, Adapters
+from llmlite.hub.multi_adapter import ADAPTERS, NAME, Adapters
 from llmlite.models.adapted import MARKS
 from llmlite.pipeline import base_of_result, load_result
 from llmlite.storage import MANIFEST, file_sums, read_object, writing_folder
@@ -106,7 +105,7 @@ def _named(folders: list[Path], names: Sequence[str]) -> dict[str, Path]:
         names = ()
     chosen = list(names) or [folder.absolute().name for folder in folders]
     problems += [f"'{name}' is the name of two adapters. Say others: --names a,b" for name in dict.fromkeys(chosen) if chosen.count(name) > 1]
-    problems += [f"'{name}' is no name for an adapter: letters, digits, _ and - only. Say others: --names a,b" for name in chosen if not _NAME.fullmatch(name)]
+    problems += [f"'{name}' is no name for an adapter: letters, digits, _ and - only. Say others: --names a,b" for name in chosen if not NAME.fullmatch(name)]
     problems += [f"'{name}' cannot be the name of an adapter: {reason}. Say others: --names a,b" for name in chosen if (reason := _taken(name))]
     if len(folders) < 2:
         problems.append("one adapter is whole as it is; give two or more folders.")
@@ -116,9 +115,6 @@ def _named(folders: list[Path], names: Sequence[str]) -> dict[str, Path]:
         if not all((folder / file).is_file() for file in (*_WEIGHTS, "recipe.yaml", "report.json")):
             raise OutputError(f"export: {folder} holds no finished run whose result is an adapter (wanted: {', '.join(_WEIGHTS)}, report.json).")
     return dict(zip(chosen, folders, strict=True))
-
-
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def _taken(name: str) -> str:

@@ -1,12 +1,6 @@
 """Run a recipe: base, steps in order with a checkpoint after each, evaluation after each, one result, a report.
 
-    OUT/                  the result: weights or adapter, tokenizer, recipe.yaml, report.json
-    OUT/steps/00-base/    figures of the base and its distributions on the held-out tokens
-    OUT/steps/01-NAME/    the first step's result, a stock folder of its own; and so on
-    OUT/steps/01-NAME.work/   what a step that was stopped continues from; gone when it is complete
-
-Every folder under steps/ is complete or absent, so the same command continues after a kill at any moment. A recipe with other settings is
-refused in the same folder.
+What lies on disk meanwhile, and how it comes back, is in `llmlite.kept`: the same command continues after a kill at any moment.
 """
 
 from __future__ import annotations
@@ -15,7 +9,6 @@ import dataclasses
 import datetime
 import gc
 import importlib.metadata
-import json
 import logging
 import math
 import os
@@ -28,16 +21,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmlite.context import Run
-from llmlite.data.vocabulary import VOCABULARY
 from llmlite.errors import GateFailed, LlmliteError, OutputError, ResourceError, RunError
 from llmlite.gate import COLLAPSE
+from llmlite.kept import Kept, write_row
 from llmlite.models.adapted import adapter_parameters, is_adapted
-from llmlite.models.find import weight_bytes
+from llmlite.models.find import weight_bytes, weights_fingerprint
 from llmlite.plan import check, claim, made_before_adapter
 from llmlite.recipe import Recipe
 from llmlite.report import Report, Row
 from llmlite.step import Step, name_of_step
-from llmlite.storage import damage, folder_bytes, link_or_copy, locked, set_aside, telling, telling_full, writing_folder
+from llmlite.storage import folder_bytes, locked, telling, telling_full, writing_folder
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +88,7 @@ def load_result(folder: Path | str, tensor_parallel: bool = False, **options: An
         raise OutputError(f"{out} holds no finished run (no recipe.yaml with report.json).")
     recipe = Recipe.from_file(out / "recipe.yaml", output_dir=str(out), **options)
     context = Run(recipe, tensor_parallel=tensor_parallel)
-    model = _Pipeline(recipe, context, out).result().eval()
+    model = Kept(recipe, context, out).reload(len(recipe.steps) - 1).eval()
     context.take_vocabulary(out)
     return model, context
 
@@ -105,7 +98,7 @@ def base_of_result(folder: Path | str) -> tuple[Path, Run]:
     out = Path(folder)
     recipe = Recipe.from_file(out / "recipe.yaml", output_dir=str(out))
     context = Run(recipe)
-    return _Pipeline(recipe, context, out)._base_of(len(recipe.steps) - 1), context
+    return Kept(recipe, context, out).base_of(len(recipe.steps) - 1), context
 
 
 class _Pipeline:
@@ -113,47 +106,36 @@ class _Pipeline:
 
     def __init__(self, recipe: Recipe, context: Run, out: Path) -> None:
         self.recipe, self.context, self.out = recipe, context, out
+        self.kept = Kept(recipe, context, out)
         self.model: PreTrainedModel | None = None
         self.report = Report(out, recipe.to_mapping(), {}, _environment(context))
 
     def run(self) -> Report:
         """All steps, then the result."""
         reference = self._base()
-        done = self._complete_steps()
+        done = self.kept.complete_steps()
         if self.context.is_main:
-            self._clear_leftovers(done)
+            self.kept.clear_leftovers(done)
         if done == len(self.recipe.steps) and (self.out / "report.json").is_file():
             log.info("%s is complete; nothing is done again", self.out)
             self.report = Report.read(self.out)
             for index, row in enumerate(self.report.rows[1:]):
                 self._gate(index, row)
             if self.context.is_main:
-                self._link_result()
+                self.kept.link_result()
                 self._push()
             self.context.wait()
             return self.report
         if done:
-            self._take_over_vocabulary(done - 1)
+            self.context.take_vocabulary(self.kept.folder(done - 1))
         for index in range(len(self.recipe.steps)):
             if index >= done:
                 self._step(index, reference)
-            self.report.rows.append(self._row(self._folder(index)))
+            self.report.rows.append(self.kept.row(self.kept.folder(index)))
             self._gate(index, self.report.rows[-1])
         self._finish()
         self._push()
         return self.report
-
-    def _folder(self, index: int) -> Path:
-        step = self.recipe.steps[index]
-        name = (name_of_step(type(step)) or type(step).__name__).rpartition(":")[2]
-        return self.out / "steps" / f"{index + 1:02d}-{name}"
-
-    def _scratch(self, index: int) -> Path:
-        folder = self._folder(index)
-        return folder.with_name(f"{folder.name}.work")
-
-    def _row(self, folder: Path) -> Row:
-        return Row(**json.loads((folder / "row.json").read_text(encoding="utf-8")))
 
     # the base -------------------------------------------------------------------------------------------------------------------------
 
@@ -165,7 +147,7 @@ class _Pipeline:
         from llmlite.models.device_map import is_offloaded
 
         folder = self.out / "steps" / "00-base"
-        if not self._usable(folder):
+        if not self.kept.usable(folder):
             log.info("base: loading %s and measuring it on the held-out text", self.recipe.model.name)
             started = time.perf_counter()
             with measured_peak(self.context.device.type) as peak:
@@ -187,21 +169,28 @@ class _Pipeline:
                     details={
                         "tokens": quality.tokens,
                         "text": self.context.evaluation_data.fingerprint(),
+                        "weights": weights_fingerprint(self.context.source.folder),
                         **({"not_measured": skipped} if skipped else self._sample(model)),
                     },
                 )
                 with writing_folder(folder) as temporary:
                     reference.save(temporary / "reference.safetensors")
-                    _write_row(temporary, row)
+                    write_row(temporary, row)
             self.context.wait()
             del model
             gc.collect()
-        row = self._row(folder)
+        row = self.kept.row(folder)
         data = self.context.evaluation_data
         if row.details["text"] != data.fingerprint():
             raise OutputError(
                 f"output_dir: the held-out text of {self.recipe.data.evaluation or self.recipe.data.train} has changed since the run in {self.out} "
                 "began, so its figures could not be compared. Restore the text, choose another --output_dir, or start afresh with --overwrite_output_dir."
+            )
+        weights = weights_fingerprint(self.context.source.folder)
+        if weights and row.details.get("weights") not in {None, weights}:
+            raise OutputError(
+                f"output_dir: the weights of {self.recipe.model.name} have changed since the run in {self.out} began, so its steps are of another model. Put "
+                "them back, choose another --output_dir, or start afresh with --overwrite_output_dir."
             )
         self.report.rows = [row]
         self.report.evaluation = {
@@ -210,35 +199,6 @@ class _Pipeline:
             "tokens": row.details["tokens"],
         }
         return Reference.read(folder / "reference.safetensors")
-
-    def _usable(self, folder: Path) -> bool:
-        """Whether a step's folder is whole. The main process looks, and sets a damaged one aside."""
-        usable = False
-        if self.context.is_main and folder.exists():
-            reason = damage(folder)
-            usable = reason is None
-            if reason:
-                log.warning("%s is damaged (%s); set aside as %s and done again", folder.name, reason, set_aside(folder).name)
-        return self.context.agreed(usable)
-
-    def _complete_steps(self) -> int:
-        """How many leading steps are whole on disk."""
-        done = 0
-        while done < len(self.recipe.steps) and self._usable(self._folder(done)):
-            done += 1
-        if done:
-            log.info("%d of %d steps are already done; continuing after them", done, len(self.recipe.steps))
-        return done
-
-    def _clear_leftovers(self, done: int) -> None:
-        """Remove what kills have left and nothing continues from: folders in the writing, and what steps that are complete now once continued from."""
-        places = [*(self.out / "steps").glob(".*-*"), *(self._scratch(index) for index in range(done))]
-        for place in places:
-            shutil.rmtree(place, ignore_errors=True)
-
-    def _take_over_vocabulary(self, index: int) -> None:
-        """Go on with the tokens that the steps of an earlier call left."""
-        self.context.take_vocabulary(self._folder(index))
 
     # steps ----------------------------------------------------------------------------------------------------------------------------
 
@@ -251,10 +211,10 @@ class _Pipeline:
         from llmlite.models.safety import packed_generation
         from llmlite.models.save import settle
 
-        step, folder = self.recipe.steps[index], self._folder(index)
+        step, folder = self.recipe.steps[index], self.kept.folder(index)
         name = name_of_step(type(step)) or type(step).__name__
         log.info("step %d of %d: %s", index + 1, len(self.recipe.steps), name)
-        scratch = self._scratch(index)
+        scratch = self.kept.scratch(index)
         with telling(scratch):
             scratch.mkdir(parents=True, exist_ok=True)
         self.context.scratch, self.context.notes = scratch, {}
@@ -292,9 +252,9 @@ class _Pipeline:
                 dict(self.context.notes),
             )
             with writing_folder(folder) as temporary:
-                self._save(model, temporary)
-                size = folder_bytes(temporary) + (weight_bytes(self._base_of(index)) if is_adapted(model) else 0)
-                _write_row(temporary, dataclasses.replace(row, bytes_on_disk=size))
+                self.kept.save(model, temporary)
+                size = folder_bytes(temporary) + (weight_bytes(self.kept.base_of(index)) if is_adapted(model) else 0)
+                write_row(temporary, dataclasses.replace(row, bytes_on_disk=size))
                 for extra in sorted(scratch.glob("keep/*")):  # what the step wants beside its weights, for instance a merged model
                     shutil.move(extra, temporary / extra.name)
             shutil.rmtree(scratch, ignore_errors=True)
@@ -331,7 +291,7 @@ class _Pipeline:
         if not gate:
             log.warning("%s: the model is far from its base: %s. To stop at such a step, set a gate.", row.name, "; ".join(crossed))
             return
-        good = self._folder(index - 1) if index else None
+        good = self.kept.folder(index - 1) if index else None
         raise GateFailed(
             f"gate: step {index + 1}, {row.name}, went too far: {'; '.join(crossed)}.\n"
             + (f"The last good model is in {good}. " if good else f"The last good model is the base, {self.recipe.model.name}. ")
@@ -342,45 +302,9 @@ class _Pipeline:
         if index == 0:
             return step.load(self.context)
         if self.model is None:
-            self.model = self._reload(index - 1)
+            self.model = self.kept.reload(index - 1)
         model, self.model = self.model, None
         return step.apply(model, self.context)
-
-    def _save(self, model: PreTrainedModel, folder: Path) -> None:
-        from llmlite.models.blockwise import shelf_of
-        from llmlite.models.save import save_model
-
-        shelf = shelf_of(model)
-        if shelf is None:
-            save_model(model, folder, self.context.storage_dtype, self.context.base_name())
-        else:
-            assert shelf.folder is not None  # see `_written`
-            for file in shelf.folder.iterdir():
-                link_or_copy(file, folder / file.name)
-        self.context.tokenizer.save_pretrained(folder)
-        if self.context.vocabulary is not None:
-            self.context.vocabulary.save(folder / VOCABULARY)
-
-    def _base_of(self, index: int) -> Path:
-        """The folder of the model on which the adapter of step `index` sits: adapters of the steps before are the same one, trained less."""
-        while index and (self._folder(index - 1) / "adapter_config.json").is_file():
-            index -= 1
-        return self._folder(index - 1) if index else self.context.source.folder
-
-    def _reload(self, index: int) -> PreTrainedModel:
-        folder = self._folder(index)
-        if (folder / "adapter_config.json").is_file():
-            from llmlite.adapters.load import load_adapter
-
-            while index and (self._folder(index - 1) / "adapter_config.json").is_file():
-                index -= 1
-            base = self._reload(index - 1) if index else self.context.load_base()
-            return load_adapter(base, folder, is_trainable=True)
-        return self.context.load(folder)
-
-    def result(self) -> PreTrainedModel:
-        """What the last step left, read from its folder."""
-        return self._reload(len(self.recipe.steps) - 1)
 
     # the result -----------------------------------------------------------------------------------------------------------------------
 
@@ -393,13 +317,13 @@ class _Pipeline:
 
         last = len(self.recipe.steps) - 1
         if self.model is None:
-            self.model = self._reload(last)
+            self.model = self.kept.reload(last)
         if not self.context.is_main:
             return
-        self._link_result()
+        self.kept.link_result()
         dtype = str(self.context.compute_dtype).removeprefix("torch.")
         adapter = is_adapted(self.model)
-        base, vocabulary = self._base_of(last) if adapter else None, self.context.grown_vocabulary if adapter else None
+        base, vocabulary = self.kept.base_of(last) if adapter else None, self.context.grown_vocabulary if adapter else None
         self.report.loading = loading_lines(self.out, base, dtype, vocabulary if base == self.context.source.folder else None)
         log.info("reloading the result in a fresh process")
         lines = self.report.loading
@@ -427,14 +351,6 @@ class _Pipeline:
             )
             log.info("uploaded to %s: %d files, compared with the folder", pushed.url, len(pushed.files))
 
-    def _link_result(self) -> None:
-        """Let the folder itself hold the last step's files, without storing their bytes twice."""
-        folder = self._folder(len(self.recipe.steps) - 1)
-        for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in {"manifest.json", "row.json"}):
-            target = self.out / file.relative_to(folder)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            link_or_copy(file, target)
-
 
 def _require_numbers(recipe: Recipe, perplexity: float, dtype: torch.dtype) -> None:
     """Raise RunError for a base that computes no numbers: nothing could be compared with it, and what is calibrated on it is noise."""
@@ -443,10 +359,6 @@ def _require_numbers(recipe: Recipe, perplexity: float, dtype: torch.dtype) -> N
             f"base: the perplexity of {recipe.model.name} on the held-out text is {perplexity}, computed in {str(dtype).removeprefix('torch.')}. "
             "Its weights hold numbers that are infinite or none, or activations overflow. Download it again, or try dtype: float32."
         )
-
-
-def _write_row(folder: Path, row: Row) -> None:
-    (folder / "row.json").write_text(json.dumps(dataclasses.asdict(row), indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def _logical_parameters(model: PreTrainedModel) -> int:

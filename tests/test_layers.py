@@ -16,7 +16,7 @@ LAYERS = [
     {"training"},
     {"context", "report", "calibration", "evaluation", "html", "hub"},
     {"pruning", "distillation", "quantization", "adapters"},
-    {"recipe", "plan", "loading", "pipeline", "side_by_side", "shrink", "multi_adapter"},
+    {"recipe", "plan", "loading", "kept", "pipeline", "side_by_side", "shrink", "multi_adapter"},
     {"recipes", "cli", "commands", "__main__", "__init__"},
 ]
 

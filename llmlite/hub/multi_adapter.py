@@ -6,12 +6,15 @@ FOLDER/adapters.json, README.md, tokenizer                      what they share
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmlite.config import to_yaml
+from llmlite.errors import LoadError
 from llmlite.evaluation.reload import adapter_loader
 from llmlite.hub.base import loading_snippet
 from llmlite.hub.card import LAST_LINE, fenced, plain
@@ -19,9 +22,12 @@ from llmlite.hub.published import hub_dataset, published
 from llmlite.report import Report
 from llmlite.storage import read_object
 
-__all__ = ["ADAPTERS", "Adapters"]
+__all__ = ["ADAPTERS", "NAME", "Adapters"]
 
 ADAPTERS = "adapters.json"
+NAME = re.compile(r"[A-Za-z0-9_-]+")
+"""What an adapter may be called."""
+_ABOUT = frozenset({"kind", "numbers", "text", "perplexity_before", "perplexity", "recipe"})
 
 
 @dataclass(frozen=True)
@@ -63,12 +69,19 @@ class Adapters:
 
     @classmethod
     def read(cls, folder: Path) -> Adapters | None:
-        """What `write` wrote; None where there is nothing."""
-        try:
-            values = json.loads((folder / ADAPTERS).read_text(encoding="utf-8"))
-            return cls(values["base"], values["adapters"], values["environment"])
-        except (OSError, ValueError, KeyError, TypeError):
+        """What `write` wrote; None where there is nothing.
+
+        Raises:
+            LoadError: the file is damaged, or somebody else's: its names become folders and stand in lines that are run.
+        """
+        if not (folder / ADAPTERS).is_file():
             return None
+        values = read_object(folder / ADAPTERS)
+        found = cls(*(values.get(field.name) for field in dataclasses.fields(cls)))  # type: ignore[arg-type]
+        whole = all(isinstance(part, dict) for part in (found.base, found.adapters, found.environment)) and found.adapters
+        if not whole or not all(NAME.fullmatch(name) and isinstance(about, dict) and about.keys() >= _ABOUT for name, about in found.adapters.items()):
+            raise LoadError(f"{folder / ADAPTERS} is not what `llmlite export` writes. Export the adapters again.")
+        return found
 
     def write(self, folder: Path, place: str) -> None:
         """Write ``adapters.json`` and the card of the place that the folder will be."""
@@ -119,5 +132,5 @@ class Adapters:
         lines = ["| name | kind | numbers | held-out text | perplexity before | after |", "|---|---|---:|---|---:|---:|"]
         for name, about in self.adapters.items():
             figures = [f"{about['numbers']:,}", plain(str(about["text"])), f"{about['perplexity_before']:.4g}", f"{about['perplexity']:.4g}"]
-            lines.append(f"| {' | '.join([plain(name), about['kind'], *figures])} |")
+            lines.append(f"| {' | '.join([plain(name), plain(str(about['kind'])), *figures])} |")
         return "\n".join(lines)

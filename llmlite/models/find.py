@@ -6,6 +6,7 @@ truncated shard is told in seconds.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from llmlite.errors import LoadError
 from llmlite.models.gguf import converted, is_packaged, packaged_gguf
 from llmlite.models.settings import Model
 
-__all__ = ["Source", "find", "stock_files", "weight_bytes", "weight_files"]
+__all__ = ["Source", "find", "stock_files", "weight_bytes", "weight_files", "weights_fingerprint"]
 
+_STRETCHES, _STRETCH = 32, 4096  # of each weight file, and bytes of one
 _INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
@@ -131,6 +133,23 @@ def stock_files(folder: Path) -> list[Path]:
 def weight_bytes(folder: Path) -> int:
     """Bytes of a model's weights on disk: of the files that `stock_files` names."""
     return sum(file.stat().st_size for file in stock_files(folder))
+
+
+def weights_fingerprint(folder: Path) -> str | None:
+    """What tells other weights in the same place: names, sizes and a few stretches of each file, since reading all of a large model would take minutes. The
+    same on every machine. None where the weights are not there."""
+    files = stock_files(folder)
+    if not all(file.is_file() for file in files):
+        return None
+    seen = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        seen.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as stream:
+            for part in range(_STRETCHES):
+                stream.seek(size * part // _STRETCHES)
+                seen.update(stream.read(_STRETCH))
+    return seen.hexdigest()[:16]
 
 
 def weight_files(folder: Path) -> list[tuple[str, int, int]]:

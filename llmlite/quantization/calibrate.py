@@ -31,8 +31,8 @@ from llmlite.calibration.blocks import Statistics, Walk, last_hidden, walk_block
 from llmlite.calibration.sensitivity import quick_sensitivity
 from llmlite.models.blockwise import is_blockwise, shelf_of
 from llmlite.models.device_map import is_offloaded
-from llmlite.models.view import BlockView, ModelView
-from llmlite.quantization.nf4 import DoubleScales, Grid, calibrated_codes, dequantize, grid_of, output_error
+from llmlite.models.view import BlockView, LinearView, ModelView
+from llmlite.quantization.nf4 import DoubleScales, Grid, calibrated_together, dequantize, grid_of, output_error
 from llmlite.quantization.stock_format import write_codes
 from llmlite.quantization.tune import Codes, TuneScales, tune_scales
 from llmlite.storage import damage, writing_folder
@@ -129,24 +129,25 @@ def calibrate(model: nn.Module, batches: Sequence[Batch], how: CalibratedScheme,
 
     def change(block: BlockView, found: dict[str, Statistics]) -> dict[str, Any]:
         errors: dict[str, float] = {}
+        together: dict[int, tuple[Statistics, list[LinearView]]] = {}  # the layers that hear the same input
         for role, statistics in found.items():
-            linear = block.linears[role]
-            if linear.name in how.skip:
-                continue
+            if block.linears[role].name not in how.skip:
+                together.setdefault(id(statistics), (statistics, []))[1].append(block.linears[role])
+        for statistics, layers in together.values():
             moments = statistics.all
             hessian_II = moments.gram_II / max(moments.tokens, 1)
-            weight_OI = linear.weight_OI.float()
-            wanted_OI = weight_OI
+            dense = [linear.weight_OI.float() for linear in layers]
+            wanted = dense
             if moments.cross_JI is not None:
-                wanted_OI = towards_dense(weight_OI, hessian_II, moments.cross_JI / max(moments.tokens, 1), 10 * how.damping)
-            index_OI, scales_OB, double = calibrated_codes(
-                wanted_OI, hessian_II, grid.to(hessian_II.device), double_quant=how.double_quant, damping=how.damping, sweeps=how.sweeps
-            )
-            quantized_OI = dequantize(index_OI, scales_OB, grid.to(hessian_II.device))
-            whole = output_error(weight_OI, hessian_II).sum().clamp_min(1e-30)
-            errors[linear.name] = float(output_error(wanted_OI - quantized_OI, hessian_II).sum() / whole)
-            linear.weight_OI.copy_(quantized_OI)
-            _keep(codes / f"{linear.name}.safetensors", Codes(index_OI, scales_OB, double))
+                wanted = [towards_dense(weight_OI, hessian_II, moments.cross_JI / max(moments.tokens, 1), 10 * how.damping) for weight_OI in dense]
+            here = grid.to(hessian_II.device)
+            chosen = calibrated_together(wanted, hessian_II, here, double_quant=how.double_quant, damping=how.damping, sweeps=how.sweeps)
+            for linear, weight_OI, wanted_OI, (index_OI, scales_OB, double) in zip(layers, dense, wanted, chosen, strict=True):
+                quantized_OI = dequantize(index_OI, scales_OB, here)
+                whole = output_error(weight_OI, hessian_II).sum().clamp_min(1e-30)
+                errors[linear.name] = float(output_error(wanted_OI - quantized_OI, hessian_II).sum() / whole)
+                linear.weight_OI.copy_(quantized_OI)
+                _keep(codes / f"{linear.name}.safetensors", Codes(index_OI, scales_OB, double))
         return errors
 
     families = ModelView(model).family.linears

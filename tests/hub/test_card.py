@@ -13,11 +13,12 @@ import pytest
 import yaml
 
 import llmlite
-from llmlite.errors import OutputError
+from llmlite.errors import LoadError, OutputError
 from llmlite.evaluation.reload import loading_lines
 from llmlite.html.images import CURVE, OVERVIEW, card_images
 from llmlite.hub.base import loading_snippet
 from llmlite.hub.card import model_card, write_card
+from llmlite.hub.multi_adapter import Adapters
 from llmlite.hub.push import push, what_is_sent
 from llmlite.plan import made_before_adapter
 from llmlite.report import Report, Row
@@ -88,6 +89,14 @@ def test_names_with_quotes_cannot_leave_the_string_they_stand_in() -> None:
     assert [node.names[0].name for node in ast.walk(parsed) if isinstance(node, ast.Import)] == []
     literals = [node.value for node in ast.walk(parsed) if isinstance(node, ast.Constant)]
     assert literals.count(evil) == 5  # the base, and place and revision of adapter and tokenizer
+
+
+@pytest.mark.parametrize("adapters", [{}, {"../a": {}}, {'x"); import os #': {}}, {"a": {"kind": "lora"}}, ["a"]])
+def test_a_list_of_adapters_that_no_export_wrote_is_refused(adapters: Any, tmp_path: Path) -> None:
+    assert Adapters.read(tmp_path) is None
+    (tmp_path / "adapters.json").write_text(json.dumps({"base": {}, "adapters": adapters, "environment": {}}))
+    with pytest.raises(LoadError, match="is not what `llmlite export` writes"):
+        Adapters.read(tmp_path)
 
 
 def test_the_lines_that_a_fresh_process_runs_are_python_whatever_the_folders_and_adapters_are_called() -> None:

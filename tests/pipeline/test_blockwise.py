@@ -193,7 +193,7 @@ def recipe(base: Path, rows: Path, out: Path, steps: tuple[Step, ...], load: Any
 def test_a_run_in_blocks_leaves_the_bits_and_the_figures_of_a_whole_run(
     steps: str, base: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmlite.pipeline._Pipeline._finish", lambda self: self._link_result())  # the reload has a test of its own
+    monkeypatch.setattr("llmlite.pipeline._Pipeline._finish", lambda self: self.kept.link_result())  # the reload has a test of its own
     monkeypatch.setattr("llmlite.evaluation.speed.measure_speed", lambda _model: Speed(1.0, 1.0))
     monkeypatch.setattr("llmlite.evaluation.sample.sample", lambda *_: {"prompt": "", "expected": "", "answer": ""})
     monkeypatch.setattr(blocks_module, "SPILL_BYTES", 1)  # hidden states of all batches but the first lie in files
@@ -218,7 +218,7 @@ def test_the_dense_result_is_proved_by_stock_transformers_with_its_blocks_on_dis
 
 @pytest.mark.parametrize("where", ["walk", "shards"])
 def test_a_run_that_was_stopped_ends_with_the_same_bits(where: str, base: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmlite.pipeline._Pipeline._finish", lambda self: self._link_result())
+    monkeypatch.setattr("llmlite.pipeline._Pipeline._finish", lambda self: self.kept.link_result())
     steps = (llmlite.PruneWeights(),)
     expected = recipe(base, pairs_file, tmp_path / "whole", steps).run()
     place = "llmlite.calibration.blocks._keep" if where == "walk" else "llmlite.models.blockwise._write_shard"

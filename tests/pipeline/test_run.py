@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -80,6 +81,20 @@ def test_the_same_command_again_does_no_step_again(finished: Report) -> None:
     again = llmlite.Recipe.from_file(finished.path / "recipe.yaml").run(finished.path)
     assert {p: p.stat().st_mtime_ns for p in (finished.path / "steps").rglob("*") if p.is_file()} == before  # and the leftovers are gone
     assert again.rows == finished.rows
+
+
+def test_other_weights_under_the_same_name_are_refused(pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmlite.pipeline._Pipeline._finish", lambda self: None)
+    base = save_tiny(tmp_path / "base")
+    steps = [llmlite.PruneWeights(method="magnitude")]
+    made = llmlite.Recipe(model=str(base), data=llmlite.Data(train=str(pairs_file), max_length=64), steps=steps, output_dir=str(tmp_path / "out"))
+    made.run()
+    os.utime(base / "model.safetensors")  # a copy is the same model
+    made.run()
+    stored = load_file(base / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in stored.items()}, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(OutputError, match="the weights of .*base have changed since the run"):
+        made.run()
 
 
 def test_other_settings_in_the_same_folder_are_refused_and_named(finished: Report, model_folder: Path, pairs_file: Path) -> None:

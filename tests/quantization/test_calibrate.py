@@ -108,19 +108,19 @@ def test_the_layer_error_is_the_error_of_the_layers_output(tmp_path: Path) -> No
 def test_a_stopped_calibration_continues_and_ends_in_the_same_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     how = CalibratedScheme(inputs="compressed")
     whole = calibrate(build_tiny("llama"), windows(), how, tmp_path / "whole", tmp_path / "whole-walk")
-    real, calls = nf4.calibrated_codes, []
+    real, calls = nf4.calibrated_together, []
 
     def dies(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
-        if len(calls) == 10:  # in the second of three blocks
+        if len(calls) == 6:  # in the second of three blocks, each with four kinds of inputs
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(calibrate_module, "calibrated_codes", dies)
+    monkeypatch.setattr(calibrate_module, "calibrated_together", dies)
     with pytest.raises(KeyboardInterrupt):
         calibrate(build_tiny("llama"), windows(), how, tmp_path / "codes", tmp_path / "walk")
     again = calibrate(build_tiny("llama"), windows(), how, tmp_path / "codes", tmp_path / "walk")
-    assert len(calls) == 10 + 14  # the first block's seven layers were not done again
+    assert len(calls) == 6 + 8  # the first block was not done again
     assert again == whole
     files = sorted(p.name for p in (tmp_path / "whole").glob("*.safetensors"))
     assert len(files) == 21

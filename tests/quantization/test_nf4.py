@@ -14,6 +14,7 @@ from llmlite.models.safety import make_safe
 from llmlite.quantization.nf4 import (
     DoubleScales,
     calibrated_codes,
+    calibrated_together,
     dequantize,
     gptq,
     grid_of,
@@ -156,7 +157,7 @@ def test_refined_codes_cannot_be_improved_by_moving_any_one_of_them() -> None:
 
 
 def test_scales_in_8_bits_are_the_ones_bitsandbytes_reads_back() -> None:
-    scales_OB = torch.rand(40, 9) + 0.1
+    scales_OB = torch.rand(40, 9, generator=torch.Generator().manual_seed(0)) + 0.1
     double = DoubleScales.of(scales_OB)
     offset = scales_OB.mean()
     codes, state = bnb.functional.quantize_blockwise((scales_OB - offset).flatten(), blocksize=256)
@@ -221,3 +222,21 @@ def test_codes_for_another_layer_or_type_are_refused() -> None:
         write_codes(_stock_layer(weight_OI[:12], "nf4", False), index_OI, scales_OB, grid_of("nf4"), double)
     with pytest.raises(ValueError, match="another grid"):
         write_codes(_stock_layer(weight_OI, "fp4", False), index_OI, scales_OB, grid_of("nf4"), double)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_layers_that_hear_the_same_input_get_the_codes_that_each_gets_alone(double_quant: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_NI = torch.randn(300, 128, generator=generator)
+    hessian_II = x_NI.t() @ x_NI / 300
+    weights = [torch.randn(outputs, 128, generator=generator) for outputs in (64, 16, 40)]
+    together = calibrated_together(weights, hessian_II, grid_of("nf4"), double_quant=double_quant)
+    for weight_OI, (index_OI, scales_OB, double) in zip(weights, together, strict=True):
+        alone_OI, alone_OB, alone = calibrated_codes(weight_OI, hessian_II, grid_of("nf4"), double_quant=double_quant)
+        assert index_OI.shape == weight_OI.shape
+        assert (index_OI == alone_OI).float().mean() > 0.999  # sums of other sizes end in other last bits
+        torch.testing.assert_close(scales_OB, alone_OB, rtol=1e-2, atol=1e-2)
+        assert (double is None) == (alone is None) == (not double_quant)
+        if double is not None and alone is not None:
+            torch.testing.assert_close(double.absmax_G, alone.absmax_G)
+            assert torch.equal(double.round(scales_OB), scales_OB)
