@@ -206,7 +206,7 @@ def run_recipe(recipe: Recipe) -> None:
     from llmlite.plan import check, size_line
     from llmlite.report import plan_table
 
-    quiet = not _is_main()
+    quiet = not is_main()
     logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
     _hush()
     console = Console(quiet=quiet, highlight=False)
@@ -225,8 +225,8 @@ def run_recipe(recipe: Recipe) -> None:
         return
     _show_samples(console, report)
     console.print(report.table())
-    if report.rows[-1].details.get("not_measured"):
-        console.print(f"Not measured: {report.rows[-1].details['not_measured']}.", soft_wrap=True)
+    for reason in dict.fromkeys(row.details["not_measured"] for row in report.rows if row.details.get("not_measured")):
+        console.print(f"Not measured: {reason}.", soft_wrap=True)
     merged = report.rows[-1].details.get("perplexity_merged")
     if merged is not None:
         before = report.rows[-1].details["perplexity_before_merge"]
@@ -261,7 +261,8 @@ def _continuing(command: str, arguments: Sequence[str]) -> str:
     return f"{command} {shlex.join(kept)}".rstrip()
 
 
-def _is_main() -> bool:
+def is_main() -> bool:
+    """Whether this process speaks, told without torch."""
     import os
 
     return os.environ.get("RANK", "0") == "0"
@@ -282,7 +283,7 @@ def _lost_another_process(error: Exception) -> bool:
 
 def hush_loggers() -> None:
     """Silence what other libraries log harmlessly: each request, and of bitsandbytes a kernel that it cannot fetch."""
-    for name in ("bitsandbytes", "httpx", "httpx2", "httpcore", "httpcore2", "filelock", "urllib3", "fsspec"):
+    for name in ("accelerate", "bitsandbytes", "httpx", "httpx2", "httpcore", "httpcore2", "filelock", "urllib3", "fsspec"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -310,7 +311,7 @@ def _exits(command: str) -> Iterator[None]:
         click.echo(f"\nInterrupted. What was complete is kept. To continue:\n  {command}", err=True)
         sys.exit(130)
     except LlmliteError as error:
-        if error.exit_code == 2 and not _is_main():
+        if error.exit_code == 2 and not is_main():
             time.sleep(3)  # the main process finds the same in the settings, says it, and the launcher then ends this one
         click.echo(f"{_speaker()}{type(error).__name__}: {error}", err=True)
         if isinstance(error, Interrupted):

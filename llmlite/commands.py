@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from llmlite import __version__
-from llmlite.cli import CONTEXT, dotted_options, hush_loggers, run_recipe, takes_text
+from llmlite.cli import CONTEXT, dotted_options, hush_loggers, is_main, run_recipe, takes_text
 from llmlite.config import default_of, field_doc, parse_flag, read_yaml, to_mapping, to_yaml
 from llmlite.errors import ConfigError
 from llmlite.models.settings import Model
@@ -79,6 +79,14 @@ def _check_command(context: click.Context, file: str) -> None:
 @click.option("--answers", type=click.IntRange(0), default=3, show_default=True, help="Held-out prompts that both answer.")
 @click.option("--estimate_energy", is_flag=True, help="Let codecarbon estimate where the machine has no energy counter. Needs llmlite[energy].")
 @click.option("--grid_grams_per_kwh", type=click.FloatRange(0), metavar="G", help="CO2 of your grid; without it no CO2 is stated.")
+@click.option(
+    "--device_map",
+    type=click.Choice(["none", "auto", "balanced", "sequential"]),
+    default="none",
+    help="Where blocks of a dense model lie that one device does not hold.",
+)
+@click.option("--max_memory", metavar="BYTES", help="device_map only: bytes by device, such as 0=20GB,cpu=60GB.  [default: nine tenths of what is free]")
+@click.option("--tp_plan", type=click.Choice(["none", "auto"]), default="none", help="auto: cut dense models over the processes of torchrun.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def _evaluate_command(folder: str, tasks: str | None, batch_sizes: str, as_json: bool, **options: Any) -> None:
     """Measure a result beside its base: quality, tasks, speed, memory, energy, answers side by side.
@@ -91,7 +99,7 @@ def _evaluate_command(folder: str, tasks: str | None, batch_sizes: str, as_json:
 
     from llmlite.side_by_side import evaluate
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO if is_main() else logging.ERROR, format="%(message)s", stream=sys.stderr)
     hush_loggers()
     try:
         sizes = tuple(int(size) for size in batch_sizes.split(","))
@@ -101,12 +109,14 @@ def _evaluate_command(folder: str, tasks: str | None, batch_sizes: str, as_json:
         raise ConfigError("llmlite evaluate", [f"--batch_sizes {batch_sizes!r} should be numbers from 1, separated by commas, such as 1,8."])
     names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
     found = evaluate(folder, tasks=names, batch_sizes=sizes, **options)
+    if not is_main():
+        return
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
         return
     console = Console(highlight=False)
     console.print(found.table())
-    for base, this in zip(found.models["base"]["answers"], found.models["this"]["answers"], strict=True):
+    for base, this in zip(found.models["base"]["answers"], found.models["this"]["answers"], strict=False):  # an offloaded model gives none
         console.print(f"\n  question  {base['prompt']}\n  base      {base['answer']}\n  this      {this['answer']}", markup=False)
     console.print(f"\nThe figures: {found.path / 'evaluation.json'}", markup=False)
 

@@ -45,6 +45,8 @@ class Run:
     notes: dict[str, Any] = field(default_factory=dict)
     blockwise: bool = False
     """Whether models are loaded block by block; the plan decides it (`llmlite.plan`)."""
+    tensor_parallel: bool = False
+    """Whether models are cut over the processes, which then all read the same rows (`llmlite.models.tensor_parallel`)."""
     vocabulary: Vocabulary | None = None
     """Which of the base's tokens are left, once a step has taken some away."""
 
@@ -99,6 +101,20 @@ class Run:
         return storage_dtype(self.config)
 
     @cached_property
+    def device_map(self) -> dict[str, int | str] | None:
+        """Where the parts of the base lie by `model.device_map`; None when one device holds all of it."""
+        from llmlite.models.device_map import dispatch_map
+
+        return dispatch_map(self.config, self.recipe.model, self.compute_dtype, self.device)
+
+    @cached_property
+    def dispatched_bytes(self) -> int:
+        """Bytes of the base's weights on this process's device, where `device_map` is not None."""
+        from llmlite.models.device_map import held_bytes
+
+        return held_bytes(self.config, self.device_map or {}, self.compute_dtype, self.device)
+
+    @cached_property
     def source(self) -> Source:
         """The base model's folder. During a check only configuration and tokenizer are fetched."""
         return find(self.recipe.model, weights=False)
@@ -137,7 +153,7 @@ class Run:
     def load_base(self) -> PreTrainedModel:
         """The dense base model, anew, with the tokens that are left: the default teacher, and the start of most recipes."""
         self.source = find(self.recipe.model, weights=True)
-        model = self.load(self.source.folder)
+        model = self.load(self.source.folder, **({} if self.device_map is None else {"device_map": self.device_map}))
         if self.vocabulary is None:
             return model
         from llmlite.models.vocabulary import narrow_model
@@ -150,10 +166,10 @@ class Run:
 
         Args:
             folder: a stock folder.
-            options: `dtype` and `quantization_config`, where they are not the run's own.
+            options: `dtype`, `device_map` and `quantization_config`, where they are not the run's own.
         """
         if not self.blockwise:
-            return load_model(folder, self.recipe.model, self.device, **options)
+            return load_model(folder, self.recipe.model, self.device, tensor_parallel=self.tensor_parallel, **options)
         from llmlite.models.blockwise import load_blockwise
 
         self.recipe.folder.mkdir(parents=True, exist_ok=True)

@@ -3,12 +3,14 @@
     one      a single process
     ddp      every process holds whole models and reads its own rows
     fsdp2    as ddp, but while a step trains, weights, gradients and optimizer are split over the processes (`llmlite.training.sharded`)
+    zero3    the same by DeepSpeed
 
-Other layouts (FSDP1, DeepSpeed) are recognised so that they can be refused.
+Other layouts (FSDP1, other stages of DeepSpeed) are recognised so that they can be refused.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -26,12 +28,12 @@ class Layout:
     Attributes:
         kind: see the module.
         processes: how many there are, each with a device of its own.
-        rank0_loading: accelerate was asked to load weights on the first process alone.
+        split_loading: accelerate was asked to load weights on the first process alone, or each process a part of them.
     """
 
-    kind: Literal["one", "ddp", "fsdp1", "fsdp2", "deepspeed"] = "one"
+    kind: Literal["one", "ddp", "fsdp1", "fsdp2", "zero3", "deepspeed"] = "one"
     processes: int = 1
-    rank0_loading: bool = False
+    split_loading: bool = False
 
     @classmethod
     def of_launch(cls, environment: Mapping[str, str] | None = None) -> Layout:
@@ -42,17 +44,22 @@ class Layout:
             return found.get(name, "").lower() in {"1", "true", "yes", "on", "y", "t"}
 
         processes = int(found.get("WORLD_SIZE", "1"))
-        kind: Literal["one", "ddp", "fsdp1", "fsdp2", "deepspeed"] = "ddp" if processes > 1 else "one"
+        kind: Literal["one", "ddp", "fsdp1", "fsdp2", "zero3", "deepspeed"] = "ddp" if processes > 1 else "one"
         if on("ACCELERATE_USE_DEEPSPEED"):
-            kind = "deepspeed"
+            kind = "zero3" if found.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" else "deepspeed"
         elif on("ACCELERATE_USE_FSDP"):
             kind = "fsdp2" if found.get("FSDP_VERSION", "1") == "2" else "fsdp1"
-        return cls(kind, processes, on("FSDP_CPU_RAM_EFFICIENT_LOADING"))
+        return cls(kind, processes, on("FSDP_CPU_RAM_EFFICIENT_LOADING") or on("ACCELERATE_DEEPSPEED_ZERO3_INIT"))
 
     @property
     def sharded(self) -> bool:
         """Whether weights are split over the processes while a step trains."""
-        return self.kind == "fsdp2"
+        return self.kind in {"fsdp2", "zero3"}
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return {"fsdp2": "FSDP2", "zero3": "ZeRO-3", "ddp": "DDP"}.get(self.kind, self.kind)
 
     def not_as_asked(self, launcher: Sequence[str] | None = None) -> str:
         """Why this is not the launch that was asked for, as a sentence; empty when it is, or when nobody can tell.
@@ -79,24 +86,27 @@ class Layout:
         """
         if self.kind == "deepspeed":
             return [
-                "this launch uses DeepSpeed, which llmlite does not support yet: its results could not be saved. Use recipes/accelerate/fsdp2.yaml, which "
-                "splits the same things as ZeRO-3, or ddp.yaml."
+                "this launch uses DeepSpeed with a stage or a configuration of its own. ZeRO stage 3 is what is built: recipes/accelerate/zero3.yaml; "
+                "fsdp2.yaml splits the same things without DeepSpeed."
             ]
         if self.kind == "fsdp1":
             return ["this launch uses FSDP version 1. Set fsdp_version: 2, as recipes/accelerate/fsdp2.yaml does."]
-        if self.kind != "fsdp2":
+        if not self.sharded:
             return []
         problems = []
         if not on_accelerators:
-            problems.append("FSDP2 splits nothing on CPUs: accelerate would run DDP and not say so. Use recipes/accelerate/cpu2.yaml.")
-        if self.rank0_loading:
-            problems.append("fsdp_cpu_ram_efficient_loading gives the other processes empty weights to measure and calibrate with. Set it to false.")
+            problems.append(f"{self.name} splits nothing on CPUs: accelerate would run without it and not say so. Use recipes/accelerate/cpu2.yaml.")
+        if self.split_loading:
+            option = "fsdp_cpu_ram_efficient_loading" if self.kind == "fsdp2" else "zero3_init_flag"
+            problems.append(f"{option} gives processes empty weights to measure and calibrate with. Set it to false.")
+        if self.kind == "zero3" and importlib.util.find_spec("deepspeed") is None:
+            problems.append("this launch uses DeepSpeed, which is not installed: pip install deepspeed. recipes/accelerate/fsdp2.yaml splits the same things.")
         return problems
 
     def peak_bytes(self, peak: int, trained: int, parameters: int, whole: int) -> int:
         """Peak bytes on one device in a step, from what one process without a launch would need.
 
-            fsdp2: max(peak - 16 trained (1 - 1/processes), whole)
+            fsdp2, zero3: max(peak - 16 trained (1 - 1/processes), whole)
 
         Args:
             peak: of one process.
@@ -116,7 +126,7 @@ class Layout:
             return ""
         if self.sharded:
             return (
-                f"{self.processes} processes, FSDP2: weights, gradients and optimizer are split while a step trains; before and after it, and while "
+                f"{self.processes} processes, {self.name}: weights, gradients and optimizer are split while a step trains; before and after it, and while "
                 "calibrating, each device holds the whole model."
             )
         return f"{self.processes} processes, DDP: the whole model, its gradients and optimizer on each device; rows are shared out."

@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 _SHARDS = "shards"
 _NOT_IN_BLOCKS = "speed and answers: the model was loaded block by block"
+_NOT_OFFLOADED = "speed and answers of the base: part of it was brought in for each forward pass"
 
 
 def run(recipe: Recipe, context: Run | None = None) -> Report:
@@ -71,8 +72,13 @@ def run(recipe: Recipe, context: Run | None = None) -> Report:
             return _Pipeline(recipe, context, out).run()
 
 
-def load_result(folder: Path | str) -> tuple[PreTrainedModel, Run]:
+def load_result(folder: Path | str, tensor_parallel: bool = False, **options: Any) -> tuple[PreTrainedModel, Run]:
     """The model that a finished run left, in eval mode, and the run itself: its base, data and tokenizer.
+
+    Args:
+        folder: the run's output.
+        tensor_parallel: see `Run.tensor_parallel`.
+        options: of the recipe, for instance ``device_map``, in place of those that it ran with.
 
     Raises:
         LlmliteError: the folder holds no run, or a damaged one.
@@ -80,8 +86,8 @@ def load_result(folder: Path | str) -> tuple[PreTrainedModel, Run]:
     out = Path(folder)
     if not (out / "recipe.yaml").is_file() or not (out / "report.json").is_file():
         raise OutputError(f"{out} holds no finished run (no recipe.yaml with report.json).")
-    recipe = Recipe.from_file(out / "recipe.yaml", output_dir=str(out))
-    context = Run(recipe)
+    recipe = Recipe.from_file(out / "recipe.yaml", output_dir=str(out), **options)
+    context = Run(recipe, tensor_parallel=tensor_parallel)
     model = Kept(recipe, context, out).reload(len(recipe.steps) - 1).eval()
     context.take_vocabulary(out)
     return model, context
@@ -138,6 +144,7 @@ class _Pipeline:
         from llmlite.evaluation.quality import Reference, reference_of
         from llmlite.evaluation.speed import measure_speed
         from llmlite.models.blockwise import is_blockwise
+        from llmlite.models.device_map import is_offloaded
 
         folder = self.out / "steps" / "00-base"
         if not self.kept.usable(folder):
@@ -148,7 +155,8 @@ class _Pipeline:
                 reference, quality = reference_of(model, self.context.evaluation_batches(), shared=True)
             _require_numbers(self.recipe, quality.perplexity, self.context.compute_dtype)
             if self.context.is_main:  # one process writes and is timed, the others keep still
-                speed = None if is_blockwise(model) else measure_speed(model)
+                skipped = _NOT_IN_BLOCKS if is_blockwise(model) else _NOT_OFFLOADED if is_offloaded(model) else ""
+                speed = None if skipped else measure_speed(model)
                 row = Row(
                     "base",
                     model.num_parameters(),
@@ -162,7 +170,7 @@ class _Pipeline:
                         "tokens": quality.tokens,
                         "text": self.context.evaluation_data.fingerprint(),
                         "weights": weights_fingerprint(self.context.source.folder),
-                        **({"not_measured": _NOT_IN_BLOCKS} if speed is None else self._sample(model)),
+                        **({"not_measured": skipped} if skipped else self._sample(model)),
                     },
                 )
                 with writing_folder(folder) as temporary:

@@ -11,7 +11,7 @@ from typing import Any
 from llmlite.config import read_yaml, shorten, to_yaml
 from llmlite.context import Run
 from llmlite.errors import ConfigError, LlmliteError, LoadError, OutputError
-from llmlite.loading import blockwise_peak, decide_loading, measuring_bytes, needs_whole
+from llmlite.loading import blockwise_peak, decide_loading, measuring_bytes, needs_whole, not_dispatched, require_dispatchable
 from llmlite.recipe import Recipe
 from llmlite.report import human_bytes
 from llmlite.step import ModelPlan, name_of_step
@@ -63,6 +63,7 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
     if recipe.push_to_hub and not recipe.hub_model_id:
         raise ConfigError(recipe.name, ["push_to_hub needs hub_model_id: where to upload, as owner/name."])
     _refuse_launch(context)
+    require_dispatchable(recipe, context)
     _refuse_other_contents(recipe)
     context.check_data()
     config = context.config
@@ -100,12 +101,13 @@ def _rows(recipe: Recipe, context: Run, *, blocks: bool) -> tuple[list[dict[str,
 
     config = context.config
     form, stored = _stored_form(config)
+    weights = expected_bytes(config, dtype=context.compute_dtype, **stored) if context.device_map is None else context.dispatched_bytes
     model = ModelPlan(
         config,
         form=form,
         parameters=size_of_config(config).parameters,
         disk_bytes=expected_bytes(config, dtype=context.storage_dtype, **stored),
-        peak_bytes=expected_bytes(config, dtype=context.compute_dtype, **stored) + runtime_bytes(context.device) + measuring_bytes(config),
+        peak_bytes=weights + runtime_bytes(context.device) + measuring_bytes(config),
     )
     rows = [_plan_row("base", model)]
     if blocks:
@@ -125,9 +127,11 @@ def _rows(recipe: Recipe, context: Run, *, blocks: bool) -> tuple[list[dict[str,
                 f"steps[{index}] {name}: the model already carries an adapter. Put a step 'merge' before this one, or do it before the adapter is trained."
             )
             continue
-        if context.layout.sharded and isinstance(step, TrainingStep) and (reason := step.no_sharding(model.form)):
+        if context.layout.sharded and isinstance(step, TrainingStep) and (reason := step.no_sharding(model.form, context.layout)):
             problems.append(f"steps[{index}] {name}: {reason}")
             continue
+        if reason := not_dispatched(step, model.form, context):
+            problems.append(f"steps[{index}] {name}: {reason}")
         before = model
         try:
             model = step.check(model, context)

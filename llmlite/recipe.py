@@ -34,6 +34,7 @@ NOT_IN_IDENTITY = frozenset(
     {"gate", "estimate_energy", "grid_grams_per_kwh", "dry_run", "overwrite_output_dir", "output_dir"}
     | {"push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_accept_license"}
     | {"api_key_env", "concurrency", "max_retries", "request_timeout"}  # how a teacher's API is asked, not what
+    | {"device_map", "max_memory", "teacher_device_map", "teacher_max_memory", "teacher_tp_plan"}  # where weights lie
 )
 
 
@@ -174,8 +175,12 @@ class Recipe:
 
     def identity(self) -> dict[str, Any]:
         """The plain values that could change the result: what `recipe.yaml` in the output folder holds, and what a continuation must agree with."""
-        mapping = {key: value for key, value in self.to_mapping().items() if key not in NOT_IN_IDENTITY}
-        return mapping | {"steps": [{key: value for key, value in step.items() if key not in NOT_IN_IDENTITY} for step in mapping["steps"]]}
+
+        def kept(part: Mapping[str, Any]) -> dict[str, Any]:
+            return {key: value for key, value in part.items() if key not in NOT_IN_IDENTITY}
+
+        mapping = kept(self.to_mapping())
+        return mapping | {"model": kept(mapping["model"]), "steps": [kept(step) for step in mapping["steps"]]}
 
     @property
     def folder(self) -> Path:

@@ -50,6 +50,9 @@ def evaluate(
     answers: int = 3,
     estimate_energy: bool = False,
     grid_grams_per_kwh: float | None = None,
+    device_map: str = "none",
+    max_memory: str | None = None,
+    tp_plan: str = "none",
 ) -> Evaluation:
     """Measure a result and its base.
 
@@ -67,6 +70,9 @@ def evaluate(
         answers: held-out prompts that both answer.
         estimate_energy: let codecarbon estimate where the machine has no counter.
         grid_grams_per_kwh: grams of CO2 for each kilowatt hour of your grid; without it no CO2 is stated.
+        device_map, max_memory: where dense weights lie; see `llmlite.models.settings.Model`. Of a model that is brought in part by part for each forward pass
+            speed, energy and answers are not measured.
+        tp_plan: "auto": every process of a torchrun launch holds a slice of both models, and all of them call this alike; the first one writes.
 
     Raises:
         LlmliteError: whatever is not there or cannot be measured, before anything is loaded where possible.
@@ -79,12 +85,16 @@ def evaluate(
 
         check_tasks(tasks)
     report = Report.read(folder) if (folder / "report.json").is_file() else None
-    load, context = _subject(folder, base, data)
+    layout = {name: value for name, value in (("device_map", device_map), ("max_memory", max_memory)) if value not in ("none", None)}
+    load, context = _subject(folder, base, data, layout, tp_plan == "auto")
+    _require_layout(folder, context, tasks)
     batches, on = _batches(context, text, window, stride, most_tokens)
     measure = _Measure(context, batches, tasks, limit, batch_sizes, repeats, answers, estimate_energy, grid_grams_per_kwh)
     found = Evaluation(folder, about={**_about(), "quality_on": on})
     found.models["base"] = measure.base()
     found.models["this"] = measure.this(load, _bytes(folder, context))
+    if not context.is_main:
+        return found
     found.save()
     if report is not None:
         from llmlite.html.page import write_page
@@ -95,8 +105,14 @@ def evaluate(
     return found
 
 
-def _subject(folder: Path, base: str | None, data: str | None) -> tuple[Callable[[], PreTrainedModel], Run]:
-    """How the model in the folder is loaded, and the run that knows its base and data."""
+def _subject(folder: Path, base: str | None, data: str | None, layout: dict[str, Any], tensor_parallel: bool) -> tuple[Callable[[], PreTrainedModel], Run]:
+    """How the model in the folder is loaded, and the run that knows its base and data.
+
+    Args:
+        folder, base, data: see `evaluate`.
+        layout: `device_map` and `max_memory` where they were given.
+        tensor_parallel: see `Run.tensor_parallel`.
+    """
 
     from llmlite.context import Run
     from llmlite.data.settings import Data
@@ -108,15 +124,15 @@ def _subject(folder: Path, base: str | None, data: str | None) -> tuple[Callable
     if not folder.is_dir():
         raise LoadError(f"evaluate: no folder {folder}. Give a run's output folder, or a model's.")
     if (folder / "recipe.yaml").is_file() and (folder / "report.json").is_file():
-        recipe = Recipe.from_file(folder / "recipe.yaml", output_dir=str(folder))
+        recipe = Recipe.from_file(folder / "recipe.yaml", output_dir=str(folder), **layout)
         if base is not None:
-            recipe = dataclasses.replace(recipe, model=Model(name=base))
+            recipe = dataclasses.replace(recipe, model=Model(name=base, **layout))
         if data is not None:
             recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=data, evaluation=None))
-        context = Run(recipe)
+        context = Run(recipe, tensor_parallel=tensor_parallel)
 
         def load_run() -> PreTrainedModel:
-            model = load_result(folder)[0]
+            model = load_result(folder, tensor_parallel, **layout)[0]
             context.take_vocabulary(folder)
             return model
 
@@ -129,18 +145,48 @@ def _subject(folder: Path, base: str | None, data: str | None) -> tuple[Callable
         raise LoadError(f"evaluate: {folder} is neither a finished run nor a model folder (no config.json, no adapter_config.json).")
     if base is None:
         raise ConfigError("evaluate", [f"{folder} is no run of llmlite, so it does not say what it was made of: --base MODEL compares it with its base."])
-    context = Run(Recipe(model=Model(name=base), data=Data(train=data) if data else Data(), output_dir=str(folder)))
+    recipe = Recipe(model=Model(name=base, **layout), data=Data(train=data) if data else Data(), output_dir=str(folder))
+    context = Run(recipe, tensor_parallel=tensor_parallel)
 
     def load() -> PreTrainedModel:
         from llmlite.adapters.load import load_adapter
 
         if adapter.is_file():
             return load_adapter(context.load_base(), folder).eval()
-        model = load_model(folder, context.recipe.model, context.device)
+        model = load_model(folder, context.recipe.model, context.device, tensor_parallel=tensor_parallel)
         context.take_vocabulary(folder)
         return model
 
     return load, context
+
+
+def _require_layout(folder: Path, context: Run, tasks: Sequence[str]) -> None:
+    """Raise ConfigError where models cannot be laid out as asked, before any is loaded."""
+    from transformers import AutoConfig
+
+    from llmlite.loading import misplaced
+    from llmlite.models.tensor_parallel import indivisible
+    from llmlite.quantization.bnb import Quantize
+
+    adapter = (folder / "adapter_config.json").is_file()
+    problems = misplaced(context)
+    if not context.tensor_parallel:
+        if context.layout.processes > 1:
+            problems.append(
+                f"this launch has {context.layout.processes} processes, and each would measure the same. Start it in one, or with --tp_plan auto, which cuts "
+                "the models over them."
+            )
+        elif adapter and context.device_map is not None and not any(isinstance(step, Quantize) for step in context.recipe.steps):
+            problems.append("an adapter cannot be put on a model whose blocks lie on several devices. Merge it (step merge), and evaluate that folder.")
+    else:
+        if tasks:
+            problems.append("tasks are not built for tp_plan=auto. Measure them in one process, with --device_map auto where the model needs it.")
+        if adapter:
+            problems.append("an adapter cannot be put on a model that is cut over processes. Merge it (step merge), and evaluate that folder.")
+        configs = [context.config, *([] if adapter else [AutoConfig.from_pretrained(folder)])]
+        problems += dict.fromkeys(problem for config in configs for problem in indivisible(config, context.layout.processes))
+    if problems:
+        raise ConfigError("evaluate", problems)
 
 
 def _batches(context: Run, text: str | None, window: int | None, stride: int | None, most: int) -> tuple[Callable[[], list[dict[str, Tensor]]], str]:
@@ -208,16 +254,21 @@ class _Measure:
         return self._rest(model, measure_quality(model, self.batches(), self.context.over_present_tokens(self.reference)), size)
 
     def _rest(self, model: PreTrainedModel, quality: Any, size: int) -> dict[str, Any]:
+        from llmlite.evaluation.energy import Energy
         from llmlite.evaluation.sample import sample
         from llmlite.evaluation.speed import measure_latency
+        from llmlite.models.device_map import is_offloaded
         from llmlite.models.safety import packed_generation
 
         tasks = self._tasks(model)
-        with packed_generation(model) if self.context.device.type == "cpu" else nullcontext():
-            latency = [dataclasses.asdict(measure_latency(model, batch, repeats=self.repeats)) for batch in self.batch_sizes]
-            energy, tokens = self._energy(model)
-            rows = self.context.evaluation_data.rows
-            answers = [sample(model, self.context.tokenizer, rows, index=index) for index in range(min(self.answers, len(rows.rows)))]
+        if is_offloaded(model):  # each token would read the model from where it lies
+            latency, energy, tokens, answers = [], Energy(source="part of the model was brought in for each forward pass"), 1, []
+        else:
+            with packed_generation(model) if self.context.device.type == "cpu" else nullcontext():
+                latency = [dataclasses.asdict(measure_latency(model, batch, repeats=self.repeats)) for batch in self.batch_sizes]
+                energy, tokens = self._energy(model)
+                rows = self.context.evaluation_data.rows
+                answers = [sample(model, self.context.tokenizer, rows, index=index) for index in range(min(self.answers, len(rows.rows)))]
         per_thousand = None if energy.joules is None else 1000 * energy.joules / tokens
         grams = energy.grams_co2(self.grid)
         return {

@@ -112,6 +112,14 @@ class Step:
         """
         return "it works on the whole model"
 
+    def no_dispatch(self, form: str) -> str:
+        """Why the step cannot work where the blocks of the dense base lie on several devices, in main memory or on disk (`device_map`), or "" when it can.
+
+        Args:
+            form: of the model that the step gets. A quantized one lies on one device, whatever its base did.
+        """
+        return "changes to weights that lie elsewhere would vanish, and gradients stop at them" if form in {"dense", "sparse"} else ""
+
     def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
         """Do it: take the model, return the model that the next step gets. The caller saves it."""
         raise NotImplementedError(f"{type(self).__name__} does not define apply(model, run)")

@@ -52,6 +52,10 @@ class Correct(Step):
         peak = expected_bytes(model.config, dtype=run.compute_dtype) + model.disk_bytes + walk_bytes(model.config, tokens) + runtime_bytes(run.device)
         return dataclasses.replace(plan, trained_parameters=0, tokens=tokens, peak_bytes=peak, notes=(f"rank-{self.r} correction, not trained",))
 
+    def no_dispatch(self, form: str) -> str:
+        """See `Step.no_dispatch`."""
+        return self._lora().no_dispatch(form)
+
     def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
         """Attach the adapter, filled."""
         return self._lora().attach(model, run).eval()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmlite.config import shorten
 from llmlite.errors import LoadError
+from llmlite.models.device_map import is_offloaded
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,6 +38,8 @@ def load_adapter(model: Any, folder: str | Path, *, is_trainable: bool = False, 
     pickled = Path(folder) / "adapter_model.bin"
     if pickled.is_file() and not pickled.with_suffix(".safetensors").is_file():
         raise LoadError(f"adapter: {folder} holds its weights as a pickle, which can run code when it is opened. Save it again as safetensors.")
+    if is_offloaded(model):
+        raise LoadError(f"adapter: {folder} cannot be put on a model of which device_map has offloaded a part. Merge it (step merge), and load that.")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys.*")  # peft would go on with an adapter that was read in part

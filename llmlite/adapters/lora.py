@@ -76,6 +76,12 @@ class Lora(AdapterStep):
             raise ConfigError("lora", problems)
         return super().check(model, run)
 
+    def no_dispatch(self, form: str) -> str:
+        """See `Step.no_dispatch`."""
+        if self.init_lora_weights == "quantization_error":
+            return "the correction of the quantization goes backward through the whole dense base"
+        return super().no_dispatch(form)
+
     def added_parameters(self, config: PretrainedConfig) -> tuple[int, str]:
         """r (out + in) for each layer, a size for each row with DoRA, and the modules that are trained whole."""
         shapes = target_shapes(config, self.target_modules, "lora")

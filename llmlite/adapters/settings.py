@@ -113,7 +113,7 @@ class AdapterStep(TrainingStep):
         elif getattr(meta_model(model.config).get_output_embeddings(), "bias", None) is not None:
             problems.append(f"add_tokens: the head of {model.config.model_type} has a bias, which an adapter cannot carry for single tokens. Use finetune.")
         if run.layout.sharded:
-            problems.append("add_tokens with an adapter under FSDP2 is not built. Launch it with recipes/accelerate/ddp.yaml.")
+            problems.append(f"add_tokens with an adapter under {run.layout.name} is not built. Launch it with recipes/accelerate/ddp.yaml.")
         if problems:
             raise ConfigError(self.label, problems)
 

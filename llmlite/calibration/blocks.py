@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from llmlite.calibration.moments import Moments
 from llmlite.errors import RunError
 from llmlite.models.blockwise import present, replace, shelf_of
+from llmlite.models.device_map import device_of, is_offloaded
 from llmlite.models.quick import quick_dtype
 from llmlite.models.view import BlockView, LinearView, ModelView
 from llmlite.storage import damage, writing_folder
@@ -170,7 +171,7 @@ class Blocks:
     def run(self, block: BlockView, index: int, hidden_BTD: Tensor) -> Tensor:
         """One batch through one block."""
         args, kwargs = self._calls[index][block.index]
-        device = next(block.module.parameters()).device
+        device = device_of(block.module)
         with torch.autocast(device.type, self._dtype, enabled=self._dtype != hidden_BTD.dtype), self._attention_known(block, index, hidden_BTD):
             output = block.module(hidden_BTD.to(device), *args, **kwargs)
         leaving: Tensor = output[0] if isinstance(output, tuple) else output
@@ -438,6 +439,8 @@ def walk_blocks(
     """
     if state is None and walk.keeps and shelf_of(model) is not None:
         raise ValueError("a model that is loaded block by block needs a folder for its changed blocks (state)")
+    if walk.keeps and is_offloaded(model):
+        raise ValueError("changes to weights that device_map has offloaded would vanish; load the model whole, or with load: blocks")
     # a quick walk through changed weights would turn their last bits, which differ with the number of processes, into other choices
     stream = Blocks(model, batches, quick=walk.inputs == "dense")
     dense = list(stream.hidden) if walk.target == "dense" else None

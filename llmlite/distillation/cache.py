@@ -136,11 +136,14 @@ class TeacherCache:
             teacher = load()
             if "head" in missing and run.is_main:
                 self._write_head(teacher.model)
-            shards = [int(part) for part in missing if part != "head"][run.processes.process_index :: run.processes.num_processes]
+            shards = [int(part) for part in missing if part != "head"]
+            if not teacher.cut:  # all processes read all rows with a teacher of which each holds a slice
+                shards = shards[run.processes.process_index :: run.processes.num_processes]
             for done, shard in enumerate(shards):
                 tensors = self._shard(teacher, shard, rows_per_batch)
-                with writing_folder(folder / f"{shard:04d}") as temporary:
-                    save_file(tensors, temporary / "signals.safetensors")
+                if not teacher.cut or run.is_main:
+                    with writing_folder(folder / f"{shard:04d}") as temporary:
+                        save_file(tensors, temporary / "signals.safetensors")
                 log.info("teacher: part %d of %d", done + 1, len(shards))
             del teacher
             gc.collect()  # its weights are not needed again

@@ -1,6 +1,6 @@
 """Teachers behind one seam: `Teacher.signal(batch)` says what the teacher thinks of a batch, wherever the teacher is.
 
-    LiveTeacher      runs beside the student, in any precision, on any device or spread over several
+    LiveTeacher      runs beside the student, in any precision, on any device, spread over several, or cut over the processes of a launch
     CachedTeacher    reads what a live one said before (`llmlite.distillation.cache`)
     AlignedTeacher   a live one that reads the same characters by another tokenizer
 
@@ -24,6 +24,7 @@ from llmlite.data.collate import PaddedCollator, examples_of
 from llmlite.distillation.objective import HiddenTeacher, TeacherSignal
 from llmlite.distillation.uld import align
 from llmlite.errors import UnsupportedModel
+from llmlite.models.device_map import memory_limits
 from llmlite.training.backbone import hidden_and_head
 from llmlite.training.token_loss import IGNORE_INDEX
 
@@ -34,7 +35,11 @@ if TYPE_CHECKING:
     from llmlite.models.find import Source
     from llmlite.models.settings import Model
 
-__all__ = ["AlignedTeacher", "LiveTeacher", "Teacher", "TeacherModel"]
+__all__ = ["SPREADING", "AlignedTeacher", "LiveTeacher", "Teacher", "TeacherModel"]
+
+
+SPREADING = ("auto", "balanced", "sequential")
+"""Names of `device_map` that spread a model over devices."""
 
 
 class Teacher(Protocol):
@@ -56,10 +61,11 @@ class LiveTeacher:
     Args:
         model: in eval mode, on any device or dispatched over several.
         watching: entered around its forward pass, to see what happens inside.
+        cut: every process holds a slice of the model (`llmlite.models.tensor_parallel`) and asks for signals as often as the others do.
     """
 
-    def __init__(self, model: PreTrainedModel, watching: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
-        self.model, self.watching = model, watching
+    def __init__(self, model: PreTrainedModel, watching: Callable[[], AbstractContextManager[None]] = nullcontext, cut: bool = False) -> None:
+        self.model, self.watching, self.cut = model, watching, cut
 
     def signal(self, inputs: dict[str, Tensor], labels_N: Tensor) -> HiddenTeacher:
         """Its last hidden states, and its head."""
@@ -68,10 +74,31 @@ class LiveTeacher:
     def read(self, inputs: dict[str, Any], where_N: Tensor | None = None) -> HiddenTeacher:
         """Run the model on its own inputs."""
         device = self.model.get_input_embeddings().weight.device
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-        with torch.no_grad(), self.watching():
-            hidden_BTD, head, transform = hidden_and_head(self.model, moved)
+        for batch, own in _of_all_processes(inputs) if self.cut else [(inputs, True)]:
+            moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+            with torch.no_grad(), self.watching():
+                found = hidden_and_head(self.model, moved)
+            if own:
+                hidden_BTD, head, transform = found
         return HiddenTeacher(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), head, transform=transform, where_N=where_N)
+
+
+def _of_all_processes(inputs: dict[str, Any]) -> list[tuple[dict[str, Any], bool]]:
+    """The batches of all processes, each different one once and in the same order everywhere, and whether it is this process's own."""
+    given = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, given)
+    different: list[dict[str, Any]] = []
+    for batch in gathered:
+        if not any(_same(batch, other) for other in different):
+            different.append(batch)
+    return [(batch, _same(batch, given)) for batch in different]
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[name]) if isinstance(value, Tensor) else value == other[name] for name, value in one.items()
+    )
 
 
 class AlignedSignal:
@@ -128,7 +155,10 @@ class TeacherModel:
         name: ``base`` for the model the run started from, else a Hub id or folder.
         dtype: as `Model.dtype`.
         quantization: load it in 8 or 4 bit by bitsandbytes; None as it is.
-        device_map: as transformers takes it (``auto``, ``balanced``, ``cuda:1``); None for the student's device.
+        device_map: ``auto``, ``balanced`` or ``sequential`` (see `Model.device_map`), or a device such as ``cuda:1``; None for the student's device, or for
+            where the base lies.
+        max_memory: bytes by device, for the first three.
+        cut: over the processes of the launch (`llmlite.models.tensor_parallel`).
     """
 
     run: Run
@@ -136,6 +166,8 @@ class TeacherModel:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["int8", "nf4", "fp4"] | None = None
     device_map: str | None = None
+    max_memory: str | None = None
+    cut: bool = False
 
     @property
     def is_base(self) -> bool:
@@ -150,6 +182,22 @@ class TeacherModel:
         base = self.run.recipe.model
         dtype = base.dtype if self.dtype == "auto" else self.dtype
         return replace(base, dtype=dtype) if self.is_base else Model(name=self.name, dtype=dtype)
+
+    @cached_property
+    def laid_out(self) -> Model:
+        """The settings with `device_map`, where llmlite decides block by block; a quantized model and an unknown architecture are left to transformers."""
+        if self.device_map not in SPREADING or self.quantization or getattr(self.config, "quantization_config", None) is not None or not self._known:
+            return self.settings
+        return replace(self.settings, device_map=self.device_map, max_memory=self.max_memory)  # type: ignore[arg-type]  # one of its names
+
+    @property
+    def _known(self) -> bool:
+        from llmlite.models.families import family_of
+
+        try:
+            return bool(family_of(self.config))
+        except UnsupportedModel:
+            return False
 
     def source(self, weights: bool) -> Source:
         """Where it is; see `llmlite.models.find.find`."""
@@ -186,36 +234,39 @@ class TeacherModel:
         return compute_dtype(self.run.device, self.settings.dtype)
 
     def expected_bytes(self) -> int:
-        """Bytes of its weights in memory; of an architecture that is not in the families table, those of its files."""
+        """Bytes of its weights on this process's device; of an architecture that is not in the families table, those of its files."""
+        from llmlite.models.device_map import dispatch_map, held_bytes
         from llmlite.models.find import weight_files
-        from llmlite.models.size import expected_bytes
+        from llmlite.models.size import expected_bytes, size_of_config
 
-        try:
-            return expected_bytes(self.config, dtype=self.compute_dtype, scheme=self.quantization, double_quant=True)
-        except UnsupportedModel:
+        if not self._known:
             return sum(size for _, size, _ in weight_files(self.source(weights=False).folder))
+        found = None if self.quantization else dispatch_map(self.config, self.laid_out, self.compute_dtype, self.run.device)
+        if found is not None:
+            return held_bytes(self.config, found, self.compute_dtype, self.run.device)
+        whole = expected_bytes(self.config, dtype=self.compute_dtype, scheme=self.quantization, double_quant=True)
+        processes = self.run.layout.processes if self.cut else 1
+        return whole - self.compute_dtype.itemsize * size_of_config(self.config).decoder * (processes - 1) // processes
 
     def packs(self) -> bool:
         """Whether it keeps packed examples apart by their positions, as far as is known."""
         from llmlite.models.families import family_of
 
-        try:
-            return family_of(self.config).packs_by_position
-        except UnsupportedModel:
-            return False
+        return self._known and family_of(self.config).packs_by_position
 
     def load(self) -> PreTrainedModel:
         """The model, frozen, in eval mode."""
         from llmlite.models.load import load_model
 
-        options: dict[str, Any] = {}
-        if self.device_map:
+        options: dict[str, Any] = {"tensor_parallel": self.cut}
+        if self.device_map and self.laid_out.device_map == "none":
             options["device_map"] = self.device_map
+            options |= {"max_memory": memory_limits(self.max_memory)} if self.max_memory else {}
         if self.quantization:
             from llmlite.quantization.bnb import Quantize
             from llmlite.step import ModelPlan
 
             options["quantization_config"] = Quantize(scheme=self.quantization, unaligned="skip").bitsandbytes_config(ModelPlan(self.config), self.run)
-        model = load_model(self.source(weights=True), self.settings, self.run.device, **options)
+        model = load_model(self.source(weights=True), self.laid_out, self.run.device, **options)
         model.requires_grad_(False)
         return model

@@ -23,6 +23,7 @@ from pydantic import Field
 from llmlite.config import settings
 from llmlite.distillation.student import StudentStep
 from llmlite.errors import ConfigError
+from llmlite.models.device_map import MemoryLimits
 from llmlite.step import ModelPlan
 from llmlite.training.settings import NonNegative, PositiveInt
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from llmlite.context import Run
     from llmlite.distillation.cache import TeacherCache
     from llmlite.distillation.teacher import Teacher, TeacherModel
+    from llmlite.layout import Layout
     from llmlite.training.trainer import Companion, LossMaker
 
 __all__ = ["DistillWhiteBox"]
@@ -63,7 +65,12 @@ class DistillWhiteBox(StudentStep):
     teacher_quantization: Literal["int8", "nf4", "fp4"] | None = None
     """Load the teacher in 8 or 4 bit, by bitsandbytes."""
     teacher_device_map: str | None = None
-    """Where the teacher goes, as transformers takes it: auto or balanced spread it over the devices, cuda:1 or cpu name one. None: the student's."""
+    """Where the teacher goes: auto, balanced or sequential spread its blocks over devices, main memory and disk (see --device_map), in one process; cuda:1 or
+    cpu name one device. None: the student's device, or where the base lies."""
+    teacher_max_memory: MemoryLimits = None
+    """teacher_device_map only: bytes that its weights may take, by device: 0=20GB,cpu=60GB. None: nine tenths of what is free."""
+    teacher_tp_plan: Literal["none", "auto"] = "none"
+    """auto: cut the teacher over the processes of the launch, so that each holds a slice of its blocks; all of them read each batch together."""
     cache: Literal["auto", "none", "hidden", "top_k"] = "auto"
     """What is kept of the teacher on disk, for later epochs and runs: hidden (its last hidden states; exact), top_k (its likeliest tokens; smaller, forward_kl
     only), none. auto: what is there already, else what fits when about every row is read."""
@@ -109,6 +116,7 @@ class DistillWhiteBox(StudentStep):
 
         teacher = self.teacher_model(run)
         problems = [*self._problems_of_losses(), *self._problems_of_cache(), *self.problems_of_student(model), *self._problems_of_teacher(model, teacher, run)]
+        problems += self._problems_of_layout(teacher, run)
         if problems:
             raise ConfigError("distill.whitebox", problems)
         notes = [f"{self.ce_weight:g} CE + {self.kd_weight:g} {self.divergence} to {self.teacher}, {self.student_in_words(model)}"]
@@ -134,7 +142,8 @@ class DistillWhiteBox(StudentStep):
         """The teacher as the settings say."""
         from llmlite.distillation.teacher import TeacherModel
 
-        return TeacherModel(run, self.teacher, self.teacher_dtype, self.teacher_quantization, self.teacher_device_map)
+        cut = self.teacher_tp_plan == "auto"
+        return TeacherModel(run, self.teacher, self.teacher_dtype, self.teacher_quantization, self.teacher_device_map, self.teacher_max_memory, cut)
 
     def _problems_of_losses(self) -> list[str]:
         problems = []
@@ -164,6 +173,31 @@ class DistillWhiteBox(StudentStep):
         if self.cache == "top_k" and self.divergence != "forward_kl":
             return [f"divergence={self.divergence} needs the whole distribution; of the likeliest tokens only forward_kl can be computed. Use cache: hidden."]
         return []
+
+    def _problems_of_layout(self, teacher: TeacherModel, run: Run) -> list[str]:
+        """What keeps the teacher from lying where it should."""
+        from llmlite.distillation.teacher import SPREADING
+        from llmlite.models.tensor_parallel import indivisible
+
+        problems, spreads, processes = [], self.teacher_device_map in SPREADING, run.layout.processes
+        if self.teacher_max_memory and not spreads:
+            problems.append(
+                f"teacher_max_memory={self.teacher_max_memory} limits what teacher_device_map: auto, balanced or sequential may use. Set one of them."
+            )
+        if spreads and processes > 1:
+            problems.append(
+                f"teacher_device_map={self.teacher_device_map} spreads one teacher over all devices from one process; this launch has {processes} with one "
+                "each. teacher_tp_plan: auto cuts it over them, cache: hidden lets it go before the student trains."
+            )
+        if self.teacher_tp_plan == "none":
+            return problems
+        if self.teacher_device_map or self.teacher_quantization:
+            problems.append("teacher_tp_plan=auto cuts a dense teacher over the processes; leave teacher_device_map and teacher_quantization out.")
+        if run.layout.sharded:
+            problems.append(f"teacher_tp_plan=auto under {run.layout.name} is not built. Launch it with recipes/accelerate/ddp.yaml, or use cache: hidden.")
+        if self.hidden_weight or self.attention_weight:
+            problems.append("hidden_weight and attention_weight look inside of the teacher, which teacher_tp_plan=auto cuts. Leave one of them out.")
+        return problems + [f"teacher: {problem}" for problem in indivisible(teacher.config, processes)]
 
     def _problems_of_teacher(self, model: ModelPlan, teacher: TeacherModel, run: Run) -> list[str]:
         from llmlite.distillation.vocab import compare
@@ -209,11 +243,11 @@ class DistillWhiteBox(StudentStep):
         """Get the teacher's signals, train."""
         return self.train_student(model, run, lambda student: self._taught(student, run))
 
-    def no_sharding(self, form: str) -> str:
+    def no_sharding(self, form: str, layout: Layout) -> str:
         """See `TrainingStep.no_sharding`."""
         if self.hidden_weight or self.attention_weight or self.on_policy:
-            return "hidden_weight, attention_weight and on_policy under FSDP2 are not built yet. Launch it with recipes/accelerate/ddp.yaml."
-        return super().no_sharding(form)
+            return f"hidden_weight, attention_weight and on_policy under {layout.name} are not built yet. Launch it with recipes/accelerate/ddp.yaml."
+        return super().no_sharding(form, layout)
 
     def peak_learning_rate(self, hidden_size: int) -> float:
         """The learning rate as asked, else 1e-4."""
@@ -242,13 +276,13 @@ class DistillWhiteBox(StudentStep):
         source = self.teacher_model(run)
         cache = self._chosen_cache(source, run)
         if cache is not None:
-            cache.fill(run, lambda: LiveTeacher(source.load()), self.per_device_train_batch_size)
+            cache.fill(run, lambda: LiveTeacher(source.load(), cut=source.cut), self.per_device_train_batch_size)
             run.note(teacher_cache=cache.kind, teacher_cache_bytes_per_token=cache.bytes_per_token)
             yield self.loss_with(cache.read(run.device)), None
             return
         model = source.load()
         inner = self._inner(student, model, run)
-        live = LiveTeacher(model) if inner is None else LiveTeacher(model, inner.watching_teacher)
+        live = LiveTeacher(model, cut=source.cut) if inner is None else LiveTeacher(model, inner.watching_teacher)
         teacher: Teacher = live
         if self.divergence == "uld":
             teacher = AlignedTeacher(live, run.tokenizer, source.tokenizer, getattr(source.config.get_text_config(), "max_position_embeddings", None))

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from llmlite.errors import RunError
+from llmlite.models.device_map import places
 from llmlite.models.view import ModelView
 from llmlite.storage import read_object
 
@@ -71,11 +72,9 @@ def loading_lines(
 def offloaded_lines(model: PreTrainedModel, folder: Path | str, dtype: str) -> str:
     """The Python lines that load a dense result with stock transformers while its blocks stay on disk, read at each forward pass."""
     view = ModelView(model)
-    outside = [name for name, module in model.named_modules() if module not in {b.module for b in view.blocks} and not list(module.children())]
-    inside = tuple(f"{block.name}." for block in view.blocks)
-    places = {name: "cpu" for name in outside if not name.startswith(inside)} | {block.name: "disk" for block in view.blocks}
+    found = places(view, {block.name: "disk" for block in view.blocks}, "cpu")
     return f"""import tempfile; from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({_literal(folder)}, dtype="{dtype}", device_map={places}, offload_folder=tempfile.mkdtemp())"""
+model = AutoModelForCausalLM.from_pretrained({_literal(folder)}, dtype="{dtype}", device_map={found}, offload_folder=tempfile.mkdtemp())"""
 
 
 def _literal(text: Path | str) -> str:

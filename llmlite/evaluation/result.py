@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
 __all__ = ["EVALUATION", "Evaluation"]
 
 EVALUATION = "evaluation.json"
+
+_LATENCY: dict[str, Callable[[dict[str, Any]], str]] = {
+    "TTFT ms, p50 / p95": lambda one: f"{1e3 * one['ttft_p50']:.0f} / {1e3 * one['ttft_p95']:.0f}",
+    "TPOT ms, p50 / p95": lambda one: f"{1e3 * one['tpot_p50']:.1f} / {1e3 * one['tpot_p95']:.1f}",
+    "prefill tokens/s": lambda one: f"{one['prefill_tokens_per_second']:.0f}",
+    "decode tokens/s": lambda one: f"{one['decode_tokens_per_second']:.1f}",
+    "peak memory": lambda one: human_bytes(one["peak_memory_bytes"]),
+}
 
 
 @dataclass
@@ -64,17 +73,15 @@ class Evaluation:
             results = [next(task for task in model["tasks"] if task["task"] == name) for model in models]
             rows[f"{name} ({results[0]['metric']})"] = [_task(task) for task in results]
             rows[f"  {name}: answers flipped"] = ["" if task["flips"] is None else f"{task['flips']:.1%}" for task in results]
-        for place in range(max(len(model["latency"]) for model in models)):
-            found = [model["latency"][place] for model in models]
-            at = f"batch {found[0]['batch']}: "
-            rows[f"{at}TTFT ms, p50 / p95"] = [f"{1e3 * one['ttft_p50']:.0f} / {1e3 * one['ttft_p95']:.0f}" for one in found]
-            rows[f"{at}TPOT ms, p50 / p95"] = [f"{1e3 * one['tpot_p50']:.1f} / {1e3 * one['tpot_p95']:.1f}" for one in found]
-            rows[f"{at}prefill tokens/s"] = [f"{one['prefill_tokens_per_second']:.0f}" for one in found]
-            rows[f"{at}decode tokens/s"] = [f"{one['decode_tokens_per_second']:.1f}" for one in found]
-            rows[f"{at}peak memory"] = [human_bytes(one["peak_memory_bytes"]) for one in found]
+        timed = [model["latency"] for model in models if model["latency"]]  # none of a model that is brought in part by part
+        for place in range(len(timed[0]) if timed else 0):
+            found = [model["latency"][place] if model["latency"] else None for model in models]
+            at = f"batch {timed[0][place]['batch']}: "
+            rows |= {f"{at}{name}": ["" if one is None else cell(one) for one in found] for name, cell in _LATENCY.items()}
         rows["J per 1,000 tokens"] = [_joules(model) for model in models]
         if any(model.get("grams_co2_per_1000_tokens") is not None for model in models):
-            rows["g CO2 per 1,000 tokens"] = [f"{model['grams_co2_per_1000_tokens']:.3g}" for model in models]
+            grams = [model.get("grams_co2_per_1000_tokens") for model in models]
+            rows["g CO2 per 1,000 tokens"] = ["" if one is None else f"{one:.3g}" for one in grams]
         return rows
 
     def table(self) -> Table:

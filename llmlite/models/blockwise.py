@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmlite.errors import LoadError, UnsupportedModel
+from llmlite.models.device_map import brought
 from llmlite.models.safety import make_safe
 from llmlite.models.tensor_files import TensorFiles
 from llmlite.models.view import BlockView, ModelView
@@ -145,10 +146,7 @@ def shelf_of(model: nn.Module) -> Shelf | None:
 def present(block: BlockView) -> Iterator[None]:
     """Within it the block is in memory; afterwards it is not, and what was changed in it is forgotten. With a whole model nothing happens."""
     shelf: Shelf | None = block.module.__dict__.get("shelf")
-    if shelf is None:
-        yield
-        return
-    with shelf.present(block):
+    with brought(block.module) if shelf is None else shelf.present(block):
         yield
 
 

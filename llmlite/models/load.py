@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmlite.errors import LoadError
 from llmlite.models.added_tokens import add_to_tokenizer, fill_rows, pieces_of
+from llmlite.models.device_map import dispatch_map
 from llmlite.models.find import Source
 from llmlite.models.safety import make_safe
 from llmlite.models.settings import Model
@@ -87,17 +88,18 @@ def require_matching(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
         )
 
 
-def load_model(source: Source | Path, model: Model, device: torch.device, **kwargs: Any) -> PreTrainedModel:
+def load_model(source: Source | Path, model: Model, device: torch.device, *, tensor_parallel: bool = False, **kwargs: Any) -> PreTrainedModel:
     """Load weights by stock `AutoModelForCausalLM.from_pretrained`, in eval mode on `device`; layers of bitsandbytes are made safe.
 
     Args:
         source: what `find` returned, or a folder.
-        model: settings; `dtype` is resolved by `compute_dtype`.
-        device: where the weights go.
+        model: settings; `dtype` is resolved by `compute_dtype`. A `device_map` says where dense weights go.
+        device: where the weights go otherwise.
+        tensor_parallel: cut the blocks over the processes of this launch, each of which calls this alike; see `llmlite.models.tensor_parallel`.
         kwargs: passed on, for instance ``quantization_config``.
 
     Raises:
-        LoadError: the weights do not fit the config.
+        LoadError: the weights do not fit the config, or cannot be laid out as asked.
     """
     from transformers import AutoModelForCausalLM
 
@@ -106,9 +108,12 @@ def load_model(source: Source | Path, model: Model, device: torch.device, **kwar
         "dtype": compute_dtype(device, model.dtype),
         "use_safetensors": True,
         "trust_remote_code": model.trust_remote_code,
-        "device_map": {"": device},
         **kwargs,
     }
+    if tensor_parallel:
+        options |= _cut_over_processes(folder, model)
+    elif "device_map" not in options:
+        options["device_map"] = _device_map(folder, model, options, device) or {"": device}
     if model.attn_implementation:
         options["attn_implementation"] = model.attn_implementation
     try:
@@ -126,6 +131,25 @@ def load_model(source: Source | Path, model: Model, device: torch.device, **kwar
     make_safe(loaded)
     loaded.eval()
     return loaded
+
+
+def _device_map(folder: Path, model: Model, options: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
+    """`dispatch_map` of the model in a folder; None where it is quantized while it loads."""
+    if model.device_map == "none" or "quantization_config" in options:
+        return None
+    return dispatch_map(load_config(Source(str(folder), folder, None), model), model, options["dtype"], device)
+
+
+def _cut_over_processes(folder: Path, model: Model) -> dict[str, Any]:
+    import torch
+
+    from llmlite.models.tensor_parallel import indivisible, tensor_parallel_options
+
+    config = load_config(Source(str(folder), folder, None), model)
+    problems = indivisible(config, torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
+    if problems:
+        raise LoadError(f"model: '{folder}': {' '.join(problems)}")
+    return tensor_parallel_options(config)
 
 
 def fill_added_tokens(loaded: PreTrainedModel, folder: Path, model: Model) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from llmlite.config import settings
+from llmlite.models.device_map import MemoryLimits
 from llmlite.step import Names
 
 __all__ = ["DEFAULT_MODEL", "Model"]
@@ -28,6 +29,12 @@ class Model:
     """blocks: one decoder block at a time is in memory, read from the files and written to new ones, for models larger than memory. prune.weights, prune.heads,
     prune.ffn, prune.structured (without trials) and quantize (without what goes backward) can. auto: blocks when the whole model does not fit and every step
     can. With both, the calibration text is the training text unless data.calibration says otherwise: a model in blocks cannot write its own."""
+    device_map: Literal["none", "auto", "balanced", "sequential"] = "none"
+    """Where the decoder blocks of a dense model lie that one device does not hold: over all accelerators alike (auto, balanced) or one after the other
+    (sequential), then in main memory, then on disk, in the files that are there. For measuring, teachers, and `quantize` as the first step; what it makes lies
+    on one device again. Nothing can be written into such a model: load: blocks prunes and quantizes larger ones."""
+    max_memory: MemoryLimits = None
+    """device_map only: bytes that weights may take, by device: 0=20GB,cpu=60GB. Devices that are not named are not used. None: nine tenths of what is free."""
     trust_remote_code: bool = False
     """Run Python code that the model repository carries. Only for authors you trust."""
     add_tokens: Names = ()

@@ -93,7 +93,7 @@ class Quantize(Step):
         if len(set(skipped)) >= len(linear_shapes(model.config)):
             raise ConfigError("quantize", ["skip and unaligned leave no layer to quantize. Skip fewer, or leave the step out."])
         size = expected_bytes(model.config, dtype=self._dense_dtype(run), scheme=self.scheme, double_quant=self.double_quant, skip=skipped)
-        dense = expected_bytes(model.config, dtype=run.compute_dtype)
+        dense = run.dispatched_bytes if run.device_map is not None else expected_bytes(model.config, dtype=run.compute_dtype)
         notes = [f"{self.scheme}{' with double quantization' if self.scheme != 'int8' and self.double_quant else ''}"]
         if self.scheme == "int8":
             notes.append("in evaluation the inputs are rounded to 8 bit too (LLM.int8); in training only the weights are")
@@ -105,7 +105,7 @@ class Quantize(Step):
             tuned = f", scales tuned in {self.tune_epochs * sequences} steps" if self.tune_epochs else ""
             notes.append(f"codes and scales chosen on {sequences} calibration rows{tuned}")
         backward = 0
-        if self.chooses_codes and (self.tune_epochs or self.token_weights == "sensitivity"):
+        if self._goes_backward:
             quick = quick_dtype(run.device, run.compute_dtype)
             backward = backward_bytes(model.config, run.recipe.data.max_length, quick, BLOCK_SIZE if self.tune_epochs else 0)
         return dataclasses.replace(
@@ -120,11 +120,19 @@ class Quantize(Step):
 
     def no_blocks(self) -> str:
         """See `Step.no_blocks`."""
-        if self.chooses_codes and (self.tune_epochs or self.token_weights == "sensitivity"):
+        if self._goes_backward:
             return (
                 "token_weights: sensitivity and tuned scales go backward through the whole model; with token_weights: equal and tune_epochs: 0 it can be done"
             )
         return ""
+
+    def no_dispatch(self, form: str) -> str:
+        """See `Step.no_dispatch`. Only files and codes are written."""
+        return self.no_blocks()
+
+    @property
+    def _goes_backward(self) -> bool:
+        return self.chooses_codes and (self.tune_epochs > 0 or self.token_weights == "sensitivity")
 
     def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
         """Save the dense model to a scratch folder and reload it quantized."""
@@ -215,7 +223,7 @@ class Quantize(Step):
             bnb_4bit_quant_type=self.scheme,
             bnb_4bit_use_double_quant=self.double_quant,
             bnb_4bit_compute_dtype=self._dense_dtype(run),
-            bnb_4bit_quant_storage=self._dense_dtype(run) if run.layout.sharded else None,  # FSDP2 splits no bytes; None: uint8
+            bnb_4bit_quant_storage=self._dense_dtype(run) if run.layout.kind == "fsdp2" else None,  # FSDP2 splits no bytes; None: uint8
             llm_int8_skip_modules=skipped,
         )
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from llmlite.calibration.blocks import Statistics, Walk, last_hidden, walk_blocks
 from llmlite.calibration.sensitivity import quick_sensitivity
 from llmlite.models.blockwise import is_blockwise, shelf_of
+from llmlite.models.device_map import is_offloaded
 from llmlite.models.view import BlockView, LinearView, ModelView
 from llmlite.quantization.nf4 import DoubleScales, Grid, calibrated_together, dequantize, grid_of, output_error
 from llmlite.quantization.stock_format import write_codes
@@ -111,13 +112,14 @@ def calibrate(model: nn.Module, batches: Sequence[Batch], how: CalibratedScheme,
         state: folder from which a stopped walk continues. Tuning that was stopped starts again.
 
     Raises:
-        ValueError: a model that is loaded block by block, and a scheme that needs a backward pass.
+        ValueError: a model that is loaded block by block or offloaded, and a scheme that needs a backward pass.
 
     Returns:
         For each layer's name its relative output error before tuning: E |(W - Q) x|^2 / E |W x|^2 over the calibration tokens, as they count.
     """
-    if is_blockwise(model) and (how.tune is not None or how.token_weights == "sensitivity"):
-        raise ValueError("sensitivities and tuned scales need a backward pass through the whole model; this one is loaded block by block")
+    in_parts = is_blockwise(model) or is_offloaded(model)
+    if in_parts and (how.tune is not None or how.token_weights == "sensitivity"):
+        raise ValueError("sensitivities and tuned scales need a backward pass through the whole model; this one is loaded block by block, or offloaded")
     grid = grid_of(how.scheme)
     codes.mkdir(parents=True, exist_ok=True)
     hidden = [one.cpu() for one in last_hidden(model, batches)] if how.tune is not None and damage(codes / _TUNED) is not None else []
@@ -149,8 +151,8 @@ def calibrate(model: nn.Module, batches: Sequence[Batch], how: CalibratedScheme,
         return errors
 
     families = ModelView(model).family.linears
-    # of a model that is loaded block by block the codes are all that is needed, unless later blocks hear the quantized ones
-    keeps = how.inputs == "compressed" or not is_blockwise(model)
+    # of a model that is not in memory the codes are all that is needed, unless later blocks hear the quantized ones
+    keeps = how.inputs == "compressed" or not in_parts
     notes = walk_blocks(
         model,
         batches,

@@ -43,14 +43,20 @@ def hidden_and_head(model: nn.Module, inputs: Mapping[str, Any]) -> HiddenAndHea
     """Run a causal LM up to its head, differentiably.
 
     Args:
-        model: a transformers causal LM, bare or wrapped by PEFT, DistributedDataParallel, FSDP2 or `torch.compile`.
+        model: a transformers causal LM, bare or wrapped by PEFT, DistributedDataParallel, FSDP2, DeepSpeed or `torch.compile`.
         inputs: its keyword arguments; labels are left out, and no key/value cache is kept.
+
+    Returns:
+        Under ZeRO-3 the full logits, and a head that leaves them as they are.
 
     Raises:
         UnsupportedModel: there is no head, or the model does not call it exactly once.
     """
     bare = _unwrap(model)
     head = _head(bare)
+    if any(hasattr(parameter, "ds_id") for parameter in head.parameters()):  # ZeRO-3 brings a weight in for its module's own forward and backward pass only
+        output = model(**{name: value for name, value in inputs.items() if name not in _NOT_FOR_HIDDEN}, use_cache=False)
+        return HiddenAndHead(output.logits, nn.Identity(), LogitTransform())
     with _intercepted(head, lambda hidden: hidden[..., :1, :]) as seen:
         output = model(**{name: value for name, value in inputs.items() if name not in _NOT_FOR_HIDDEN}, use_cache=False)
     hidden = _only(seen, bare)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from llmlite.models.families import family_of
 from llmlite.models.size import expected_bytes, runtime_bytes
 from llmlite.training.chunked import CHUNK_ELEMENTS
@@ -38,4 +40,6 @@ def training_peak_bytes(model: ModelPlan, trained_parameters: int, step: Trainin
     head = 2 * 4 * CHUNK_ELEMENTS
     scheme: Any = model.form if model.form in {"int8", "nf4", "fp4"} else None
     weights = expected_bytes(model.config, dtype=run.compute_dtype, scheme=scheme, double_quant=True)
+    if trained_parameters >= model.parameters and run.compute_dtype == torch.float32:
+        weights = 0  # they are trained themselves; in another type autocast makes a copy of each, which its backward pass wants
     return weights + 16 * trained_parameters + activations + head + runtime_bytes(run.device)

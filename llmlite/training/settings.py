@@ -12,6 +12,8 @@ from llmlite.step import Names, Step
 if TYPE_CHECKING:
     import torch
 
+    from llmlite.layout import Layout
+
 __all__ = ["TrainingStep"]
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -59,16 +61,19 @@ class TrainingStep(Step):
         """
         return self.learning_rate or 5e-5
 
-    def no_sharding(self, form: str) -> str:
-        """Why FSDP2 cannot split this step's training, as a sentence; empty where it can.
+    def no_sharding(self, form: str, layout: Layout) -> str:
+        """Why this step's training cannot be split over processes, as a sentence; empty where it can.
 
         Args:
             form: of the model that the step gets; see `ModelPlan.form`.
+            layout: FSDP2 or ZeRO-3.
         """
+        if layout.kind == "zero3" and form in {"int8", "nf4", "fp4"}:
+            return f"training on a model in {form} under ZeRO-3 is not built. Take recipes/accelerate/fsdp2_qlora.yaml for nf4, or ddp.yaml."
         if form == "int8":
-            return "training on a model in int8 under FSDP2 is not built. Take nf4, or launch it with recipes/accelerate/ddp.yaml."
+            return f"training on a model in int8 under {layout.name} is not built. Take nf4, or launch it with recipes/accelerate/ddp.yaml."
         if form == "sparse":
-            return "training a sparse model under FSDP2 is not built yet. Launch it with recipes/accelerate/ddp.yaml."
+            return f"training a sparse model under {layout.name} is not built yet. Launch it with recipes/accelerate/ddp.yaml."
         return ""
 
     def optimizer(self, model: Any, learning_rate: float) -> torch.optim.Optimizer | None:

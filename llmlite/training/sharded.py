@@ -1,8 +1,8 @@
-"""Training under FSDP2, where each process holds its share of every weight, and whole models before and after.
+"""Training under FSDP2 or ZeRO-3, where each process holds its share of every weight, and whole models before and after.
 
-FSDP2 rebuilds a model's modules for good: weights become DTensors, classes are swapped, hooks are added. So it is given a twin that takes the weights over;
-the model itself keeps its plain structure, empty meanwhile, and gets whole weights back at the end: every process takes part in gathering each weight once,
-and weights that are tied stay one. What comes after training (evaluation, saving, the next step) meets a plain model on every process.
+Both rebuild a model's modules for good: weights become DTensors or are emptied, classes are swapped, hooks are added. So they are given a twin that takes the
+weights over; the model itself keeps its plain structure, empty meanwhile, and gets whole weights back at the end: every process takes part in gathering each
+weight once, and weights that are tied stay one. What comes after training (evaluation, saving, the next step) meets a plain model on every process.
 
 Sharded are therefore the weights, their gradients and the optimizer's state while training runs; before and behind it a whole model must fit each device.
 
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-__all__ = ["lend", "take_back"]
+__all__ = ["forget_zero3", "lend", "take_back"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -49,12 +49,29 @@ def take_back(model: nn.Module, twin: nn.Module) -> None:
     named = dict(model.named_parameters())
     made: dict[int, nn.Parameter] = {}
     for name, parameter in twin.named_parameters():
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.data
-        made[id(named[name])] = _like(named[name], whole, parameter.requires_grad)
+        made[id(named[name])] = _like(named[name], _whole(parameter), parameter.requires_grad)
     for module in model.modules():
         for name, empty in module._parameters.items():
             if empty is not None:
                 module._parameters[name] = made[id(empty)]
+
+
+def _whole(parameter: nn.Parameter) -> torch.Tensor:
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor()
+    if not hasattr(parameter, "ds_id"):
+        return parameter.data
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.data.clone()
+
+
+def forget_zero3() -> None:
+    """Let models be loaded whole again: as long as transformers remembers a ZeRO-3 configuration, it would load a part of them on each process."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
 
 
 def _like(parameter: nn.Parameter, data: torch.Tensor, requires_grad: bool) -> nn.Parameter:

@@ -20,12 +20,13 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llmlite.errors import Interrupted, OutputError, RunError
+from llmlite.models.device_map import is_offloaded
 from llmlite.training.backbone import hidden_and_head
 from llmlite.training.checkpoints import SealCheckpoints, StopRequest, newest_complete, stopping_at_signals
 from llmlite.training.chunked import chunked_head_loss
 from llmlite.training.keep_zeros import KeepZeros
 from llmlite.training.settings import TrainingStep
-from llmlite.training.sharded import lend, take_back
+from llmlite.training.sharded import forget_zero3, lend, take_back
 from llmlite.training.token_loss import IGNORE_INDEX, CrossEntropy, TokenLoss, next_token_labels
 
 if TYPE_CHECKING:
@@ -200,8 +201,10 @@ def train(
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved.
-        RunError: the loss is no number any more.
+        RunError: the loss is no number any more, or part of the model is offloaded.
     """
+    if is_offloaded(model):
+        raise RunError("weights that device_map has offloaded get no gradients. Train on a device that holds the model, or on what `quantize` makes of it.")
     folder = run.scratch / "trainer"
     checkpoint = run.agreed(newest_complete(folder) if run.is_main else None)
     if checkpoint:
@@ -222,8 +225,12 @@ def train(
         make_loss=make_loss or _cross_entropy,
         companion=companion,
     )
-    with stopping_at_signals(stop):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        with stopping_at_signals(stop):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        if run.layout.kind == "zero3":
+            forget_zero3()
     if stop.asked:
         raise Interrupted(f"stopped after optimizer step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint is saved.")
     if trained is not model:

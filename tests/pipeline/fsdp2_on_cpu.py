@@ -30,6 +30,13 @@ def _believe() -> None:
     PartialState.__init__ = init
 
 
+def _sizes(parameter: Any) -> list[int]:
+    """Numbers of a whole parameter, and of this process's share."""
+    if hasattr(parameter, "ds_id"):  # DeepSpeed
+        return [parameter.ds_numel, parameter.ds_tensor.numel()]
+    return [parameter.numel(), (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()]
+
+
 class _StoppedError(BaseException):
     """Nothing catches it, as nothing catches a kill; but a new process would cost the seconds of its imports."""
 
@@ -45,17 +52,17 @@ def _watch(folder: Path) -> None:
             raise _StoppedError
         file = folder / f"{Path(self.args.output_dir).parent.name}-{os.environ['RANK']}.json"
         if not file.exists():
-            sizes = {name: [p.numel(), (p.to_local() if isinstance(p, DTensor) else p).numel()] for name, p in model.named_parameters()}
+            sizes = {name: _sizes(p) for name, p in model.named_parameters()}
             file.write_text(json.dumps(sizes), encoding="utf-8")
         return compute(self, model, *args, **kwargs)
 
     LiteTrainer.compute_loss = watching
 
 
-if __name__ == "__main__":
+def run_watched() -> None:
+    """The command line, and once more where it breaks off."""
     from llmlite.cli import main
 
-    _believe()
     _watch(Path(sys.argv[1]))
     try:
         main(sys.argv[2:])
@@ -63,3 +70,8 @@ if __name__ == "__main__":
         del os.environ["STOP_AT_STEP"]
         print("broken off", flush=True)
         main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    _believe()
+    run_watched()
