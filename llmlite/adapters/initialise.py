@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llmlite.calibration.blocks import Statistics, Walk, walk_blocks
+from llmlite.calibration.blocks import Statistics
 from llmlite.calibration.sensitivity import quick_sensitivity
+from llmlite.calibration.walk import Walk, walk_blocks
 from llmlite.models.view import BlockView, ModelView
 
 if TYPE_CHECKING:

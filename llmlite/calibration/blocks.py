@@ -12,31 +12,26 @@ Shapes: B windows of a batch, T tokens of a window, D hidden size, N real tokens
 
 from __future__ import annotations
 
-import json
-import logging
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from llmlite.calibration.attention import KnownAttention
 from llmlite.calibration.moments import Moments
 from llmlite.errors import RunError
-from llmlite.models.blockwise import present, replace, shelf_of
-from llmlite.models.device_map import device_of, is_offloaded
+from llmlite.models.blockwise import present, shelf_of
+from llmlite.models.device_map import device_of
 from llmlite.models.quick import quick_dtype
-from llmlite.models.view import BlockView, LinearView, ModelView
-from llmlite.storage import damage, writing_folder
+from llmlite.models.view import BlockView, ModelView
 from llmlite.training.backbone import hidden_and_head
 
-__all__ = ["EVEN_SHARE", "Blocks", "Statistics", "Walk", "Weigh", "batches_of", "last_hidden", "least_over_processes", "skipping", "walk_blocks"]
+__all__ = ["EVEN_SHARE", "Blocks", "Statistics", "batches_of", "last_hidden", "least_over_processes", "skipping"]
 
-log = logging.getLogger(__name__)
 
 HELD_OUT_EVERY = 4
 """One batch of this many is held out: its sums are kept apart, to choose damping on."""
@@ -46,11 +41,7 @@ SPILL_BYTES = 1_000_000_000
 EVEN_SHARE = 0.5
 """Share of the tokens' weight that all of them get alike: where a few tokens weigh nearly everything (queries and keys), the others still have a say."""
 
-_BEFORE_O = frozenset({"q", "k", "v", "qkv"})
-
 Batch = Mapping[str, Any]
-Change = Callable[[BlockView, "dict[str, Statistics]"], "Mapping[str, Any] | None"]
-Weigh = Callable[[Sequence[int]], "Sequence[Mapping[str, Tensor]]"]
 
 
 @dataclass
@@ -132,8 +123,7 @@ class Blocks:
         self.hidden: list[Tensor] = []
         self.real: list[Tensor | None] = []  # (B, T) bool, None where every token is real
         self._calls: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = []
-        self._known: tuple[BlockView, list[Tensor]] | None = None  # what this block's `o` is given, of each batch, from the present hidden states
-        self._returns: dict[type, int | None] = {}  # kind of attention -> where in what it returns the output of `o` is; None: all of it
+        self._attention = KnownAttention(self.view)
         shelf = shelf_of(model)
         self._spill = None if shelf is None else shelf.spill
         device = next(self.view.embedding.parameters()).device
@@ -172,52 +162,11 @@ class Blocks:
         """One batch through one block."""
         args, kwargs = self._calls[index][block.index]
         device = device_of(block.module)
-        with torch.autocast(device.type, self._dtype, enabled=self._dtype != hidden_BTD.dtype), self._attention_known(block, index, hidden_BTD):
+        known = self._attention.given(block, index) if hidden_BTD is self.hidden[index] else nullcontext()
+        with torch.autocast(device.type, self._dtype, enabled=self._dtype != hidden_BTD.dtype), known:
             output = block.module(hidden_BTD.to(device), *args, **kwargs)
         leaving: Tensor = output[0] if isinstance(output, tuple) else output
         return leaving.to(hidden_BTD.dtype)
-
-    @contextmanager
-    def _attention_known(self, block: BlockView, index: int, hidden_BTD: Tensor) -> Iterator[None]:
-        """Let the attention give what `o` makes of its known input, where that is known for these hidden states: nothing before `o` changes any more."""
-        if self._known is None or self._known[0] is not block or hidden_BTD is not self.hidden[index]:
-            yield
-            return
-        output, attention, input_BTI = block.linears["o"].module, _parent(self.view, block.linears["o"]), self._known[1][index]
-        place = self._returns[type(attention)]
-
-        def forward(*_args: Any, **_kwargs: Any) -> Any:
-            made = output(input_BTI)
-            return made if place is None else tuple(made if where == place else None for where in range(2))
-
-        before = attention.__dict__.get("forward")
-        attention.forward = forward
-        try:
-            yield
-        finally:
-            del attention.__dict__["forward"]
-            if before is not None:
-                attention.forward = before
-
-    def _remembers(self, block: BlockView) -> bool:
-        """Whether this family's attention returns the output of `o` as it is, so that it need not be computed again when only `o` and what follows change."""
-        if "o" not in block.linears or (attention := _parent(self.view, block.linears["o"])) is block.module or not self.hidden:
-            return False
-        if type(attention) not in self._returns:
-            seen: list[Any] = []
-            handles = [
-                block.linears["o"].module.register_forward_hook(lambda _module, _args, output: seen.append(output)),
-                attention.register_forward_hook(lambda _module, _args, output: seen.append(output)),
-            ]
-            self.run(block, 0, self.hidden[0])
-            for handle in handles:
-                handle.remove()
-            made, returned = seen
-            if returned is made:
-                self._returns[type(attention)] = None
-            elif isinstance(returned, tuple) and len(returned) == 2 and returned[0] is made:  # beside it attention weights, which blocks only hand on
-                self._returns[type(attention)] = 0
-        return type(attention) in self._returns
 
     def through(self, block: BlockView, hidden: Sequence[Tensor]) -> list[Tensor]:
         """All batches through one block, from these hidden states."""
@@ -225,7 +174,8 @@ class Blocks:
 
     def advance(self, block: BlockView) -> None:
         """All batches through one block."""
-        self.hidden, self._known = self.through(block, self.hidden), None
+        self.hidden = self.through(block, self.hidden)
+        self._attention.forget()
 
     def tokens(self, index: int, values_BTX: Tensor) -> Tensor:
         """The values of the real tokens of batch `index`, (N, X). Some families (opt) have flattened them to (B * T, X) already."""
@@ -257,14 +207,15 @@ class Blocks:
             RunError: inputs that are not finite.
         """
         wanted = [role for role in roles if role in block.linears]
-        remembered: list[Tensor] | None = [] if settled and "o" in wanted and self._remembers(block) else None
+        settled = settled and "o" in wanted and bool(self.hidden) and self._attention.works(block, lambda: self.run(block, 0, self.hidden[0]))
+        heard_by_o: list[Tensor] = []
         keys: dict[str, str] = {}  # role -> the role whose sums it shares
         found: dict[str, Statistics] = {}
         means: dict[str, float] = {}  # role -> mean weight of its tokens
         for index, hidden in enumerate(self.hidden):
             inputs = self._inputs(block, wanted, index, hidden)
-            if remembered is not None:
-                remembered.append(self._kept(index, inputs["o"]))
+            if settled:
+                heard_by_o.append(self._kept(index, inputs["o"]))
             if not keys:
                 for role in wanted:
                     keys[role] = next(first for first in wanted if inputs[first] is inputs[role])
@@ -285,8 +236,8 @@ class Blocks:
                 moments = found[role].held if held else found[role].fit
                 assert moments is not None
                 moments.add(x_NI, None if dense_inputs is None else self.tokens(index, dense_inputs[role]), share_N1)
-        if remembered is not None:
-            self._known = (block, remembered)
+        if settled:
+            self._attention.keep(block, heard_by_o)
         for statistics in found.values() if self.shared else ():
             statistics.fit.all_reduce()
             if statistics.held is not None:
@@ -361,10 +312,6 @@ def last_hidden(model: nn.Module, batches: Sequence[Batch]) -> Iterator[Tensor]:
             yield hidden_and_head(stream.view.model, batch).hidden
 
 
-def _parent(view: ModelView, linear: LinearView) -> Any:
-    return view.model.get_submodule(linear.name.rpartition(".")[0])
-
-
 def _summed_weight(weights: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
     total: Tensor = sum((weights[name] for name in names[1:]), weights[names[0]])
     return total
@@ -393,122 +340,3 @@ def _without_head(view: ModelView) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@dataclass(frozen=True)
-class Walk:
-    """How a walk goes.
-
-    Attributes:
-        stages: groups of roles of which statistics are taken together; each group sees the changes made after the one before.
-        inputs: "compressed": every block hears what the changed blocks before it give; "dense": what the dense model would give, one pass cheaper.
-        target: "own": repair towards the outputs that the present inputs give; "dense": towards the dense model's outputs, which also corrects for the
-            blocks before and costs one more pass. Needs inputs "compressed".
-        dtype: of the sums.
-        keeps: whether weights change and are kept. False for walks that only look.
-    """
-
-    stages: Sequence[Sequence[str]] = field(default_factory=tuple)
-    inputs: str = "compressed"
-    target: str = "own"
-    dtype: torch.dtype = torch.float32
-    keeps: bool = True
-
-
-@torch.no_grad()
-def walk_blocks(
-    model: nn.Module, batches: Sequence[Batch], walk: Walk, change: Change, state: Path | None = None, weigh: Weigh | None = None
-) -> list[dict[str, Any]]:
-    """Visit all blocks in order; take statistics and let the caller change the block's weights in place.
-
-    Args:
-        model: a stock model, in eval mode; its weights are changed.
-        batches: calibration inputs.
-        walk: see `Walk`.
-        change: called for each block and stage with the block and its statistics by role. It writes into the weights (`linear.weight_OI`, `linear.bias`)
-            and returns plain values to remember, for instance which units stay.
-        state: a folder; each block's changed weights are kept there, and a walk that was stopped goes on behind the last block that is complete. A model
-            that is loaded block by block has its changed blocks there and nowhere else.
-        weigh: given the places of this process's batches, how much each token counts; see `Blocks.collect`. Called once, before anything changes.
-
-    Returns:
-        For each block what `change` returned, the stages merged.
-
-    Raises:
-        ValueError: changed blocks have nowhere to stay.
-    """
-    if state is None and walk.keeps and shelf_of(model) is not None:
-        raise ValueError("a model that is loaded block by block needs a folder for its changed blocks (state)")
-    if walk.keeps and is_offloaded(model):
-        raise ValueError("changes to weights that device_map has offloaded would vanish; load the model whole, or with load: blocks")
-    # a quick walk through changed weights would turn their last bits, which differ with the number of processes, into other choices
-    stream = Blocks(model, batches, quick=walk.inputs == "dense")
-    dense = list(stream.hidden) if walk.target == "dense" else None
-    complete = _complete(stream, state)
-    weights = weigh(stream.places) if weigh is not None and complete < len(stream.view.blocks) else None
-    remembered: list[dict[str, Any]] = []
-    for block in stream.view.blocks:
-        folder = None if state is None else state / f"block-{block.index:03d}"
-        done = block.index < complete
-        if done and not remembered:
-            log.info("continuing behind block %d", complete - 1)
-        with present(block):
-            if walk.inputs == "dense" and done:
-                stream.advance(block)
-            ahead = None if dense is None else stream.through(block, dense)
-            if done and folder is not None:
-                remembered.append(_restore(block, folder))
-            else:
-                remembered.append(_visit(block, stream, walk, change, dense, weights))
-                if folder is not None:
-                    _keep(block, remembered[-1], folder, walk.keeps)
-                log.info("block %d of %d", block.index + 1, len(stream.view.blocks))
-            if walk.inputs != "dense":
-                stream.advance(block)
-        if folder is not None and walk.keeps:
-            replace(block, folder / "block.safetensors")
-        if ahead is not None:
-            dense = ahead
-    return remembered
-
-
-def _visit(
-    block: BlockView, stream: Blocks, walk: Walk, change: Change, dense: list[Tensor] | None, weights: Sequence[Mapping[str, Tensor]] | None
-) -> dict[str, Any]:
-    """Statistics and change of one block, stage by stage; of a walk with dense inputs the stream is behind the block afterwards."""
-    notes: dict[str, Any] = {}
-    after: list[Tensor] | None = None
-    for number, stage in enumerate(walk.stages):
-        settled = walk.inputs == "compressed" and not any(role in _BEFORE_O for later in (stage, *walk.stages[number + 1 :]) for role in later)
-        found = stream.collect(block, stage, dense=dense, weights=weights, dtype=walk.dtype, settled=settled)
-        if walk.inputs == "dense" and after is None:
-            after = stream.through(block, stream.hidden)
-        notes |= change(block, found) or {}
-        del found
-    if after is not None:
-        stream.hidden = after
-    return notes
-
-
-def _complete(stream: Blocks, state: Path | None) -> int:
-    """Leading blocks that every process has kept whole."""
-    found = 0
-    while state is not None and found < len(stream.view.blocks) and damage(state / f"block-{found:03d}") is None:
-        found += 1
-    return least_over_processes(found, next(stream.view.embedding.parameters()).device)
-
-
-def _keep(block: BlockView, notes: dict[str, Any], folder: Path, weights: bool) -> None:
-    with writing_folder(folder) as temporary:
-        if weights:
-            save_file({name: parameter.detach().contiguous().cpu() for name, parameter in block.module.named_parameters()}, temporary / "block.safetensors")
-        (temporary / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
-
-
-def _restore(block: BlockView, folder: Path) -> dict[str, Any]:
-    if (folder / "block.safetensors").is_file():
-        stored = load_file(folder / "block.safetensors")
-        for name, parameter in block.module.named_parameters():
-            parameter.data.copy_(stored[name])
-    notes: dict[str, Any] = json.loads((folder / "notes.json").read_text(encoding="utf-8"))
-    return notes

@@ -11,7 +11,7 @@ __all__ = ["backward_bytes", "blockwise_bytes", "walk_bytes"]
 
 
 def walk_bytes(config: Any, tokens: int) -> int:
-    """Expected bytes: hidden states of all calibration tokens twice, sums of one block's inputs, and working copies of the widest of them, in float32.
+    """Expected bytes: hidden states of all calibration tokens twice and as much that the attention gave, sums of one block's inputs, and working copies of the widest of them, in float32.
 
     Args:
         config: of the model that is walked.
@@ -22,7 +22,7 @@ def walk_bytes(config: Any, tokens: int) -> int:
     if not tokens:
         return 0
     widths = {in_features for _, in_features in linear_shapes(config).values()}
-    return int(4 * (2 * tokens * config.get_text_config().hidden_size + 2 * sum(width**2 for width in widths) + 3 * max(widths) ** 2))
+    return int(4 * (3 * tokens * config.get_text_config().hidden_size + 2 * sum(width**2 for width in widths) + 3 * max(widths) ** 2))
 
 
 def blockwise_bytes(config: Any, dtype: torch.dtype, tokens: int, measured_tokens: int) -> int:
@@ -43,8 +43,8 @@ def blockwise_bytes(config: Any, dtype: torch.dtype, tokens: int, measured_token
     layers = family_of(config).layers(config) or 1
     weights = dtype.itemsize * (size.parameters - size.decoder + text.vocab_size * text.hidden_size + 2 * -(-size.decoder // layers))
     hidden = min(SPILL_BYTES, dtype.itemsize * text.hidden_size * max(tokens, measured_tokens))
-    sums = walk_bytes(config, tokens) - 4 * 2 * tokens * text.hidden_size
-    return int(weights + 2 * hidden + sums)
+    sums = walk_bytes(config, tokens) - 4 * 3 * tokens * text.hidden_size
+    return int(weights + 3 * hidden + sums)
 
 
 def backward_bytes(config: Any, row_tokens: int, dtype: torch.dtype, scale_block: int = 0) -> int:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmlite.calibration.blocks import Statistics, Walk, batches_of, walk_blocks
+from llmlite.calibration.blocks import Statistics, batches_of
+from llmlite.calibration.walk import Walk, walk_blocks
 from llmlite.models.blockwise import rebuilt
 from llmlite.models.slicing import take_ffn_channels, take_kv_groups, take_query_heads, with_zero_biases
 from llmlite.models.view import BlockView, LinearView, ModelView

@@ -121,7 +121,8 @@ class PruneWeights(Step):
         """In place: the shapes stay."""
         import torch
 
-        from llmlite.calibration.blocks import Walk, batches_of, walk_blocks
+        from llmlite.calibration.blocks import batches_of
+        from llmlite.calibration.walk import Walk, walk_blocks
         from llmlite.models.size import count_zeros
         from llmlite.models.view import ModelView
 

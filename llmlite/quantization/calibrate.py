@@ -27,8 +27,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llmlite.calibration.blocks import Statistics, Walk, last_hidden, walk_blocks
+from llmlite.calibration.blocks import Statistics, last_hidden
 from llmlite.calibration.sensitivity import quick_sensitivity
+from llmlite.calibration.walk import Walk, walk_blocks
 from llmlite.models.blockwise import is_blockwise, shelf_of
 from llmlite.models.device_map import is_offloaded
 from llmlite.models.view import BlockView, LinearView, ModelView
@@ -54,7 +55,7 @@ class CalibratedScheme:
         scheme, double_quant: the stock format to fill.
         damping: share of the mean diagonal added to each Hessian.
         sweeps: passes of coordinate descent after GPTQ.
-        inputs, target: see `llmlite.calibration.blocks.Walk`.
+        inputs, target: see `llmlite.calibration.walk.Walk`.
         token_weights: "sensitivity": tokens count by their sensitivity; "equal": all alike, one backward pass cheaper.
         tune: how the scales are tuned at the end, or None.
         seed: of the labels that the sensitivity is taken for.

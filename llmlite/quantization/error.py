@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from llmlite.calibration.blocks import Statistics, Walk, walk_blocks
+from llmlite.calibration.blocks import Statistics
+from llmlite.calibration.walk import Walk, walk_blocks
 from llmlite.models.blockwise import present
 from llmlite.models.view import BlockView, ModelView
 from llmlite.quantization.nf4 import output_error

@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from llmlite.calibration.blocks import Blocks, Statistics, Walk, batches_of, skipping, walk_blocks
+from llmlite.calibration.blocks import Blocks, Statistics, batches_of, skipping
+from llmlite.calibration.walk import Walk, walk_blocks
 from llmlite.models.view import BlockView, ModelView
 from tests.conftest import ALL_FAMILIES, build_tiny, logits_of, token_ids
 
@@ -180,7 +181,7 @@ def test_attention_that_does_not_change_is_not_computed_again(family: str, monke
     for remembers in (True, False):
         model = build_tiny(family)
         if not remembers:
-            monkeypatch.setattr(Blocks, "_remembers", lambda *_: False)
+            monkeypatch.setattr("llmlite.calibration.attention.KnownAttention.works", lambda *_: False)
         count = [0]
         linears = ModelView(model).blocks[-1].linears
         (linears.get("q") or linears["qkv"]).module.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
@@ -213,7 +214,8 @@ import json, sys
 import torch
 import torch.distributed as dist
 import llmlite
-from llmlite.calibration.blocks import Blocks, Walk, batches_of, walk_blocks
+from llmlite.calibration.blocks import Blocks, batches_of
+from llmlite.calibration.walk import Walk, walk_blocks
 from llmlite.calibration.moments import Moments
 from llmlite.pruning.layers import influences
 from tests.conftest import build_tiny, logits_of, token_ids
@@ -278,7 +280,8 @@ _KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from llmlite.calibration.blocks import Walk, batches_of, walk_blocks
+from llmlite.calibration.blocks import batches_of
+from llmlite.calibration.walk import Walk, walk_blocks
 from tests.calibration.test_blocks import halve
 from tests.conftest import build_tiny, token_ids
 

@@ -221,7 +221,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(where: str, base: Path, 
     monkeypatch.setattr("llmlite.pipeline._Pipeline._finish", lambda self: self.kept.link_result())
     steps = (llmlite.PruneWeights(),)
     expected = recipe(base, pairs_file, tmp_path / "whole", steps).run()
-    place = "llmlite.calibration.blocks._keep" if where == "walk" else "llmlite.models.blockwise._write_shard"
+    place = "llmlite.calibration.walk._keep" if where == "walk" else "llmlite.models.blockwise._write_shard"
     module, _, name = place.rpartition(".")
     real, calls = getattr(__import__(module, fromlist=[name]), name), []
 

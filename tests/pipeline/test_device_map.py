@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import llmlite
-from llmlite.calibration.blocks import Walk, batches_of, walk_blocks
+from llmlite.calibration.blocks import batches_of
+from llmlite.calibration.walk import Walk, walk_blocks
 from llmlite.cli import main
 from llmlite.context import Run
 from llmlite.errors import ConfigError, LoadError, RunError
