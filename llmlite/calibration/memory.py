@@ -11,7 +11,8 @@ __all__ = ["backward_bytes", "blockwise_bytes", "walk_bytes"]
 
 
 def walk_bytes(config: Any, tokens: int) -> int:
-    """Expected bytes: hidden states of all calibration tokens twice and as much that the attention gave, sums of one block's inputs, and working copies of the widest of them, in float32.
+    """Expected bytes: hidden states of all calibration tokens twice and as much that the attention gave, sums of one block's inputs, and working copies of
+    the widest of them, in float32.
 
     Args:
         config: of the model that is walked.
