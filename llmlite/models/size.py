@@ -1,4 +1,4 @@
-"""How large a model is: parameters, bytes on disk, FLOPs for each token, zeros.
+"""How large a model is: parameters, bytes on disk, zeros.
 
 What a plan needs comes from the config alone, on the meta device, in seconds and without weights. What a report needs is counted in the file or in the
 model, never taken from the plan.
@@ -27,7 +27,6 @@ __all__ = [
     "Zeros",
     "count_zeros",
     "expected_bytes",
-    "forward_flops_per_token",
     "linear_roles",
     "linear_shapes",
     "meta_model",
@@ -208,26 +207,6 @@ def _safetensors_bytes(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) 
 def runtime_bytes(device: torch.device) -> int:
     """What a process needs before any weight, counted where weights lie in the process's own memory: on a CPU."""
     return _RUNTIME_BYTES if device.type == "cpu" else 0
-
-
-def forward_flops_per_token(config: Any, *, context_tokens: int = 0) -> int:
-    """Floating point operations of one forward pass for one token; a multiply-add counts 2.
-
-        2 * (weights of all projections and of the head) + 4 * layers * heads * head_dim * context
-
-    The first term is what pruning changes most; norms, activations, rotary embedding and softmax are left out.
-
-    Args:
-        config: of a family in the table.
-        context_tokens: keys that the token attends to. For a causal pass over T tokens the mean is (T + 1) / 2; code that computes the full square does T.
-            Sliding windows are not subtracted.
-
-    Source: Kaplan et al. 2020, arXiv:2001.08361, section 2.1.
-    """
-    view = ModelView(meta_model(config))
-    outer = (parameter for module in (view.head, *view.stem) for parameter in module.parameters() if parameter.ndim == 2)
-    weights = sum(linear.in_features * linear.out_features for linear in view.linears()) + sum(parameter.numel() for parameter in outer)
-    return int(2 * weights + 4 * len(view.blocks) * view.heads * view.head_dim * context_tokens)
 
 
 @torch.no_grad()
