@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=16, help="calibration rows")
     parser.add_argument("--evaluation-rows", type=int, default=64)
     parser.add_argument("--vocabulary", action="store_true")
+    parser.add_argument("--single-targets", type=float, nargs="*", help="targets of the single methods, where not all are wanted")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -85,7 +86,7 @@ def main() -> None:
         row = {"target": target, "method": "shrink", "choice": found.chosen.name, **figures(found.report, full), **expected}
         add({**row, "cpu_seconds": time.process_time() - started})
     single("NF4", None, [{"step": "quantize", "scheme": "nf4", "dtype": "bfloat16"}])
-    for target in args.targets:
+    for target in args.targets if args.single_targets is None else args.single_targets:
         keep = round((target * full - (full - decoder)) / decoder - 0.005, 2)  # what is not the decoder stays whole
         single("pruning", target, [{"step": "prune.structured", "keep_parameters": keep}, *heal])
         single("layers", target, [{"step": "prune.layers", "keep": keep}, *heal])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from llmlite.shrink.search import Option
 
-__all__ = ["CORRECTION", "VOCABULARY", "mixed_options", "prune_options", "store_options"]
+__all__ = ["CORRECTION", "VOCABULARY", "Mixed", "mixed_options", "prune_options", "store_options"]
 
 VOCABULARY = Option("vocabulary of the text", ({"step": "prune.vocabulary"},))
 CORRECTION: dict[str, Any] = {"step": "correct", "r": 16}
@@ -44,23 +46,53 @@ def store_options(dtypes: Sequence[str]) -> list[Option]:
     return options
 
 
-def mixed_options(nf4: Option, costs: Mapping[str, float], weights: Mapping[str, int], shares: Sequence[float] = _SHARES) -> list[Option]:
-    """4 bits a weight, and 16 for the layers in which 4 bits cost the prediction most for their size. What it gives is computed from `nf4`, not measured.
+@dataclass(frozen=True)
+class Mixed:
+    """4 bits a weight, and 16 for the layers in which 4 bits cost the prediction most for their size.
 
-    KL is that of `nf4` less the share of it that the layers left in 16 bit would have caused; perplexity's rise goes with it.
+    Attributes:
+        option: its figures are those of `nf4` until something better is known.
+        cost_left: share of all layers' cost that is in the layers with 4 bits.
+        weights_left: share of the weights that have 4 bits.
+    """
+
+    option: Option
+    cost_left: float
+    weights_left: float
+
+    def expected(self, nf4: Option, trust: float) -> Option:
+        """The option with figures computed from `nf4`: its KL, and the rise of its perplexity, less what the layers in 16 bit would have caused.
+
+        Args:
+            nf4: all layers in 4 bits, measured.
+            trust: how far the layers' costs are to be believed, 0 to 1; at 0 every weight causes as much as any other.
+        """
+        left = trust * self.cost_left + (1 - trust) * self.weights_left
+        speedup = 1 / (self.weights_left / nf4.decode_speedup + 1 - self.weights_left)
+        return dataclasses.replace(self.option, kl=nf4.kl * left, perplexity_ratio=nf4.perplexity_ratio**left, decode_speedup=speedup)
+
+    def trust_by(self, nf4: Option, measured: Option) -> float:
+        """How far the costs are to be believed when this option, measured, is what they should have foretold."""
+        if nf4.kl <= 0 or self.cost_left >= self.weights_left:
+            return 0.0
+        return min(1.0, max(0.0, (self.weights_left - measured.kl / nf4.kl) / (self.weights_left - self.cost_left)))
+
+
+def mixed_options(nf4: Option, costs: Mapping[str, float], weights: Mapping[str, int], shares: Sequence[float] = _SHARES) -> list[Mixed]:
+    """4 bits and 16 bits side by side, the layers chosen by cost for each weight.
 
     Args:
-        nf4: all layers in 4 bits, measured.
+        nf4: all layers in 4 bits.
         costs: layer -> what 4 bits alone in this layer cost, on any scale; see `llmlite.calibration.sensitivity.cost_of_changes`.
         weights: layer -> number of its weights.
         shares: of all weights, to stay in 16 bit at most.
 
     Returns:
-        One option for each share that at least one more layer fits into.
+        One for each share that at least one more layer fits into.
     """
     total, everything = sum(costs.values()), sum(weights[name] for name in costs)
     ranked = sorted(costs, key=lambda name: -costs[name] / weights[name])
-    options: list[Option] = []
+    found: list[Mixed] = []
     for share in shares:
         dense: list[str] = []
         room = share * everything
@@ -68,18 +100,9 @@ def mixed_options(nf4: Option, costs: Mapping[str, float], weights: Mapping[str,
             if weights[name] <= room:
                 dense.append(name)
                 room -= weights[name]
-        if not dense or (options and len(dense) == len(options[-1].steps[0]["skip"])):
+        if not dense or (found and len(dense) == len(found[-1].option.steps[0]["skip"])):
             continue
-        left = 1 - sum(costs[name] for name in dense) / total if total > 0 else 1.0
-        kept = sum(weights[name] for name in dense) / everything
-        options.append(
-            Option(
-                f"{nf4.name}, {len(dense)} layers in 16 bit",
-                ({**nf4.steps[0], "skip": sorted(dense)},),
-                nf4.kl * left,
-                nf4.perplexity_ratio**left,
-                1 / ((1 - kept) / nf4.decode_speedup + kept),
-                names_layers=True,
-            )
-        )
-    return options
+        option = Option(f"{nf4.name}, {len(dense)} layers in 16 bit", ({**nf4.steps[0], "skip": sorted(dense)},), names_layers=True)
+        cost_left = 1 - sum(costs[name] for name in dense) / total if total > 0 else 1.0
+        found.append(Mixed(option, cost_left, 1 - sum(weights[name] for name in dense) / everything))
+    return found

@@ -28,6 +28,9 @@ __all__ = ["Shrunk", "shrink"]
 
 log = logging.getLogger(__name__)
 
+_MEASURED_SHARE = 0.2
+"""Share of the weights in 16 bit of the mixed format that is measured; the others are computed from it."""
+
 
 @dataclass
 class Shrunk:
@@ -130,7 +133,7 @@ def shrink(
     with locked(folder):
         found_in = folder / "measured"
         known = [measured(recipe, [option for option in group if _fits(option.name, sizes)], found_in) for group in groups]
-        mixed = _mixed(known[-1], context, found_in)
+        mixed = _mixed(known[-1], recipe, context, found_in)
         candidates = combinations(known, sizes) + combinations([*known[:-1], mixed], _sizes([*known[:-1], mixed], context))
         chosen = best(candidates, limits)
         if chosen is None:
@@ -166,8 +169,8 @@ def _extended(plans: dict[tuple[str, ...], ModelPlan], group: Sequence[Option], 
                 log.info("left out: %s: %s", " + ".join(filter(None, (*before, option.name))), error.problems[0])
 
 
-def _mixed(stores: Sequence[Option], context: Run, folder: Path) -> list[Option]:
-    """Formats of 4 and 16 bit side by side, where 4 bits were measured with what is not quantized in 16 bit."""
+def _mixed(stores: Sequence[Option], recipe: Recipe, context: Run, folder: Path) -> list[Option]:
+    """Formats of 4 and 16 bit side by side, where 4 bits were measured with what is not quantized in 16 bit. One of them is measured, the others computed."""
     import torch
 
     nf4 = next((option for option in stores if option.steps and option.name.startswith("nf4") and len(option.steps) == 1), None)
@@ -177,7 +180,14 @@ def _mixed(stores: Sequence[Option], context: Run, folder: Path) -> list[Option]
     from llmlite.models.size import linear_shapes
 
     weights = {name: outputs * inputs for name, (outputs, inputs) in linear_shapes(context.config).items()}
-    return mixed_options(nf4, layer_costs(context, folder), weights)
+    found = mixed_options(nf4, layer_costs(context, folder), weights)
+    if not found:
+        return []
+    middle = min(found, key=lambda mixed: abs(mixed.weights_left - (1 - _MEASURED_SHARE)))
+    known = measured(recipe, [middle.option], folder)[0]
+    trust = middle.trust_by(nf4, known)
+    log.info("the layers' costs foretell %.0f %% of what their place in 16 bit gives", 100 * trust)
+    return [known if mixed is middle else mixed.expected(nf4, trust) for mixed in found]
 
 
 def _fits(name: str, sizes: dict[tuple[str, ...], tuple[int, int]]) -> bool:

@@ -51,14 +51,24 @@ def test_kl_adds_and_ratios_multiply() -> None:
 def test_the_layers_that_cost_most_for_their_size_stay_in_16_bit() -> None:
     nf4 = Option("nf4", ({"step": "quantize", "scheme": "nf4"},), 0.1, 1.21, 0.5)
     costs, weights = {"a": 6.0, "b": 3.0, "c": 1.0, "d": 0.0}, {"a": 100, "b": 10, "c": 10, "d": 80}
-    small, middle, most = mixed_options(nf4, costs, weights, shares=(0.02, 0.06, 0.11, 0.65))
-    assert [option.steps[0]["skip"] for option in (small, middle, most)] == [["b"], ["b", "c"], ["a", "b", "c"]]  # 0.02 of 200 weights holds none
-    assert small.kl == pytest.approx(0.07)  # b caused three tenths
-    assert middle.perplexity_ratio == pytest.approx(1.21**0.6)
-    assert most.kl == pytest.approx(0.0)
-    assert most.decode_speedup == pytest.approx(1 / (0.4 / 0.5 + 0.6))
-    assert all(option.names_layers for option in (small, middle, most))
+    small, middle, most = mixed_options(nf4, costs, weights, shares=(0.02, 0.06, 0.11, 0.65))  # 0.02 of 200 weights holds none
+    assert [mixed.option.steps[0]["skip"] for mixed in (small, middle, most)] == [["b"], ["b", "c"], ["a", "b", "c"]]
+    assert all(mixed.option.names_layers for mixed in (small, middle, most))
     assert nf4.steps[0].get("skip") is None
+    assert small.expected(nf4, 1.0).kl == pytest.approx(0.07)  # b caused three tenths
+    assert small.expected(nf4, 0.0).kl == pytest.approx(0.095)  # and is a twentieth of the weights
+    assert middle.expected(nf4, 1.0).perplexity_ratio == pytest.approx(1.21**0.6)
+    assert most.expected(nf4, 1.0).kl == pytest.approx(0.0)
+    assert most.expected(nf4, 0.3).decode_speedup == pytest.approx(1 / (0.4 / 0.5 + 0.6))
+
+
+@pytest.mark.parametrize(("kl", "trust"), [(0.07, 1.0), (0.0825, 0.5), (0.095, 0.0), (0.2, 0.0), (0.01, 1.0)])
+def test_one_measured_mixture_says_how_far_the_costs_are_to_be_believed(kl: float, trust: float) -> None:
+    nf4 = Option("nf4", ({"step": "quantize"},), 0.1)
+    (mixed,) = mixed_options(nf4, {"a": 7.0, "b": 3.0}, {"a": 190, "b": 10}, shares=(0.05,))
+    found = mixed.trust_by(nf4, Option("measured", kl=kl))
+    assert found == pytest.approx(trust)
+    assert mixed.expected(nf4, found).kl == pytest.approx(min(max(kl, 0.07), 0.095))
 
 
 def test_a_healed_option_begins_with_the_unhealed_one() -> None:
