@@ -29,6 +29,7 @@ def recipe(model: Path, rows: Path, out: Path) -> Recipe:
 def test_the_chosen_recipe_keeps_the_limit_and_is_run(folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = recipe(folder, pairs_file, tmp_path / "out")
     monkeypatch.setattr("llmlite.shrink.shrink.store_options", lambda _: store_options(["bfloat16"])[1:2])  # one of the formats; each is a run of its own
+    monkeypatch.setattr("llmlite.shrink.shrink._mixed", lambda *_: [])
     found = shrink(asked, target=0.75, keeps=(0.6,), heal_steps=0, run=True)
     assert found.report is not None
     assert found.report.rows[-1].bytes_on_disk <= 0.75 * found.full_bytes * 1.01
@@ -44,6 +45,20 @@ def test_the_chosen_recipe_keeps_the_limit_and_is_run(folder: Path, pairs_file: 
     assert other.chosen.kl <= found.chosen.kl
     with pytest.raises(RunError, match=r"breaks the limit on .*speed"):
         shrink(asked, target=0.9, min_speedup=1000, keeps=(0.6,), heal_steps=0)
+
+
+@pytest.mark.slow
+def test_a_mixture_of_4_and_16_bit_is_measured_chosen_and_run(folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = recipe(folder, pairs_file, tmp_path / "out")
+    monkeypatch.setattr("llmlite.shrink.shrink.store_options", lambda _: store_options(["bfloat16"])[1:2])
+    found = shrink(asked, target=0.75, keeps=(0.6,), heal_steps=0, run=True)
+    assert "layers in 16 bit" in found.chosen.name
+    (nf4,) = [candidate for candidate in found.front if candidate.name == "nf4, 16-bit rest"]
+    assert found.chosen.kl < nf4.kl
+    assert found.report is not None
+    assert found.report.rows[-1].kl < nf4.kl
+    assert found.report.rows[-1].bytes_on_disk <= 0.75 * found.full_bytes * 1.01
+    assert found.report.reload_difference < 1e-3
 
 
 def test_what_cannot_be_is_said_before_anything_is_measured(folder: Path, pairs_file: Path, tmp_path: Path) -> None:
