@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import pydantic
 
+from llmlite.config import shorten
 from llmlite.errors import LoadError
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def memory_limits(text: str) -> dict[Place, int]:
         found = _LIMIT.fullmatch(part)
         device = found[1] if found else ""
         if not found or not (device.isdigit() or device == "cpu") or found[3].upper() not in _UNITS or found[2].count(".") > 1:
-            raise ValueError(f"be bytes by device, such as 0=20GB,cpu=60GB ({part.strip()!r} is not). Accelerators have numbers; what is left goes to disk")
+            strange = shorten(part.strip())
+            raise ValueError(f"be bytes by device, such as 0=20GB,cpu=60GB ({strange!r} is not). Accelerators have numbers; what is left goes to disk")
         limits[int(device) if device.isdigit() else device] = int(float(found[2]) * _UNITS[found[3].upper()])
     return dict(sorted(limits.items(), key=lambda item: (isinstance(item[0], str), str(item[0]))))
 
