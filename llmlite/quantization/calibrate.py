@@ -33,7 +33,7 @@ from llmlite.calibration.walk import Walk, walk_blocks
 from llmlite.models.blockwise import is_blockwise, shelf_of
 from llmlite.models.device_map import is_offloaded
 from llmlite.models.view import BlockView, LinearView, ModelView
-from llmlite.quantization.nf4 import DoubleScales, Grid, calibrated_together, dequantize, grid_of, output_error
+from llmlite.quantization.nf4 import DoubleScales, Grid, calibrated_codes, dequantize, grid_of, output_error
 from llmlite.quantization.stock_format import write_codes
 from llmlite.quantization.tune import Codes, TuneScales, tune_scales
 from llmlite.storage import damage, writing_folder
@@ -142,7 +142,7 @@ def calibrate(model: nn.Module, batches: Sequence[Batch], how: CalibratedScheme,
             if moments.cross_JI is not None:
                 wanted = [towards_dense(weight_OI, hessian_II, moments.cross_JI / max(moments.tokens, 1), 10 * how.damping) for weight_OI in dense]
             here = grid.to(hessian_II.device)
-            chosen = calibrated_together(wanted, hessian_II, here, double_quant=how.double_quant, damping=how.damping, sweeps=how.sweeps)
+            chosen = calibrated_codes(wanted, hessian_II, here, double_quant=how.double_quant, damping=how.damping, sweeps=how.sweeps)
             for linear, weight_OI, wanted_OI, (index_OI, scales_OB, double) in zip(layers, dense, wanted, chosen, strict=True):
                 quantized_OI = dequantize(index_OI, scales_OB, here)
                 whole = output_error(weight_OI, hessian_II).sum().clamp_min(1e-30)

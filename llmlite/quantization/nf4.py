@@ -29,7 +29,6 @@ __all__ = [
     "DoubleScales",
     "Grid",
     "calibrated_codes",
-    "calibrated_together",
     "dequantize",
     "gptq",
     "grid_of",
@@ -318,33 +317,6 @@ def refine(
 
 
 def calibrated_codes(
-    weight_OI: Tensor,
-    hessian_II: Tensor,
-    grid: Grid,
-    *,
-    double_quant: bool = False,
-    damping: float = 1e-3,
-    sweeps: int = 2,
-    block_size: int = _BLOCK,
-) -> tuple[Tensor, Tensor, DoubleScales | None]:
-    """Scales, then codes, then both once more: everything above in its order.
-
-    Args:
-        weight_OI: weights, (O, I).
-        hessian_II: mean of x x^T over calibration tokens, (I, I).
-        grid: see `grid_of`.
-        double_quant: the scales will be stored in 8 bits; codes are chosen for the scales that will really be there.
-        damping: share of the mean diagonal added to H's diagonal.
-        sweeps: passes of `refine`; 0 leaves it out.
-        block_size: inputs that share a scale.
-
-    Returns:
-        Indices, uint8, (O, I); scales, float32, (O, B), as they will be read back; the second level of the scales, or None.
-    """
-    return calibrated_together([weight_OI], hessian_II, grid, double_quant=double_quant, damping=damping, sweeps=sweeps, block_size=block_size)[0]
-
-
-def calibrated_together(
     weights: Sequence[Tensor],
     hessian_II: Tensor,
     grid: Grid,
@@ -354,14 +326,21 @@ def calibrated_together(
     sweeps: int = 2,
     block_size: int = _BLOCK,
 ) -> list[tuple[Tensor, Tensor, DoubleScales | None]]:
-    """`calibrated_codes` of several layers that hear the same input, in one pass: outputs do not depend on one another, and half of the steps are saved.
+    """Scales, then codes, then both once more: everything above in its order.
+
+    Layers that hear the same input go in one pass: outputs do not depend on one another, and the steps over inputs are made once for all.
 
     Args:
         weights: of each layer, (O, I).
-        hessian_II, grid, double_quant, damping, sweeps, block_size: see `calibrated_codes`.
+        hessian_II: mean of x x^T over calibration tokens, (I, I).
+        grid: see `grid_of`.
+        double_quant: the scales will be stored in 8 bits; codes are chosen for the scales that will really be there.
+        damping: share of the mean diagonal added to H's diagonal.
+        sweeps: passes of `refine`; 0 leaves it out.
+        block_size: inputs that share a scale.
 
     Returns:
-        For each layer what `calibrated_codes` returns.
+        For each layer: indices, uint8, (O, I); scales, float32, (O, B), as they will be read back; the second level of the scales, or None.
     """
     rows = [len(weight_OI) for weight_OI in weights]
     weight_OI = torch.cat([weight_OI.float() for weight_OI in weights]).contiguous()

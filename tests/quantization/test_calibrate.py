@@ -108,7 +108,7 @@ def test_the_layer_error_is_the_error_of_the_layers_output(tmp_path: Path) -> No
 def test_a_stopped_calibration_continues_and_ends_in_the_same_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     how = CalibratedScheme(inputs="compressed")
     whole = calibrate(build_tiny("llama"), windows(), how, tmp_path / "whole", tmp_path / "whole-walk")
-    real, calls = nf4.calibrated_together, []
+    real, calls = nf4.calibrated_codes, []
 
     def dies(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -116,7 +116,7 @@ def test_a_stopped_calibration_continues_and_ends_in_the_same_codes(tmp_path: Pa
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(calibrate_module, "calibrated_together", dies)
+    monkeypatch.setattr(calibrate_module, "calibrated_codes", dies)
     with pytest.raises(KeyboardInterrupt):
         calibrate(build_tiny("llama"), windows(), how, tmp_path / "codes", tmp_path / "walk")
     again = calibrate(build_tiny("llama"), windows(), how, tmp_path / "codes", tmp_path / "walk")
