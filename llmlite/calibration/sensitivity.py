@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llmlite.models.quick import quick_copy, quick_dtype
+from llmlite.models.quick import quickened
 from llmlite.models.view import LinearView, ModelView
 from llmlite.training.backbone import hidden_and_head
 from llmlite.training.chunked import chunked_head_loss
@@ -87,9 +87,7 @@ def token_sensitivity(model: nn.Module, batches: Sequence[Batch], places: Sequen
 
 def quick_sensitivity(model: nn.Module, batches: Sequence[Batch], places: Sequence[int], seed: int = 0) -> list[dict[str, Tensor]]:
     """`token_sensitivity` in the type that this machine multiplies fastest, on a copy where that is not the model's own."""
-    first = next(model.parameters())
-    dtype = quick_dtype(first.device, first.dtype)
-    return token_sensitivity(model if dtype == first.dtype else quick_copy(model, dtype), batches, places, seed)
+    return token_sensitivity(quickened(model), batches, places, seed)
 
 
 def cost_of_changes(model: nn.Module, batches: Sequence[Batch], changes: Mapping[str, Tensor], seed: int = 0) -> dict[str, float]:

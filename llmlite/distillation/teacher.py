@@ -24,7 +24,7 @@ from llmlite.data.collate import PaddedCollator, examples_of
 from llmlite.distillation.objective import HiddenTeacher, TeacherSignal
 from llmlite.distillation.uld import align
 from llmlite.errors import UnsupportedModel
-from llmlite.models.device_map import memory_limits
+from llmlite.models.device_map import SPREADING, memory_limits
 from llmlite.training.backbone import hidden_and_head
 from llmlite.training.token_loss import IGNORE_INDEX
 
@@ -35,11 +35,7 @@ if TYPE_CHECKING:
     from llmlite.models.find import Source
     from llmlite.models.settings import Model
 
-__all__ = ["SPREADING", "AlignedTeacher", "LiveTeacher", "Teacher", "TeacherModel"]
-
-
-SPREADING = ("auto", "balanced", "sequential")
-"""Names of `device_map` that spread a model over devices."""
+__all__ = ["AlignedTeacher", "LiveTeacher", "Teacher", "TeacherModel"]
 
 
 class Teacher(Protocol):

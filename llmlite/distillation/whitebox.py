@@ -23,7 +23,7 @@ from pydantic import Field
 from llmlite.config import settings
 from llmlite.distillation.student import StudentStep
 from llmlite.errors import ConfigError
-from llmlite.models.device_map import MemoryLimits
+from llmlite.models.device_map import SPREADING, MemoryLimits
 from llmlite.step import ModelPlan
 from llmlite.training.settings import NonNegative, PositiveInt
 
@@ -176,7 +176,6 @@ class DistillWhiteBox(StudentStep):
 
     def _problems_of_layout(self, teacher: TeacherModel, run: Run) -> list[str]:
         """What keeps the teacher from lying where it should."""
-        from llmlite.distillation.teacher import SPREADING
         from llmlite.models.tensor_parallel import indivisible
 
         problems, spreads, processes = [], self.teacher_device_map in SPREADING, run.layout.processes

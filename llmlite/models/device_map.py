@@ -32,7 +32,10 @@ if TYPE_CHECKING:
     from llmlite.models.settings import Model
     from llmlite.models.view import ModelView
 
-__all__ = ["MemoryLimits", "brought", "device_of", "dispatch_map", "feed_device", "held_bytes", "is_offloaded", "memory_limits", "places"]
+__all__ = ["SPREADING", "MemoryLimits", "brought", "device_of", "dispatch_map", "feed_device", "held_bytes", "is_offloaded", "memory_limits", "places"]
+
+SPREADING = ("auto", "balanced", "sequential")
+"""Values of `device_map` that spread a model over devices."""
 
 Place = int | str
 """Index of an accelerator, ``cpu`` or ``disk``."""

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-__all__ = ["quick_copy", "quick_dtype"]
+__all__ = ["quick_copy", "quick_dtype", "quickened"]
 
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
 
@@ -35,3 +35,10 @@ def quick_copy(model: AnyModel, dtype: torch.dtype, without: Collection[nn.Modul
         values = parameter.detach().new_empty(0, dtype=dtype) if id(parameter) in empty else parameter.detach().to(dtype, copy=True)
         memo[id(parameter)] = nn.Parameter(values, requires_grad=False)
     return copy.deepcopy(model, memo)
+
+
+def quickened(model: AnyModel) -> AnyModel:
+    """The model itself where its type is the quickest, else a quick copy."""
+    first = next(model.parameters())
+    dtype = quick_dtype(first.device, first.dtype)
+    return model if dtype == first.dtype else quick_copy(model, dtype)

@@ -112,14 +112,13 @@ def _measured_costs(context: Run) -> dict[str, float]:
 
     from llmlite.calibration.blocks import batches_of
     from llmlite.calibration.sensitivity import cost_of_changes
-    from llmlite.models.quick import quick_copy, quick_dtype
+    from llmlite.models.quick import quickened
     from llmlite.models.view import ModelView
     from llmlite.quantization.bnb import BLOCK_SIZE
     from llmlite.quantization.calibrate import quantization_windows
     from llmlite.quantization.nf4 import dequantize, grid_of, largest_scales, nearest_index
 
     model = context.load_base().eval()
-    dtype = quick_dtype(context.device, context.compute_dtype)
     grid = grid_of("nf4").to(context.device)
     changes: dict[str, torch.Tensor] = {}
     with torch.no_grad():
@@ -129,11 +128,9 @@ def _measured_costs(context: Run) -> dict[str, float]:
                 continue
             scales_OB = largest_scales(weight_OI, BLOCK_SIZE)
             index_OI = nearest_index(weight_OI / scales_OB.repeat_interleave(BLOCK_SIZE, 1), grid)
-            changes[linear.name] = (dequantize(index_OI, scales_OB, grid) - weight_OI).to(dtype)
+            changes[linear.name] = dequantize(index_OI, scales_OB, grid) - weight_OI
     batches = batches_of(quantization_windows(context)[:_COST_SEQUENCES])
-    if dtype != context.compute_dtype:
-        model = quick_copy(model, dtype)
-    return cost_of_changes(model, batches, changes, context.recipe.seed)
+    return cost_of_changes(quickened(model), batches, changes, context.recipe.seed)
 
 
 def plan_of_base(context: Run) -> ModelPlan:
