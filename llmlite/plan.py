@@ -18,7 +18,7 @@ from llmlite.step import ModelPlan, name_of_step
 from llmlite.storage import require_space, telling, write_text
 from llmlite.training.settings import TrainingStep
 
-__all__ = ["Plan", "check", "claim", "made_before_adapter", "size_line"]
+__all__ = ["Plan", "check", "claim", "made_before_adapter", "plan_of_base", "size_line"]
 
 _MOST_LAYERS = 10_000
 
@@ -91,24 +91,31 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
     return Plan(tuple(rows), int(disk), _peak(rows), context.layout.sentence(), loading)
 
 
-def _rows(recipe: Recipe, context: Run, *, blocks: bool) -> tuple[list[dict[str, Any]], ModelPlan]:
-    """The plan's rows for a model that is loaded whole or in blocks, and what the last step leaves.
-
-    Raises:
-        ConfigError: every problem of the steps, together.
-    """
+def plan_of_base(context: Run) -> ModelPlan:
+    """The base as the first step finds it, loaded whole or by its `device_map`."""
     from llmlite.models.size import expected_bytes, runtime_bytes, size_of_config
 
     config = context.config
     form, stored = _stored_form(config)
     weights = expected_bytes(config, dtype=context.compute_dtype, **stored) if context.device_map is None else context.dispatched_bytes
-    model = ModelPlan(
+    return ModelPlan(
         config,
         form=form,
         parameters=size_of_config(config).parameters,
         disk_bytes=expected_bytes(config, dtype=context.storage_dtype, **stored),
         peak_bytes=weights + runtime_bytes(context.device) + measuring_bytes(config),
     )
+
+
+def _rows(recipe: Recipe, context: Run, *, blocks: bool) -> tuple[list[dict[str, Any]], ModelPlan]:
+    """The plan's rows for a model that is loaded whole or in blocks, and what the last step leaves.
+
+    Raises:
+        ConfigError: every problem of the steps, together.
+    """
+    from llmlite.models.size import runtime_bytes
+
+    model = plan_of_base(context)
     rows = [_plan_row("base", model)]
     if blocks:
         rows[0]["peak_bytes"] = blockwise_peak(model, model, context)

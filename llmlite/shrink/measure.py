@@ -24,7 +24,7 @@ from llmlite.storage import write_json
 if TYPE_CHECKING:
     from llmlite.context import Run
 
-__all__ = ["layer_costs", "measured", "plan_after", "plan_of_base", "recipe_of", "sizes_of"]
+__all__ = ["layer_costs", "measured", "plan_after", "recipe_of", "sizes_of"]
 
 log = logging.getLogger(__name__)
 
@@ -131,13 +131,6 @@ def _measured_costs(context: Run) -> dict[str, float]:
             changes[linear.name] = dequantize(index_OI, scales_OB, grid) - weight_OI
     batches = batches_of(quantization_windows(context)[:_COST_SEQUENCES])
     return cost_of_changes(quickened(model), batches, changes, context.recipe.seed)
-
-
-def plan_of_base(context: Run) -> ModelPlan:
-    """The base as the first step finds it."""
-    from llmlite.models.size import expected_bytes
-
-    return ModelPlan(context.config, disk_bytes=expected_bytes(context.config, dtype=context.storage_dtype))
 
 
 def plan_after(model: ModelPlan, steps: Sequence[dict[str, Any]], context: Run) -> ModelPlan:
