@@ -55,6 +55,13 @@ ROWS: dict[str, dict[str, tuple[str, str, str]]] = {  # row -> (environment, scr
         "llmlite Wanda 50 %": (OURS, "llmlite_steps.py", "wanda-0.5"),
         "llm-compressor Wanda 50 %": ("llmcompressor", "llmcompressor_oneshot.py", "wanda-0.5"),
     },
+    "structured": {  # the same number of FFN channels gone from every layer
+        "llmlite prune.ffn": (OURS, "llmlite_steps.py", "ffn"),
+        "llmlite prune.ffn, taylor, no repair": (OURS, "llmlite_steps.py", "ffn-taylor"),
+        "llmlite prune.ffn, magnitude, no repair": (OURS, "llmlite_steps.py", "ffn-magnitude"),
+        "Torch-Pruning, taylor": ("misc", "torch_pruning_ffn.py", "taylor"),
+        "Torch-Pruning, magnitude": ("misc", "torch_pruning_ffn.py", "magnitude"),
+    },
     "distillation": {  # a student without a fifth of the layers, 16 steps of 2 rows, forward KL
         "llmlite distill.whitebox": (OURS, "llmlite_distil.py", "none"),
         "llmlite distill.whitebox, cached": (OURS, "llmlite_distil.py", "hidden"),

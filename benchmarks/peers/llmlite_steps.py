@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import run
+from common import KEEP_CHANNELS, run
 
 import llmlite
 from llmlite.context import Run
@@ -21,6 +21,9 @@ METHODS: dict[str, Any] = {
     "nf4-dq-calibrated": lambda: Quantize(scheme="nf4", double_quant=True),
     "sparsegpt-0.5": lambda: llmlite.PruneWeights(sparsity=0.5),
     "sparsegpt-2:4": lambda: llmlite.PruneWeights(sparsity="2:4"),
+    "ffn": lambda: llmlite.PruneFfn(keep=KEEP_CHANNELS, multiple_of=2),
+    "ffn-magnitude": lambda: llmlite.PruneFfn(keep=KEEP_CHANNELS, multiple_of=2, score="magnitude", reconstruct=False),
+    "ffn-taylor": lambda: llmlite.PruneFfn(keep=KEEP_CHANNELS, multiple_of=2, score="taylor", reconstruct=False),
     "wanda-0.5": lambda: llmlite.PruneWeights(sparsity=0.5, method="wanda"),
 }
 
