@@ -34,7 +34,7 @@ bench-all: bench
 	for each in losses distillation_cache adapters lora_start calibration_memory scale kills peak_estimate; do $(BIN)/python benchmarks/$$each.py || exit 1; done
 	$(BIN)/python benchmarks/shrink.py --out outputs/bench-shrink
 ifdef TRAIN
-	$(BIN)/python benchmarks/quantization.py --calibration $(TRAIN) --test test=$(TEST)
+	$(BIN)/python benchmarks/peers.py quantization --calibration $(TRAIN) --test test=$(TEST)
 	$(BIN)/python benchmarks/distillation.py --train $(TRAIN) --test test=$(TEST) --seeds 0 1 2 --losses ce ce+forward_kl
 endif
 

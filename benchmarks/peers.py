@@ -2,7 +2,9 @@
 
     python benchmarks/peers/environments.py ENVS            # once: one virtual environment for each peer, from pinned requirements
     python benchmarks/peers.py quantization --envs ENVS --calibration WIKI_VALID.txt --test wikitext=WIKI_TEST.txt --test novel=NOVEL.txt
-    python benchmarks/peers.py sparsity --envs ENVS ...                 # and distillation
+    python benchmarks/peers.py sparsity --envs ENVS ...                 # and structured, distillation
+
+Without --envs only llmlite's own rows run.
 
 Quality is measured here, from the hidden states that each method leaves on the test windows; cost is measured from outside, as a whole process. Writes
 benchmarks/results/peers_TASK.json as it goes.
@@ -38,9 +40,17 @@ HERE = Path(__file__).parent
 OURS = ""
 ROWS: dict[str, dict[str, tuple[str, str, str]]] = {  # row -> (environment, script, method)
     "quantization": {
+        "float32": (OURS, "llmlite_steps.py", "float32"),
+        "bfloat16": (OURS, "llmlite_steps.py", "bfloat16"),
+        "bitsandbytes int8": (OURS, "llmlite_steps.py", "int8"),
         "bitsandbytes NF4": (OURS, "llmlite_steps.py", "nf4-stock"),
+        "bitsandbytes NF4 + double": (OURS, "llmlite_steps.py", "nf4-dq-stock"),
+        "bitsandbytes FP4": (OURS, "llmlite_steps.py", "fp4-stock"),
         "llmlite NF4": (OURS, "llmlite_steps.py", "nf4-calibrated"),
         "llmlite NF4 + double": (OURS, "llmlite_steps.py", "nf4-dq-calibrated"),
+        "llmlite FP4": (OURS, "llmlite_steps.py", "fp4-calibrated"),
+        "bitsandbytes NF4, llmlite rank 16": (OURS, "llmlite_steps.py", "nf4-stock-corrected"),
+        "llmlite NF4 + rank 16": (OURS, "llmlite_steps.py", "nf4-calibrated-corrected"),
         "llm-compressor GPTQ W4A16": ("llmcompressor", "llmcompressor_oneshot.py", "gptq"),
         "HQQ 4 bit": ("misc", "hqq_4bit.py", ""),
         "torchao int4": ("misc", "torchao_int4.py", ""),
@@ -84,6 +94,15 @@ def compared(
     return {"perplexity": float(torch.tensor(nll / len(ids_NT)).exp()), "kl": kl / len(ids_NT)}
 
 
+@torch.no_grad()
+def seconds_of_a_pass(model: Any, windows_NT: torch.Tensor) -> float:
+    """Processor time of one forward pass over the windows, without the head."""
+    started = time.process_time()
+    for part in windows_NT.split(4):
+        model.base_model(input_ids=part, use_cache=False)
+    return time.process_time() - started
+
+
 def student_of(model: Any, tokenizer: Any, folder: Path) -> Path:
     """The model without a fifth of its layers, evenly spaced, as a stock folder."""
     view = ModelView(model)
@@ -110,7 +129,7 @@ def measured(python: str, script: str, arguments: list[str], threads: int, answe
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=ROWS)
-    parser.add_argument("--envs", type=Path, required=True)
+    parser.add_argument("--envs", type=Path)
     parser.add_argument("--calibration", required=True, metavar="FILE")
     parser.add_argument("--test", action="append", required=True, metavar="NAME=FILE")
     parser.add_argument("--sequences", type=int, default=64)
@@ -137,6 +156,7 @@ def main() -> None:
         with torch.no_grad():
             dense[name] = torch.cat([model.base_model(input_ids=part, use_cache=False).last_hidden_state for part in ids_NT.split(4)])
     table: dict[str, Any] = {"dense": {name: compared(dense[name], dense[name], head, ids[name]) for name in ids}}
+    table["dense"]["calibration_pass_cpu_seconds"] = seconds_of_a_pass(model, windows(args.calibration, args.sequences, args.seed))
     out = HERE / "results" / f"peers_{args.task}.json"
     about = {
         "model": settings.name,
@@ -150,6 +170,9 @@ def main() -> None:
         table |= {name: row for name, row in json.loads(out.read_text())["table"].items() if name in ROWS[args.task] and name not in args.rows}
     for label, (environment, script, method) in ROWS[args.task].items():
         if args.rows and label not in args.rows:
+            continue
+        if environment and args.envs is None:
+            print(f"{label:32s} not run: no --envs", file=sys.stderr, flush=True)
             continue
         python = str(args.envs / environment / "bin" / "python") if environment else sys.executable
         with tempfile.TemporaryDirectory() as folder:

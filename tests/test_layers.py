@@ -11,7 +11,7 @@ import llmlite
 
 PACKAGE = Path(llmlite.__file__).parent
 LAYERS = [
-    {"config", "errors", "gate", "storage", "step", "layout", "py.typed"},
+    {"config", "errors", "gate", "storage", "step", "layout", "processes", "py.typed"},
     {"models", "data", "evaluation.memory"},
     {"training"},
     {"context", "report", "calibration", "evaluation", "html", "hub"},

@@ -8,17 +8,51 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 STEPS, ROWS_OF_A_STEP = 16, 2  # of distillation
 KEEP_CHANNELS = 0.733  # of structured pruning, every FFN; a fifth of SmolLM2-135M's decoder goes
+
+
+def bits_per_weight(folder: Path, config: Any) -> float | None:
+    """Bits in the file for each weight of the decoder's projections, scales and tables included; None where they are not in safetensors."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    sizes = {name: module.weight.numel() for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"}
+    bits, seen = 0, set()
+    for file in folder.rglob("model*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                layer = next((".".join(name.split(".")[:end]) for end in range(name.count("."), 0, -1) if ".".join(name.split(".")[:end]) in sizes), None)
+                if layer is not None and not name.endswith(".bias"):
+                    seen.add(layer)
+                    tensor = tensors.get_tensor(name)
+                    bits += 8 * tensor.numel() * tensor.element_size()
+    return bits / sum(sizes.values()) if seen == set(sizes) else None
+
+
+@torch.no_grad()
+def speed(model: Any, prompt_T: torch.Tensor, new_tokens: int = 16, repeats: int = 3) -> dict[str, float]:
+    """Tokens a second of prompt and of greedy writing at batch 1: medians after a round that warms up."""
+    prefill, decode = [], []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        out = model(input_ids=prompt_T[None], use_cache=True)
+        prefill.append(len(prompt_T) / (time.perf_counter() - started))
+        started = time.perf_counter()
+        for _ in range(new_tokens):
+            out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+        decode.append(new_tokens / (time.perf_counter() - started))
+    return {"prefill": statistics.median(prefill[1:]), "decode": statistics.median(decode[1:])}
 
 
 def bytes_of(folder: Path) -> int:
@@ -70,19 +104,21 @@ def run(compress: Callable[[argparse.Namespace, torch.Tensor], Any], save: Calla
     if args.student:
         found["head"] = model.get_output_embeddings().weight.detach().float().contiguous().clone()
     save_file(found, args.hidden)
-    folder = args.hidden.parent / "saved"
+    folder, ids_NT = args.hidden.parent / "saved", next(iter(windows.values()))
     try:
         (save or (lambda model, tokenizer, folder: (model.save_pretrained(folder), tokenizer.save_pretrained(folder))))(
             model, AutoTokenizer.from_pretrained(args.model), folder
         )
         answer["bytes"] = bytes_of(folder)
+        answer["bits_per_weight"] = bits_per_weight(folder, AutoConfig.from_pretrained(args.model))
         again = AutoModelForCausalLM.from_pretrained(folder).eval()
         for module in again.modules():  # bitsandbytes' packed CPU path computes in bfloat16; the comparison is of the stored weights
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
-        ids_NT = next(iter(windows.values()))
         difference = (hidden_states(again, ids_NT[:2]) - hidden_states(model, ids_NT[:2])).abs().max()
         answer["transformers_loads_it"] = f"yes, hidden states differ by {float(difference):.2g}"
+        del again
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()  # as anybody has it, kernels of the machine included
     except Exception as error:  # whatever a peer raises is its result
         answer["transformers_loads_it"] = f"no: {type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
-    args.answer.write_text(json.dumps(answer))
+    args.answer.write_text(json.dumps(answer | speed(model, ids_NT[0, :256])))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from common import KEEP_CHANNELS, run
+from transformers import AutoModelForCausalLM
 
 import llmlite
 from llmlite.context import Run
@@ -16,9 +17,13 @@ from llmlite.models.save import save_model, storage_dtype
 from llmlite.quantization.bnb import Quantize
 
 METHODS: dict[str, Any] = {
+    "int8": lambda: Quantize(scheme="int8", report_sequences=0),
     "nf4-stock": lambda: Quantize(scheme="nf4", double_quant=False, calibrate=False, report_sequences=0),
+    "nf4-dq-stock": lambda: Quantize(scheme="nf4", double_quant=True, calibrate=False, report_sequences=0),
+    "fp4-stock": lambda: Quantize(scheme="fp4", double_quant=False, calibrate=False, report_sequences=0),
     "nf4-calibrated": lambda: Quantize(scheme="nf4", double_quant=False),
     "nf4-dq-calibrated": lambda: Quantize(scheme="nf4", double_quant=True),
+    "fp4-calibrated": lambda: Quantize(scheme="fp4", double_quant=False),
     "sparsegpt-0.5": lambda: llmlite.PruneWeights(sparsity=0.5),
     "sparsegpt-2:4": lambda: llmlite.PruneWeights(sparsity="2:4"),
     "ffn": lambda: llmlite.PruneFfn(keep=KEEP_CHANNELS, multiple_of=2),
@@ -28,12 +33,25 @@ METHODS: dict[str, Any] = {
 }
 
 
+CORRECTED, RANK = "-corrected", 16
+
+
 def compress(args: argparse.Namespace, windows_NT: torch.Tensor) -> Any:
-    step = METHODS[args.method]()
-    recipe = llmlite.Recipe(model=args.model, steps=(step,), seed=args.seed, data=llmlite.Data(calibration_sequences=len(windows_NT)))
+    if args.method in ("float32", "bfloat16"):
+        return AutoModelForCausalLM.from_pretrained(args.model, dtype=args.method)
+    step = METHODS[args.method.removesuffix(CORRECTED)]()
+    correct = llmlite.Correct(r=RANK)
+    recipe = llmlite.Recipe(model=args.model, steps=(step, correct), seed=args.seed, data=llmlite.Data(calibration_sequences=len(windows_NT)))
     run_ = Run(recipe, Path(tempfile.mkdtemp(dir=args.hidden.parent)))
     run_.__dict__["calibration_windows"] = windows_NT
-    return step.load(run_)
+    model = step.load(run_)
+    if not args.method.endswith(CORRECTED):
+        return model
+    base = args.hidden.parent / "saved" / "base"  # an adapter is nothing without it
+    save_model(model, base, storage_dtype(model.config))
+    corrected = correct.apply(model, run_)
+    corrected.peft_config["default"].base_model_name_or_path = str(base)
+    return corrected
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from llmlite.models.blockwise import present, shelf_of
 from llmlite.models.device_map import device_of
 from llmlite.models.quick import quick_dtype
 from llmlite.models.view import BlockView, ModelView
+from llmlite.processes import places_of, rank_and_processes, sum_over_processes
 from llmlite.training.backbone import hidden_and_head
 
 __all__ = ["EVEN_SHARE", "Blocks", "Statistics", "batches_of", "last_hidden", "least_over_processes", "skipping"]
@@ -116,9 +117,8 @@ class Blocks:
         self.view = ModelView(model)
         first = next(self.view.embedding.parameters())
         self._dtype = quick_dtype(first.device, first.dtype) if quick else first.dtype
-        rank, processes = _rank_and_processes()
-        self.shared = 1 < processes <= len(batches)
-        self.places = list(range(rank, len(batches), processes)) if self.shared else list(range(len(batches)))
+        self.shared = 1 < rank_and_processes()[1] <= len(batches)
+        self.places = places_of(len(batches), self.shared)
         self._held_out = len(batches) >= HELD_OUT_EVERY
         self.hidden: list[Tensor] = []
         self.real: list[Tensor | None] = []  # (B, T) bool, None where every token is real
@@ -282,7 +282,7 @@ class Blocks:
         if not self.shared:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=next(self.view.embedding.parameters()).device)
-        torch.distributed.all_reduce(total)
+        sum_over_processes([total])
         return [float(value) for value in total]
 
 
@@ -319,17 +319,11 @@ def _summed_weight(weights: Mapping[str, Tensor], names: Sequence[str]) -> Tenso
 
 def least_over_processes(count: int, device: torch.device) -> int:
     """The smallest of the numbers that the processes give: how far all of them have come."""
-    if _rank_and_processes()[1] == 1:
+    if rank_and_processes()[1] == 1:
         return count
     least = torch.tensor([count], device=device)
     torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
     return int(least)
-
-
-def _rank_and_processes() -> tuple[int, int]:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 @contextmanager

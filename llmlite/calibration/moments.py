@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmlite.processes import sum_over_processes
+
 __all__ = ["Moments"]
 
 
@@ -55,13 +57,8 @@ class Moments:
 
     def all_reduce(self) -> None:
         """Add up over the processes of `torch.distributed`; nothing when there is one process. Sums travel in float64, so that the order matters little."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return
         count = torch.tensor([self.tokens], dtype=torch.float64, device=self.gram_II.device)
-        for tensor in [count, self.gram_II, self.total_I, *([] if self.cross_JI is None else [self.cross_JI])]:
-            wide = tensor.double()
-            torch.distributed.all_reduce(wide)
-            tensor.copy_(wide)
+        sum_over_processes([count, self.gram_II, self.total_I, *([] if self.cross_JI is None else [self.cross_JI])])
         self.tokens = int(count.item())
 
     @property

@@ -7,12 +7,12 @@ sum_t s[t] x_t x_t^T then counts the tokens that matter, where sum_t x_t x_t^T c
 
 Source: Kim et al. 2025, arXiv:2505.07004 (GuidedQuant, with one group of output channels); Martens 2014, arXiv:1412.1193, section 5 (whose labels to take).
 
-Legend: N tokens, R rows of a chunk, V vocabulary.
+Legend: N tokens, R rows of a chunk, V vocabulary, O outputs, I inputs of a projection, U units of S neighbouring inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from llmlite.models.quick import quickened
 from llmlite.models.view import LinearView, ModelView
+from llmlite.processes import places_of, rank_and_processes, sum_over_processes
 from llmlite.training.backbone import hidden_and_head
 from llmlite.training.chunked import chunked_head_loss
 from llmlite.training.token_loss import TokenLoss
@@ -27,7 +28,7 @@ from llmlite.training.token_loss import TokenLoss
 if TYPE_CHECKING:
     from llmlite.calibration.blocks import Batch
 
-__all__ = ["OwnLabels", "cost_of_changes", "quick_sensitivity", "token_sensitivity"]
+__all__ = ["OwnLabels", "cost_of_changes", "cost_of_silence", "quick_sensitivity", "token_sensitivity"]
 
 Watch = Callable[[LinearView, Tensor], "Callable[[Tensor], None] | None"]
 """Shown a projection and its input (B, T, I) in the forward pass, gives what is to be shown the gradient of its output (B, T, O), if anything."""
@@ -126,6 +127,70 @@ def cost_of_changes(model: nn.Module, batches: Sequence[Batch], changes: Mapping
     for place, batch in enumerate(batches):
         tokens += _gradients(model, batch, place, seed, watch)
     return {name: cost / (2 * max(tokens, 1)) for name, cost in costs.items()}
+
+
+def cost_of_silence(model: nn.Module, batches: Sequence[Batch], units: Collection[tuple[str, int]], seed: int = 0) -> dict[tuple[str, int], Tensor]:
+    """What it would cost the prediction if a unit of a projection's inputs said the same to every token, its mean: KL in nats a token, to second order.
+
+        KL_u = 1 / (2 N) sum_t ( sum_{i in u} (x[t, i] - mean_t x[t, i]) dL/dx[t, i] )^2
+
+    A constant is left in, since what stays can give it.
+
+    Args:
+        model: the dense model in eval mode; its weights get no gradient.
+        batches: calibration inputs without padding; under `torch.distributed` every process gives the same ones, reads its share, and the sums are added up.
+        units: names of projections, each with the number of units that its inputs make, runs of equally many. Others are left out.
+        seed: of the labels.
+
+    Returns:
+        For each of these (U,) float32, 0 or more, on the model's device.
+
+    Source: Kwon et al. 2022, arXiv:2204.09656, section 4.1 (the Fisher information of a mask); An et al. 2023, arXiv:2312.11983, section 3.2 (what fluctuates).
+    """
+    sums = {each: _Silence() for each in units}
+
+    def watch(linear: LinearView, input_BTI: Tensor) -> Callable[[Tensor], None] | None:
+        counts = [count for name, count in sums if name == linear.name]
+        input_NI = input_BTI.detach().reshape(-1, input_BTI.shape[-1])
+
+        def keep(grad_BTO: Tensor) -> None:
+            grad_NI = grad_BTO.reshape(len(input_NI), -1) @ linear.weight_OI.to(grad_BTO.dtype)
+            for count in counts:
+                sums[linear.name, count].add(*(values_NI.float().reshape(len(input_NI), count, -1) for values_NI in (input_NI, grad_NI)))
+
+        return keep if counts else None
+
+    shared = 1 < rank_and_processes()[1] <= len(batches)
+    for place in places_of(len(batches), shared):
+        _gradients(model, batches[place], place, seed, watch)
+    for each in sums.values() if shared else ():
+        sum_over_processes(each.sums)
+    return {name: each.cost_U() for name, each in sums.items()}
+
+
+class _Silence:
+    """Sums over the inputs x of one projection and their gradients g, enough for the cost once the mean of x is known."""
+
+    def __init__(self) -> None:
+        self.sums: list[Tensor] = []
+
+    def add(self, input_NUS: Tensor, grad_NUS: Tensor) -> None:
+        product_NU = (input_NUS * grad_NUS).sum(-1)
+        more = [
+            torch.tensor(float(len(input_NUS)), device=input_NUS.device),
+            input_NUS.sum(0),
+            product_NU.square().sum(0),
+            torch.einsum("nu,nus->us", product_NU, grad_NUS),
+            torch.einsum("nus,nur->usr", grad_NUS, grad_NUS),
+        ]
+        self.sums = [old + new for old, new in zip(self.sums, more, strict=True)] if self.sums else more
+
+    def cost_U(self) -> Tensor:  # noqa: N802 - a tensor with its shape suffix
+        tokens, input_US, product_U, joint_US, grads_USS = self.sums
+        mean_US = input_US / tokens
+        square_U = product_U - 2 * (joint_US * mean_US).sum(-1) + torch.einsum("us,usr,ur->u", mean_US, grads_USS, mean_US)
+        cost_U: Tensor = square_U.clamp(min=0) / (2 * tokens)
+        return cost_U
 
 
 def _gradients(model: nn.Module, batch: Batch, place: int, seed: int, watch: Watch) -> int:

@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llmlite.calibration.blocks import last_hidden
+from llmlite.processes import places_of, rank_and_processes, sum_over_processes
 from llmlite.training.backbone import logit_transform
 from llmlite.training.chunked import head_logits
 from llmlite.training.token_loss import IGNORE_INDEX, LogitTransform, next_token_labels
@@ -102,7 +103,7 @@ def reference_of(model: PreTrainedModel, batches: Iterable[Batch], shared: bool 
         shared: see `measure_quality`; the hidden states are gathered too, on every process.
     """
     batches = list(batches)
-    places = _own_places(len(batches), shared)
+    places = places_of(len(batches), shared)
     parts = {}
     counter = _Counter()
     transform = logit_transform(model.config)
@@ -133,7 +134,7 @@ def measure_quality(model: PreTrainedModel, batches: Iterable[Batch], reference:
             process, or False, this process reads all of them.
     """
     batches = list(batches)
-    places = _own_places(len(batches), shared)
+    places = places_of(len(batches), shared)
     starts = list(itertools.accumulate((_first_pieces(batch) for batch in batches), initial=0))  # where each batch begins in the reference
     counter = _Counter()
     transform = logit_transform(model.config)
@@ -159,18 +160,6 @@ def measure_quality(model: PreTrainedModel, batches: Iterable[Batch], reference:
     return counter.quality(compared=reference is not None)
 
 
-def _own_places(batches: int, shared: bool) -> list[int]:
-    """Which of the batches this process reads."""
-    rank, processes = _rank_and_processes() if shared else (0, 1)
-    return list(range(rank, batches, processes))
-
-
-def _rank_and_processes() -> tuple[int, int]:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
 def _first_pieces(batch: Batch) -> int:
     """Tokens of a batch that the reference has a distribution for."""
     counted_BT = next_token_labels(batch["labels"]) != IGNORE_INDEX
@@ -179,7 +168,7 @@ def _first_pieces(batch: Batch) -> int:
 
 def _gathered(parts: dict[int, Tensor]) -> dict[int, Tensor]:
     """The parts of all processes, on every process."""
-    processes = _rank_and_processes()[1]
+    processes = rank_and_processes()[1]
     if processes == 1:
         return parts
     found: list[Any] = [None] * processes
@@ -198,7 +187,7 @@ def _hidden(model: PreTrainedModel, batches: Iterable[Batch]) -> Iterable[tuple[
     ]
     hidden = last_hidden(model, inputs)
     try:
-        quiet = True if _rank_and_processes()[0] else None  # None: no bar where nobody looks
+        quiet = True if rank_and_processes()[0] else None  # None: no bar where nobody looks
         for batch, hidden_BTD in zip(tqdm(batches, desc="measuring", leave=False, disable=quiet), hidden, strict=True):
             labels_BT = next_token_labels(batch["labels"].to(device))
             counted_BT = labels_BT != IGNORE_INDEX
@@ -229,10 +218,8 @@ class _Counter:
 
     def sum_over_processes(self, device: torch.device) -> None:
         """Add up what all processes have counted; nothing when there is one."""
-        if _rank_and_processes()[1] == 1:
-            return
         sums = torch.tensor([self.nll, self.kl, self.agree, self.tokens], dtype=torch.float64, device=device)
-        torch.distributed.all_reduce(sums)
+        sum_over_processes([sums])
         self.nll, self.kl = float(sums[0]), float(sums[1])
         self.agree, self.tokens = int(sums[2]), int(sums[3])
 

@@ -40,7 +40,14 @@ class PruneFfn(UnitStep):
         channels = family_of(model.config).ffn_channels(model.config)
         keep = self._number(channels)
         config = compensated(model.config, "prune.ffn", ffn=True) if self.bias_compensation and keep < channels else model.config
-        return planned(model, config_with_channels(config, keep), run, calibrated=keep < channels, notes=(f"{keep} of {channels} FFN channels stay",))
+        return planned(
+            model,
+            config_with_channels(config, keep),
+            run,
+            calibrated=keep < channels,
+            notes=(f"{keep} of {channels} FFN channels stay",),
+            backward=self.backward,
+        )
 
     def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
         """Walk through the blocks, then slice."""

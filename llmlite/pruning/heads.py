@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llmlite.config import settings
 from llmlite.errors import ConfigError, UnsupportedModel
-from llmlite.pruning.settings import Keep, UnitStep, compensated, planned, require_plain, walk_state
+from llmlite.pruning.settings import Keep, Score, UnitStep, compensated, planned, require_plain, walk_state
 from llmlite.step import ModelPlan
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class PruneHeads(UnitStep):
     """Share of the heads that stays, the same in every layer."""
     unit: Unit = "kv_groups"
     """What goes: kv_groups (key/value heads with all their query heads; also shrinks the cache) or query_heads (evenly from every group)."""
-    score: Literal["flap", "wanda", "magnitude", "taylor", "obs"] = "obs"
+    score: Score = "obs"
     """How heads are judged; see prune.ffn. The second-order score measured best for heads."""
 
     def check(self, model: ModelPlan, run: Run) -> ModelPlan:
@@ -58,7 +58,7 @@ class PruneHeads(UnitStep):
         ]
         if type(config) is not type(model.config):
             notes.append(f"written as {config.model_type}, with equal logits: {model.config.model_type} refuses this number of heads")
-        return planned(model, config, run, calibrated=keep < units, notes=tuple(notes))
+        return planned(model, config, run, calibrated=keep < units, notes=tuple(notes), backward=self.backward)
 
     def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
         """Walk through the blocks, then slice."""

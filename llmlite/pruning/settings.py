@@ -14,10 +14,13 @@ from llmlite.step import ModelPlan, Step
 if TYPE_CHECKING:
     from llmlite.context import Run
 
-__all__ = ["ADVICE", "Keep", "UnitStep", "calibration_tokens", "compensated", "planned", "require_plain", "walk_state"]
+__all__ = ["ADVICE", "Keep", "Score", "UnitStep", "calibration_tokens", "compensated", "needs_gradients", "planned", "require_plain", "walk_state"]
 
 ADVICE = "keep more, calibrate on text nearer to yours, or train what is left before measuring it (recipes/*_heal.yaml)"
 Keep = Annotated[float, Field(gt=0, le=1)]
+Score = Literal["flap", "wanda", "magnitude", "taylor", "fisher", "obs"]
+"""How heads and FFN channels are judged, see `llmlite.pruning.scores` and `llmlite.calibration.sensitivity.cost_of_silence`."""
+WITH_GRADIENTS = ("taylor", "fisher")
 
 
 @settings
@@ -26,9 +29,9 @@ class UnitStep(Step):
 
     advice: ClassVar[str] = ADVICE
 
-    score: Literal["flap", "wanda", "magnitude", "taylor", "obs"] = "flap"
+    score: Score = "flap"
     """How units are judged: flap (how much of the output fluctuates with it), wanda (weight times input norm), magnitude, taylor (weight times gradient),
-    obs (second order, one unit after another)."""
+    fisher (what it would cost the prediction, by gradients), obs (second order in the output, one unit after another)."""
     reconstruct: bool = True
     """Solve the remaining output projection anew by least squares on the calibration text, so that what stays makes up for what went."""
     bias_compensation: bool = False
@@ -39,9 +42,19 @@ class UnitStep(Step):
     """What the repaired projection aims at: own (its old outputs on the same inputs), or dense (the dense model's outputs, which also corrects the blocks
     before; one pass dearer)."""
 
+    @property
+    def backward(self) -> bool:
+        """Whether units are judged by gradients."""
+        return self.score in WITH_GRADIENTS
+
     def no_blocks(self) -> str:
         """See `Step.no_blocks`."""
-        return "score: taylor needs gradients of the whole model; the other scores need none" if self.score == "taylor" else ""
+        return needs_gradients("score", self.score)
+
+
+def needs_gradients(option: str, score: str) -> str:
+    """Why a model that is loaded block by block cannot be judged so, or "" where it can."""
+    return f"{option}: {score} needs gradients of the whole model; flap, wanda, magnitude and obs need none" if score in WITH_GRADIENTS else ""
 
 
 def require_plain(model: ModelPlan, name: str) -> None:
@@ -75,14 +88,17 @@ def calibration_tokens(run: Run) -> int:
     return data.calibration_sequences * data.max_length
 
 
-def planned(model: ModelPlan, config: Any, run: Run, *, calibrated: bool, notes: tuple[str, ...], form: str | None = None) -> ModelPlan:
-    """The plan after a pruning step, counted from the new config."""
-    from llmlite.calibration.memory import walk_bytes
+def planned(model: ModelPlan, config: Any, run: Run, *, calibrated: bool, notes: tuple[str, ...], form: str | None = None, backward: bool = False) -> ModelPlan:
+    """The plan after a pruning step, counted from the new config. `backward`: whether a backward pass over the dense model comes first."""
+    from llmlite.calibration.memory import backward_bytes, walk_bytes
+    from llmlite.models.quick import quick_dtype
     from llmlite.models.size import expected_bytes, runtime_bytes, size_of_config
 
     tokens = calibration_tokens(run) if calibrated else 0
-    # both models while rebuilding, and the walk
-    peak = 2 * expected_bytes(model.config, dtype=run.compute_dtype) + walk_bytes(model.config, tokens) + runtime_bytes(run.device)
+    dense = expected_bytes(model.config, dtype=run.compute_dtype)
+    peak = 2 * dense + walk_bytes(model.config, tokens)  # both models while rebuilding, and the walk
+    if tokens and backward:
+        peak = max(peak, dense + backward_bytes(model.config, run.recipe.data.max_length, quick_dtype(run.device, run.compute_dtype)))
     return dataclasses.replace(
         model,
         config=config,
@@ -90,7 +106,7 @@ def planned(model: ModelPlan, config: Any, run: Run, *, calibrated: bool, notes:
         parameters=size_of_config(config).parameters,
         trained_parameters=0,
         disk_bytes=expected_bytes(config, dtype=run.storage_dtype),
-        peak_bytes=peak,
+        peak_bytes=peak + runtime_bytes(run.device),
         tokens=tokens,
         notes=notes,
     )

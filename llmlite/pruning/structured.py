@@ -18,7 +18,7 @@ from pydantic import Field
 
 from llmlite.config import settings
 from llmlite.errors import ConfigError
-from llmlite.pruning.settings import Keep, UnitStep, compensated, planned, require_plain, walk_state
+from llmlite.pruning.settings import WITH_GRADIENTS, Keep, Score, UnitStep, compensated, needs_gradients, planned, require_plain, walk_state
 from llmlite.step import ModelPlan
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class PruneStructured(UnitStep):
     spread: Literal["measured", "auto", "ffn", "query_heads+ffn"] = "measured"
     """What goes. measured: layers, heads and channels as trials on the calibration text decide. Without trials: ffn (channels), query_heads+ffn (one query
     head of each group, then channels), auto (channels, and heads only when half of the channels would not do)."""
-    head_score: Literal["flap", "wanda", "magnitude", "taylor", "obs"] = "obs"
+    head_score: Score = "obs"
     """How heads are judged, where heads go; see `score`. The second-order score measured best for heads."""
     trial_sequences: Annotated[int, Field(ge=2)] = 40
     """measured: calibration rows of the trials at most; one in five, at most eight, is held out to be read."""
@@ -70,13 +70,19 @@ class PruneStructured(UnitStep):
             config = compensated(config, "prune.structured", attention="o" in kinds, ffn="down" in kinds)
         share = size_of_config(config).decoder / size_of_config(model.config).decoder
         parts = [f"{cut.keep} of {cut.units} {'FFN channels' if cut.kind == 'ffn' else cut.kind.replace('_', ' ')}" for cut in cuts]
-        return planned(model, config, run, calibrated=bool(cuts), notes=(f"{share:.1%} of the decoder stays: {', '.join(parts) or 'everything'}",))
+        note = f"{share:.1%} of the decoder stays: {', '.join(parts) or 'everything'}"
+        return planned(model, config, run, calibrated=bool(cuts), notes=(note,), backward=self.backward)
+
+    @property
+    def backward(self) -> bool:
+        """Whether units are judged by gradients."""
+        return super().backward or self.head_score in WITH_GRADIENTS
 
     def no_blocks(self) -> str:
         """See `Step.no_blocks`."""
         if self.spread == "measured":
             return "spread: measured tries out whole models; spread: auto, ffn or query_heads+ffn does not"
-        return "head_score: taylor needs gradients of the whole model; the other scores need none" if self.head_score == "taylor" else super().no_blocks()
+        return needs_gradients("head_score", self.head_score) or super().no_blocks()
 
     def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
         """One walk through the blocks, then slice."""
@@ -110,7 +116,9 @@ class PruneStructured(UnitStep):
             config = compensated(config, "prune.structured", attention=True, ffn=True)
         share = size_of_config(config).decoder / size_of_config(model.config).decoder
         note = f"about {share:.1%} of the decoder stays; trials on the calibration text decide how much goes from layers, heads and FFN channels"
-        return planned(model, config, run, calibrated=self.keep_parameters < 1, notes=(note if self.keep_parameters < 1 else "everything stays",))
+        return planned(
+            model, config, run, calibrated=self.keep_parameters < 1, notes=(note if self.keep_parameters < 1 else "everything stays",), backward=self.backward
+        )
 
     def _measured(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
         """Measure where to cut, take the layers, then walk through the blocks that stay."""

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from llmlite.calibration.blocks import Statistics, batches_of
+from llmlite.calibration.sensitivity import cost_of_silence
 from llmlite.calibration.walk import Walk, walk_blocks
 from llmlite.models.blockwise import rebuilt
+from llmlite.models.quick import quickened
 from llmlite.models.slicing import take_ffn_channels, take_kv_groups, take_query_heads, with_zero_biases
 from llmlite.models.view import BlockView, LinearView, ModelView
 from llmlite.pruning import scores
@@ -31,12 +33,13 @@ if TYPE_CHECKING:
 
     from llmlite.pruning.settings import UnitStep
 
-__all__ = ["Cut", "cut_block", "cut_units", "gradients_for", "obs_choice", "strongest", "taylor_scores"]
+__all__ = ["Cut", "cut_block", "cut_units", "fisher_scores", "gradients_for", "obs_choice", "strongest", "taylor_scores"]
 
 log = logging.getLogger(__name__)
 
 _OBS_DAMPING = 0.01
-_TAYLOR_WINDOWS = 16
+_BACKWARD_WINDOWS = {"taylor": 16, "fisher": 32}
+"""Calibration rows that the scores which need gradients read at most."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,13 @@ def cut_units(
 
 
 def gradients_for(model: PreTrainedModel, windows_NT: Tensor, cuts: Sequence[Cut], step: UnitStep) -> dict[tuple[str, int], Tensor]:
-    """First-order scores of the units of those cuts that are judged by them."""
-    judged = [cut for cut in cuts if (cut.score or step.score) == "taylor"]
-    return taylor_scores(model, windows_NT[:_TAYLOR_WINDOWS], judged) if judged else {}
+    """Scores of the units of those cuts that are judged by gradients: (kind, block) -> (U,)."""
+    found: dict[tuple[str, int], Tensor] = {}
+    for score, scores_of in (("taylor", taylor_scores), ("fisher", fisher_scores)):
+        judged = [cut for cut in cuts if (cut.score or step.score) == score]
+        if judged:
+            found |= scores_of(model, windows_NT[: _BACKWARD_WINDOWS[score]], judged)
+    return found
 
 
 def cut_block(linear: LinearView, cut: Cut, found: Statistics, step: UnitStep, gradient_U: Tensor | None, damping: float | None = None) -> dict[str, Any]:
@@ -124,7 +131,7 @@ def cut_block(linear: LinearView, cut: Cut, found: Statistics, step: UnitStep, g
         cut: what goes.
         found: sums over what it heard.
         step: how to choose and repair.
-        gradient_U: first-order scores, where the units are judged by them.
+        gradient_U: scores that were measured with gradients, where the units are judged by them.
         damping: of the repair; None chooses it on the sums that were held out.
     """
     weight_OI, moments = linear.weight_OI, found.all
@@ -151,7 +158,7 @@ def _choose(weight_OI: Tensor, cut: Cut, found: Statistics, score: str, gradient
     match score:
         case "obs":
             return obs_choice(weight_OI, scores.inverse_hessian(moments.gram_II, _OBS_DAMPING), cut)
-        case "taylor":
+        case "taylor" | "fisher":
             assert gradient_U is not None
             score_U = gradient_U
         case "magnitude":
@@ -214,3 +221,11 @@ def taylor_scores(model: PreTrainedModel, windows_NT: Tensor, cuts: Sequence[Cut
         for parameter, required in before.items():
             parameter.grad = None
             parameter.requires_grad_(required)
+
+
+def fisher_scores(model: PreTrainedModel, windows_NT: Tensor, cuts: Sequence[Cut]) -> dict[tuple[str, int], Tensor]:
+    """Second-order scores of every unit, see `cost_of_silence`: (kind, block) -> (U,). One forward and one backward pass, in the quickest type."""
+    blocks = ModelView(model).blocks
+    wanted = {(cut.kind, block.index): (block.linears[cut.role].name, cut.units) for cut in cuts for block in blocks}
+    found = cost_of_silence(quickened(model), batches_of(windows_NT), set(wanted.values()))
+    return {key: found[unit] for key, unit in wanted.items()}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llmlite.calibration.blocks import Blocks, batches_of
-from llmlite.calibration.sensitivity import OwnLabels, cost_of_changes, token_sensitivity
+from llmlite.calibration.sensitivity import OwnLabels, cost_of_changes, cost_of_silence, token_sensitivity
 from llmlite.errors import RunError
 from llmlite.models.view import ModelView
 from tests.conftest import build_tiny, token_ids
@@ -57,6 +57,33 @@ def test_the_cost_of_a_change_is_the_divergence_it_causes() -> None:
         after = [model(**batch).logits.log_softmax(-1) for batch in batches]
     kl = torch.stack([(one.exp() * (one - other)).sum(-1).mean() for one, other in zip(before, after, strict=True)]).mean()
     assert found[last.name] == pytest.approx(float(kl), rel=0.15)  # the labels are drawn
+
+
+@pytest.mark.parametrize(("family", "role", "units"), [("llama", "down", None), ("llama", "o", 4), ("gpt2", "down", 8)])
+def test_the_cost_of_silence_is_its_formula_token_by_token(family: str, role: str, units: int | None) -> None:
+    model = build_tiny(family)
+    batches = batches_of(token_ids(rows=4, length=16, seed=1))
+    linear = ModelView(model).blocks[0].linears[role]
+    units = units or linear.in_features
+    found = cost_of_silence(model, batches, [(linear.name, units)], seed=3)
+    inputs, grads = [], []
+    for place, batch in enumerate(batches):
+        uniform_N = torch.rand(16, generator=torch.Generator().manual_seed(3 * 1_000_003 + place))
+        heard: list[Tensor] = []
+
+        def listen(_module: object, args: tuple[Tensor, ...], heard: list[Tensor] = heard) -> tuple[Tensor, ...]:
+            heard.append(args[0].detach().requires_grad_())
+            return (heard[0],)
+
+        handle = linear.module.register_forward_pre_hook(listen)
+        logits_NV = model(**batch).logits.flatten(0, 1)
+        handle.remove()
+        (loss_N,) = OwnLabels(uniform_N).values(logits_NV, uniform_N)
+        grads.append(torch.autograd.grad(loss_N.sum(), heard[0])[0].flatten(0, -2))
+        inputs.append(heard[0].detach().flatten(0, -2))
+    x_NI, g_NI = torch.cat(inputs), torch.cat(grads)
+    change_NU = ((x_NI - x_NI.mean(0)) * g_NI).unflatten(-1, (units, -1)).sum(-1)
+    torch.testing.assert_close(found[linear.name, units], change_NU.square().sum(0) / (2 * len(x_NI)), rtol=1e-3, atol=1e-9)
 
 
 def test_labels_of_a_batch_do_not_depend_on_who_reads_the_others() -> None:

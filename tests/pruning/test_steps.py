@@ -96,7 +96,7 @@ def test_generating_with_a_cache_equals_generating_without(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ffn", "heads", "query heads"])
-@pytest.mark.parametrize("score", ["flap", "wanda", "magnitude", "taylor", "obs"])
+@pytest.mark.parametrize("score", ["flap", "wanda", "magnitude", "taylor", "fisher", "obs"])
 def test_without_repair_the_result_is_the_model_with_the_units_masked(kind: str, score: str) -> None:
     require_masked("qwen3", kind, score)
 
