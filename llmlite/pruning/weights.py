@@ -65,6 +65,9 @@ class PruneWeights(Step):
     """sparsegpt makes up for what goes and is best; wanda only chooses by calibration; magnitude needs no calibration and is worst."""
     damping: Annotated[float, Field(gt=0)] = 0.01
     """SparseGPT: added to the Hessian, as a multiple of the mean of its diagonal."""
+    token_weights: Literal["equal", "sensitivity"] = "equal"
+    """sparsegpt and wanda: equal counts all calibration tokens alike; sensitivity lets them count by how much an error there changes the prediction: a
+    better model for a backward pass over the rows."""
     allocation: Literal["uniform", "owl"] = "uniform"
     """uniform: the same share of zeros in every layer. owl: layers with more outliers (weight times input) keep more; the share over all layers stays."""
     outlier_factor: Annotated[float, Field(gt=1)] = 5.0
@@ -103,11 +106,15 @@ class PruneWeights(Step):
         share = self.pattern[0] / self.pattern[1] if self.pattern else float(self.sparsity)
         note = f"{share:.0%} zeros in {weights:,} weights; the file keeps its size, and zeros alone are not faster"
         calibrated = (self.method != "magnitude" or self.allocation == "owl") and share > 0
-        return planned(model, model.config, run, calibrated=calibrated, notes=(note,), form="sparse" if share else None)
+        return planned(model, model.config, run, calibrated=calibrated, notes=(note,), form="sparse" if share else None, backward=self._goes_backward)
 
     def no_blocks(self) -> str:
         """See `Step.no_blocks`."""
-        return ""
+        return "token_weights: sensitivity goes backward through the whole model; with token_weights: equal it can be done" if self._goes_backward else ""
+
+    @property
+    def _goes_backward(self) -> bool:
+        return self.token_weights == "sensitivity" and self.method != "magnitude"
 
     @property
     def pattern(self) -> tuple[int, int] | None:
@@ -122,6 +129,7 @@ class PruneWeights(Step):
         import torch
 
         from llmlite.calibration.blocks import batches_of
+        from llmlite.calibration.sensitivity import quick_sensitivity
         from llmlite.calibration.walk import Walk, walk_blocks
         from llmlite.models.size import count_zeros
         from llmlite.models.view import ModelView
@@ -139,7 +147,9 @@ class PruneWeights(Step):
             if self.method == "magnitude":
                 walk_blocks(model, [], Walk(stages=((),)), change, walk_state(run))  # nothing to hear, and resumed as the others are
             else:
-                walk_blocks(model, batches_of(run.calibration_windows), walk, change, walk_state(run))
+                batches = batches_of(run.calibration_windows)
+                weigh = (lambda places: quick_sensitivity(model, batches, places, run.recipe.seed)) if self._goes_backward else None
+                walk_blocks(model, batches, walk, change, walk_state(run), weigh)
         zeros = count_zeros(model)
         run.note(zeros=zeros.zeros, weights=zeros.weights, sparsity=zeros.sparsity)
         return model

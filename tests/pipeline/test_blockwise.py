@@ -246,13 +246,14 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(where: str, base: Path, 
 
 
 def test_steps_that_need_the_whole_model_are_refused_before_anything_loads(base: Path, pairs_file: Path, tmp_path: Path) -> None:
-    steps = (llmlite.PruneStructured(), llmlite.PruneFfn(score="taylor"), llmlite.Quantize())
+    steps = (llmlite.PruneStructured(), llmlite.PruneFfn(score="taylor"), llmlite.PruneWeights(token_weights="sensitivity"), llmlite.Quantize())
     with pytest.raises(ConfigError) as caught:
         recipe(base, pairs_file, tmp_path / "out", steps, calibration="self").check()
     text = str(caught.value)
     assert "steps[0] prune.structured: load: blocks cannot do this step: spread: measured tries out whole models" in text
     assert "steps[1] prune.ffn: load: blocks cannot do this step: score: taylor" in text
-    assert "steps[2] quantize: load: blocks cannot do this step: token_weights: sensitivity and tuned scales go backward" in text
+    assert "steps[3] quantize: load: blocks cannot do this step: token_weights: sensitivity and tuned scales go backward" in text
+    assert "steps[2] prune.weights: load: blocks cannot do this step: token_weights: sensitivity goes backward" in text
     assert "cannot calibrate on text of the model itself" in text
     with pytest.raises(ConfigError, match=r"steps\[0\] lora: load: blocks cannot do this step: it works on the whole model. What can: prune.weights"):
         recipe(base, pairs_file, tmp_path / "out", (llmlite.Lora(),)).check()

@@ -288,6 +288,23 @@ def test_sparsegpt_leaves_a_better_model_than_magnitude() -> None:
     assert errors["sparsegpt"] < errors["magnitude"]
 
 
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+def test_tokens_count_by_their_sensitivity_where_asked_for(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pruned(token_weights: str) -> torch.Tensor:
+        model, _ = prune(build_tiny("llama"), llmlite.PruneWeights(method=method, token_weights=token_weights))
+        return torch.cat([linear.weight_OI.flatten() for linear in ModelView(model).linears()])
+
+    equal, weighted = pruned("equal"), pruned("sensitivity")
+    assert not torch.equal(equal, weighted)
+    assert (weighted == 0).float().mean() == pytest.approx(0.5, abs=0.01)
+
+    def ones(model: Any, batches: Any, places: Any, seed: int) -> list[dict[str, torch.Tensor]]:
+        return [{linear.name: torch.ones(batches[place]["input_ids"].numel()) for linear in ModelView(model).linears()} for place in places]
+
+    monkeypatch.setattr("llmlite.calibration.sensitivity.quick_sensitivity", ones)
+    assert torch.equal(pruned("sensitivity"), equal)
+
+
 def test_a_pattern_that_does_not_divide_is_refused_at_check_time() -> None:
     config = tiny_config("llama", intermediate_size=126)
     with pytest.raises(ConfigError, match=r"down_proj \(126\).* no multiple of 4"):
