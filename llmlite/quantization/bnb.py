@@ -38,7 +38,7 @@ class Quantize(Step):
     advice: ClassVar[str] = "calibrate: true with more calibration_sequences, scheme: int8, a step correct behind it, or skip for the worst layers"
 
     scheme: Scheme = "nf4"
-    """int8: LLM.int8 (8.05 bits a weight), nf4: 16 normal quantiles (4.5 bits; 4.16 with double_quant), fp4: a 4-bit float."""
+    """int8: LLM.int8 (8.05 bits a weight), nf4: 16 normal quantiles (4.5 bits; 4.15 with double_quant), fp4: a 4-bit float."""
     double_quant: bool = True
     """Store the scales of the 4-bit schemes in 8 bits too."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
