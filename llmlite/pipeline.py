@@ -309,10 +309,11 @@ class _Pipeline:
     # the result -----------------------------------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
-        from llmlite.evaluation.reload import loading_lines, offloaded_lines, require_reload
+        from llmlite.evaluation.reload import require_reload
         from llmlite.html.page import write_page
         from llmlite.hub.base import describe_base
         from llmlite.hub.card import write_card
+        from llmlite.hub.lines import loading_lines, offloaded_lines
         from llmlite.models.blockwise import is_blockwise
 
         last = len(self.recipe.steps) - 1

@@ -60,7 +60,9 @@ def quantization() -> list[str]:
         texts = [one["wikitext"], one["novel"]]
         kl = (f"{text.get('kl', 0):.3f}" for text in texts)
         perplexity = ", ".join(f"{text['perplexity']:.2f}" for text in texts)
-        lines.append(row(said[one["row"]], f"{one['bits_per_weight']:.2f}", f"{one['bytes'] / 1e6:.0f} MB", *kl, perplexity, f"{one.get('forward_passes', 0):.1f}"))
+        lines.append(
+            row(said[one["row"]], f"{one['bits_per_weight']:.2f}", f"{one['bytes'] / 1e6:.0f} MB", *kl, perplexity, f"{one.get('forward_passes', 0):.1f}")
+        )
     return lines
 
 

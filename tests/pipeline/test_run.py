@@ -190,7 +190,9 @@ def test_a_base_that_is_quantized_already_is_planned_as_it_is_and_loads_safe(sch
     assert [row["form"] for row in plan.rows] == [scheme, scheme]
     assert plan.rows[0]["disk_bytes"] == (folder / "model.safetensors").stat().st_size
     steps = [llmlite.Quantize(), llmlite.PruneFfn()]
-    with pytest.raises(ConfigError, match=rf"steps\[0\] quantize: takes a model that is dense or sparse; the one that it would get is {scheme}(?s:.*)steps\[1\] prune.ffn"):
+    with pytest.raises(
+        ConfigError, match=rf"steps\[0\] quantize: takes a model that is dense or sparse; the one that it would get is {scheme}(?s:.*)steps\[1\] prune.ffn"
+    ):
         llmlite.Recipe(model=str(folder), data=data, steps=steps).check()
     for load in (load_model, load_blockwise):
         layers = linear_4bit_layers(load(folder, Model(name=str(folder)), torch.device("cpu")))
