@@ -113,7 +113,6 @@ def _subject(folder: Path, base: str | None, data: str | None, layout: dict[str,
         layout: `device_map` and `max_memory` where they were given.
         tensor_parallel: see `Run.tensor_parallel`.
     """
-
     from llmlite.context import Run
     from llmlite.data.settings import Data
     from llmlite.models.load import load_model
