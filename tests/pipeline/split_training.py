@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from tests.conftest import save_tiny
 
 
-def run_broken_off(folder: Path, script: str, recipe: str, pairs: Path, environment: Mapping[str, str]) -> str:
-    """Run a recipe over two processes, which break off after the first checkpoint and are started again. Returns what they printed.
+def run_broken_off(folder: Path, script: str, recipe: str, pairs: Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a recipe over two processes, which break off after the first checkpoint and are started again. Returns the launch, with what it printed.
 
     Args:
         folder: gets the model, one.yaml (for a plain run), two.yaml, two/ (the result) and sizes/ (what each process held).
@@ -33,7 +33,7 @@ def run_broken_off(folder: Path, script: str, recipe: str, pairs: Path, environm
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("broken off") == 2
     assert "continuing the training from checkpoint-2" in done.stderr
-    return done.stdout
+    return done
 
 
 def require_halves(folder: Path, step: str) -> None:

@@ -37,8 +37,8 @@ FSDP2 = {
 def folder(pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """one/: a plain run. two/: FSDP2, broken off after the first checkpoint and started again. sizes/: what each process held."""
     folder = tmp_path_factory.mktemp("fsdp2")
-    printed = run_broken_off(folder, "fsdp2_on_cpu.py", RECIPE, pairs_file, {**os.environ, **FSDP2})
-    assert "2 processes, FSDP2" in printed
+    done = run_broken_off(folder, "fsdp2_on_cpu.py", RECIPE, pairs_file, {**os.environ, **FSDP2})
+    assert "2 processes, FSDP2" in done.stdout
     Recipe.from_file(folder / "one.yaml", output_dir=str(folder / "one")).run()
     return folder
 

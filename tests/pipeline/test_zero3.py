@@ -41,8 +41,8 @@ def folder(pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """one/: a plain run. two/: ZeRO-3, broken off after the first checkpoint and started again. sizes/: what each process held."""
     folder = tmp_path_factory.mktemp("zero3")
     environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"} | ZERO3
-    printed = run_broken_off(folder, "zero3_on_cpu.py", RECIPE, pairs_file, environment)
-    assert "2 processes, ZeRO-3" in printed
+    done = run_broken_off(folder, "zero3_on_cpu.py", RECIPE, pairs_file, environment)
+    assert "2 processes, ZeRO-3" in done.stdout
     Recipe.from_file(folder / "one.yaml", output_dir=str(folder / "one")).run()
     return folder
 
