@@ -22,11 +22,6 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def resident_bytes() -> int:
-    """Resident memory of this process now (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
 def measure(layers: int, tokens: int) -> dict[str, int]:
     """One walk in this process; the difference is taken after a first small walk, which loads every library it needs."""
     import torch
@@ -34,6 +29,7 @@ def measure(layers: int, tokens: int) -> dict[str, int]:
 
     import llmlite
     from llmlite.context import Run
+    from llmlite.evaluation.memory import resident_bytes
 
     torch.manual_seed(0)
     shape = {"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}

@@ -11,7 +11,6 @@ over steps that alternate between the two in one process; memory is the peak of 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import platform
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from llmlite.distillation.losses import top_k_teacher
 from llmlite.distillation.objective import Distillation, HiddenTeacher, TopKTeacher
+from llmlite.evaluation.memory import measured_peak, resident_bytes
 from llmlite.training.chunked import chunked_head_loss
 from llmlite.training.token_loss import CrossEntropy
 
@@ -124,20 +124,14 @@ def seconds(run: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - clock, time.process_time() - processor
 
 
-def resident_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
 def measure_memory(args: argparse.Namespace, name: str, variant: str) -> None:
     """In the child process: print the peak of one step above its inputs, in bytes."""
     step(Problem(args, 8), name, variant, args.chunk_tokens)  # load kernels and thread pools
     problem = Problem(args, args.tokens)
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory still resident would hide what the step takes
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    before = resident_bytes("VmRSS")
-    step(problem, name, variant, args.chunk_tokens)
-    print(resident_bytes("VmHWM") - before)
+    with measured_peak() as peak:
+        before = resident_bytes()
+        step(problem, name, variant, args.chunk_tokens)
+    print(peak.bytes - before)
 
 
 def peak_bytes(args: argparse.Namespace, name: str, variant: str) -> int:

@@ -15,6 +15,7 @@ from llmlite import __version__
 from llmlite.cli import CONTEXT, dotted_options, hush_loggers, is_main, run_recipe, takes_text
 from llmlite.config import default_of, field_doc, parse_flag, read_yaml, to_mapping, to_yaml
 from llmlite.errors import ConfigError
+from llmlite.models.device_map import SPREADING
 from llmlite.models.settings import Model
 from llmlite.recipe import Recipe
 from llmlite.step import STEPS, Step, step_class
@@ -81,7 +82,7 @@ def _check_command(context: click.Context, file: str) -> None:
 @click.option("--grid_grams_per_kwh", type=click.FloatRange(0), metavar="G", help="CO2 of your grid; without it no CO2 is stated.")
 @click.option(
     "--device_map",
-    type=click.Choice(["none", "auto", "balanced", "sequential"]),
+    type=click.Choice(["none", *SPREADING]),
     default="none",
     help="Where blocks of a dense model lie that one device does not hold.",
 )

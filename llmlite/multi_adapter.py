@@ -61,7 +61,8 @@ def export(folders: Sequence[Path | str], output_dir: Path | str, names: Sequenc
         OutputError: a folder without an adapter, or an output folder that holds something else.
         RunError: a fresh process gets other logits from them.
     """
-    from llmlite.evaluation.reload import loading_lines, require_reload
+    from llmlite.evaluation.reload import require_reload
+    from llmlite.hub.lines import loading_lines
 
     out = Path(output_dir)
     _require_free(out)

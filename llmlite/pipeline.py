@@ -6,13 +6,9 @@ What lies on disk meanwhile, and how it comes back, is in `llmlite.kept`: the sa
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import gc
-import importlib.metadata
 import logging
 import math
-import os
-import platform
 import shutil
 import time
 from collections.abc import Iterator
@@ -28,7 +24,7 @@ from llmlite.models.adapted import adapter_parameters, is_adapted
 from llmlite.models.find import weight_bytes, weights_fingerprint
 from llmlite.plan import check, claim, made_before_adapter
 from llmlite.recipe import Recipe
-from llmlite.report import Report, Row
+from llmlite.report import Report, Row, environment
 from llmlite.step import Step, name_of_step
 from llmlite.storage import folder_bytes, locked, telling, telling_full, writing_folder
 
@@ -108,7 +104,7 @@ class _Pipeline:
         self.recipe, self.context, self.out = recipe, context, out
         self.kept = Kept(recipe, context, out)
         self.model: PreTrainedModel | None = None
-        self.report = Report(out, recipe.to_mapping(), {}, _environment(context))
+        self.report = Report(out, recipe.to_mapping(), {}, environment(context.device.type))
 
     def run(self) -> Report:
         """All steps, then the result."""
@@ -309,10 +305,11 @@ class _Pipeline:
     # the result -----------------------------------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
-        from llmlite.evaluation.reload import loading_lines, offloaded_lines, require_reload
+        from llmlite.evaluation.reload import require_reload
         from llmlite.html.page import write_page
         from llmlite.hub.base import describe_base
         from llmlite.hub.card import write_card
+        from llmlite.hub.lines import loading_lines, offloaded_lines
         from llmlite.models.blockwise import is_blockwise
 
         last = len(self.recipe.steps) - 1
@@ -383,16 +380,3 @@ def _memory_advice(name: str) -> Iterator[None]:
             "gradient_checkpointing: true; pruning and quantization work on one block at a time with load: blocks. "
             "What was finished is kept; the same command continues."
         ) from error
-
-
-def _environment(context: Run) -> dict[str, Any]:
-    """What the figures depend on; no names of users or machines."""
-    versions = {name: importlib.metadata.version(name) for name in ("llmlite", "torch", "transformers", "peft", "bitsandbytes", "accelerate")}
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device": context.device.type,
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **versions,
-    }

@@ -14,11 +14,11 @@ from llmlite.errors import ConfigError, LlmliteError, LoadError, OutputError
 from llmlite.loading import blockwise_peak, decide_loading, measuring_bytes, needs_whole, not_dispatched, require_dispatchable
 from llmlite.recipe import Recipe
 from llmlite.report import human_bytes
-from llmlite.step import ModelPlan, name_of_step
+from llmlite.step import QUANTIZED, UNQUANTIZED, ModelPlan, Step, name_of_step
 from llmlite.storage import require_space, telling, write_text
 from llmlite.training.settings import TrainingStep
 
-__all__ = ["Plan", "check", "claim", "made_before_adapter", "plan_of_base", "size_line"]
+__all__ = ["Plan", "check", "claim", "made_before_adapter", "plan_of_base", "refused", "size_line"]
 
 _MOST_LAYERS = 10_000
 
@@ -122,19 +122,7 @@ def _rows(recipe: Recipe, context: Run, *, blocks: bool) -> tuple[list[dict[str,
     problems: list[str] = []
     for index, step in enumerate(recipe.steps):
         name = name_of_step(type(step)) or type(step).__name__
-        if model.form not in step.takes:
-            given = f"{'the step before leaves it' if index else 'the base is'} {model.form}"
-            problems.append(
-                f"steps[{index}] {name}: takes a model that is {' or '.join(sorted(step.takes))}; {given}. "
-                "Prune and distil before quantizing; adapters come last."
-            )
-            continue
-        if model.adapters and not step.takes_adapters:
-            problems.append(
-                f"steps[{index}] {name}: the model already carries an adapter. Put a step 'merge' before this one, or do it before the adapter is trained."
-            )
-            continue
-        if context.layout.sharded and isinstance(step, TrainingStep) and (reason := step.no_sharding(model.form, context.layout)):
+        if reason := refused(step, model, context):
             problems.append(f"steps[{index}] {name}: {reason}")
             continue
         if reason := not_dispatched(step, model.form, context):
@@ -149,9 +137,27 @@ def _rows(recipe: Recipe, context: Run, *, blocks: bool) -> tuple[list[dict[str,
         rows.append({**_plan_row(name, model), "peak_bytes": blockwise_peak(before, model, context) if blocks else peak})
     if problems:
         raise ConfigError(recipe.name, problems)
-    if blocks and model.form not in {"dense", "sparse"}:  # the fresh process that proves the result loads it whole
+    if blocks and model.form not in UNQUANTIZED:  # the fresh process that proves the result loads it whole
         rows[-1]["peak_bytes"] = max(rows[-1]["peak_bytes"], model.disk_bytes + runtime_bytes(context.device))
     return rows, model
+
+
+def refused(step: Step, model: ModelPlan, context: Run) -> str:
+    """Why a step takes no such model, as a sentence, before its own `check` is asked; empty when it takes it.
+
+    Args:
+        step: what is to be done.
+        model: what it would get.
+        context: of the run; its launch may split what the step trains.
+    """
+    if model.form not in step.takes:
+        wanted = " or ".join(sorted(step.takes))
+        return f"takes a model that is {wanted}; the one that it would get is {model.form}. Prune and distil before quantizing; adapters come last."
+    if model.adapters and not step.takes_adapters:
+        return "the model already carries an adapter. Put a step 'merge' before this one, or do it before the adapter is trained."
+    if context.layout.sharded and isinstance(step, TrainingStep):
+        return step.no_sharding(model.form, context.layout)
+    return ""
 
 
 def _stored_form(config: Any) -> tuple[str, dict[str, Any]]:
@@ -162,7 +168,7 @@ def _stored_form(config: Any) -> tuple[str, dict[str, Any]]:
         return "dense", {}
     stored = found if isinstance(found, dict) else found.to_dict()
     form = "int8" if stored.get("load_in_8bit") else stored.get("bnb_4bit_quant_type", "fp4") if stored.get("load_in_4bit") else stored.get("quant_method")
-    if form not in {"int8", "nf4", "fp4"}:
+    if form not in QUANTIZED:
         return str(form), {}
     return str(form), {"scheme": form, "double_quant": bool(stored.get("bnb_4bit_use_double_quant")), "skip": stored.get("llm_int8_skip_modules") or ()}
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import importlib.metadata
+import os
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +18,7 @@ from llmlite.storage import read_object, write_json
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Report", "Row", "human_bytes", "human_count", "plan_table"]
+__all__ = ["Report", "Row", "environment", "human_bytes", "human_count", "plan_table"]
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,23 @@ def human_count(count: float) -> str:
             return f"{count:.0f}" if not unit else f"{count:.1f}{unit}"
         count /= 1000
     return f"{count:.2f}B"
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What figures depend on: date, versions, machine; no names of users or machines.
+
+    Args:
+        device: where they were computed, as torch names its type.
+    """
+    versions = {name: importlib.metadata.version(name) for name in ("llmlite", "torch", "transformers", "peft", "bitsandbytes", "accelerate")}
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": device,
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **versions,
+    }
 
 
 def human_bytes(count: float) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from llmlite.errors import ConfigError, LoadError
 from llmlite.evaluation.result import Evaluation
 from llmlite.models.find import weight_bytes
-from llmlite.report import Report
+from llmlite.report import Report, environment
 from llmlite.storage import folder_bytes, read_object
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def evaluate(
     _require_layout(folder, context, tasks)
     batches, on = _batches(context, text, window, stride, most_tokens)
     measure = _Measure(context, batches, tasks, limit, batch_sizes, repeats, answers, estimate_energy, grid_grams_per_kwh)
-    found = Evaluation(folder, about={**_about(), "quality_on": on})
+    found = Evaluation(folder, about={**environment(context.device.type), "quality_on": on})
     found.models["base"] = measure.base()
     found.models["this"] = measure.this(load, _bytes(folder, context))
     if not context.is_main:
@@ -113,7 +113,6 @@ def _subject(folder: Path, base: str | None, data: str | None, layout: dict[str,
         layout: `device_map` and `max_memory` where they were given.
         tensor_parallel: see `Run.tensor_parallel`.
     """
-
     from llmlite.context import Run
     from llmlite.data.settings import Data
     from llmlite.models.load import load_model
@@ -312,18 +311,3 @@ class _Measure:
             prompt_BT = prompt_BT.to(model.get_input_embeddings().weight.device)
             model.generate(input_ids=prompt_BT, attention_mask=torch.ones_like(prompt_BT), **options)
         return energy, _ENERGY_TOKENS
-
-
-def _about() -> dict[str, Any]:
-    import datetime
-    import importlib.metadata
-    import os
-    import platform
-
-    versions = {name: importlib.metadata.version(name) for name in ("llmlite", "torch", "transformers")}
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        **versions,
-    }

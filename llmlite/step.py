@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 import pydantic
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from llmlite.context import Run
 
-__all__ = ["STEPS", "ModelPlan", "Names", "Step", "name_of_step", "parse_step", "step_class"]
+__all__ = ["QUANTIZED", "STEPS", "UNQUANTIZED", "ModelPlan", "Names", "Scheme", "Step", "name_of_step", "parse_step", "step_class"]
 
 # Short name -> where the class lives. Imported when used, so that a recipe pays only for what it names.
 STEPS: dict[str, str] = {
@@ -42,6 +42,13 @@ STEPS: dict[str, str] = {
     "prune.weights": "llmlite.pruning.weights:PruneWeights",
     "quantize": "llmlite.quantization.bnb:Quantize",
 }
+
+Scheme = Literal["int8", "nf4", "fp4"]
+"""A way in which bitsandbytes stores weights."""
+QUANTIZED: frozenset[str] = frozenset(get_args(Scheme))
+"""Forms of model whose weights are such; see `ModelPlan.form`."""
+UNQUANTIZED: frozenset[str] = frozenset({"dense", "sparse"})
+"""Forms of model whose weights are numbers of 16 or 32 bit."""
 
 
 def _as_tuple(value: Any) -> Any:
@@ -85,7 +92,7 @@ class ModelPlan:
 class Step:
     """Base of all steps."""
 
-    takes: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
+    takes: ClassVar[frozenset[str]] = UNQUANTIZED
     """Forms of model the step can work on. See `ModelPlan.form`."""
 
     takes_adapters: ClassVar[bool] = False
@@ -118,7 +125,7 @@ class Step:
         Args:
             form: of the model that the step gets. A quantized one lies on one device, whatever its base did.
         """
-        return "changes to weights that lie elsewhere would vanish, and gradients stop at them" if form in {"dense", "sparse"} else ""
+        return "changes to weights that lie elsewhere would vanish, and gradients stop at them" if form in UNQUANTIZED else ""
 
     def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
         """Do it: take the model, return the model that the next step gets. The caller saves it."""

@@ -155,6 +155,17 @@ def save_tiny(folder: Path, model_type: str = "llama", **overrides: Any) -> Path
     return folder
 
 
+def save_noisy(source: Path, folder: Path) -> Path:
+    """Save the model of another folder with some noise on its weights: near to it and not the same."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama on disk."""

@@ -16,7 +16,8 @@ LAYERS = [
     {"training"},
     {"context", "report", "calibration", "evaluation", "html", "hub"},
     {"pruning", "distillation", "quantization", "adapters"},
-    {"recipe", "plan", "loading", "kept", "pipeline", "side_by_side", "shrink", "multi_adapter"},
+    {"recipe", "plan", "loading", "kept", "pipeline"},
+    {"shrink", "side_by_side", "multi_adapter"},
     {"recipes", "cli", "commands", "__main__", "__init__"},
 ]
 

@@ -65,6 +65,14 @@ def test_linked_files_exist(name: str) -> None:
     assert (ROOT / name).exists()
 
 
+@pytest.mark.parametrize("name", ["README.md", "README.ko.md"])
+def test_the_drawing_of_the_layers_has_every_part_once(name: str) -> None:
+    (drawing,) = re.findall(r"```\n(recipes .*?)```", (ROOT / name).read_text(encoding="utf-8"), re.S)
+    drawn = [word for line in drawing.splitlines() for word in re.split(r"\s{3,}", line.strip())[0].split()]
+    places = [path for path in (ROOT / "llmlite").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
+    assert sorted(drawn) == sorted(path.stem for path in places if not path.stem.startswith("__"))
+
+
 def test_every_preset_has_a_row_in_the_table() -> None:
     for name in llmlite.recipes.PRESETS.values():
         assert f"| `{name}` |" in README

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from llmlite.adapters.lora import Lora
 from llmlite.config import settings
-from llmlite.step import ModelPlan, Names, Step
+from llmlite.step import QUANTIZED, ModelPlan, Names, Step
 from llmlite.training.settings import PositiveInt
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ __all__ = ["Correct"]
 class Correct(Step):
     """Add the low-rank correction of what quantization broke, computed on calibration text, not trained."""
 
-    takes: ClassVar[frozenset[str]] = frozenset({"int8", "nf4", "fp4"})
+    takes: ClassVar[frozenset[str]] = QUANTIZED
 
     r: PositiveInt = 16
     """Rank of the correction. Each layer of O x I weights gets r (O + I) numbers more."""

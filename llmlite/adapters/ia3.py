@@ -2,7 +2,7 @@
 
     k = l_k * (W_k x),   v = l_v * (W_v x),   ffn = W_down (l_ff * act(...)),     l starts as ones
 
-Some ten thousand numbers for a small model: a fiftieth of LoRA at rank 16, and it learns less.
+58 thousand numbers for SmolLM2-135M, an eightieth of LoRA's at rank 16, and it learns less.
 
 Source: Liu et al. 2022, arXiv:2205.05638, section 3.3.
 """

@@ -17,7 +17,7 @@ from pydantic import Field
 from llmlite.adapters.settings import AdapterStep, target_shapes
 from llmlite.config import near, settings
 from llmlite.errors import ConfigError
-from llmlite.step import ModelPlan, Names
+from llmlite.step import QUANTIZED, ModelPlan, Names
 from llmlite.training.settings import PositiveInt
 
 if TYPE_CHECKING:
@@ -164,6 +164,6 @@ class Lora(AdapterStep):
     def _without_quantize_step(self, model: ModelPlan, run: Run) -> list[str]:
         from llmlite.quantization.bnb import Quantize
 
-        if model.form not in {"int8", "nf4", "fp4"} or not any(isinstance(step, Quantize) for step in run.recipe.steps):
+        if model.form not in QUANTIZED or not any(isinstance(step, Quantize) for step in run.recipe.steps):
             return ["init_lora_weights=quantization_error corrects what a quantize step of this recipe broke; there is none before it."]
         return []

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmlite.config import settings
 from llmlite.errors import ConfigError
-from llmlite.step import ModelPlan, Step
+from llmlite.step import QUANTIZED, UNQUANTIZED, ModelPlan, Step
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ __all__ = ["Merge", "dequantized", "merged", "write_merged"]
 class Merge(Step):
     """Merge the adapter into its base; what comes out is a dense stock model, which can be quantized again."""
 
-    takes: ClassVar[frozenset[str]] = frozenset({"dense", "sparse", "int8", "nf4", "fp4"})
+    takes: ClassVar[frozenset[str]] = UNQUANTIZED | QUANTIZED
     takes_adapters: ClassVar[bool] = True
     advice: ClassVar[str] = "keep the adapter beside its base"
 

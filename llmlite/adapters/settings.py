@@ -10,7 +10,7 @@ from pydantic import Field
 
 from llmlite.config import settings
 from llmlite.errors import ConfigError
-from llmlite.step import ModelPlan, Names
+from llmlite.step import QUANTIZED, UNQUANTIZED, ModelPlan, Names
 from llmlite.training.settings import TrainingStep
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ Shapes = dict[str, tuple[int, int]]
 class AdapterStep(TrainingStep):
     """Base of the steps that train an adapter. A subclass says what peft is to add, and how many numbers that is."""
 
-    takes: ClassVar[frozenset[str]] = frozenset({"dense", "sparse", "int8", "nf4", "fp4"})
+    takes: ClassVar[frozenset[str]] = UNQUANTIZED | QUANTIZED
     label: ClassVar[str] = "adapter"
     """The step's name in messages."""
     mergeable: ClassVar[bool] = True

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from llmlite.models.forward import answering
 from llmlite.models.view import BlockView, ModelView
 
 __all__ = ["KnownAttention"]
@@ -63,14 +64,8 @@ class KnownAttention:
         def forward(*_args: Any, **_kwargs: Any) -> Any:
             return (output(input_BTI), None) if pair else output(input_BTI)
 
-        before = attention.__dict__.get("forward")
-        attention.forward = forward
-        try:
+        with answering(attention, forward):
             yield
-        finally:
-            del attention.__dict__["forward"]
-            if before is not None:
-                attention.forward = before
 
     def _attention(self, block: BlockView) -> Any:
         return self._view.model.get_submodule(block.linears["o"].name.rpartition(".")[0])

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from llmlite.calibration.moments import Moments
 from llmlite.errors import RunError
 from llmlite.models.blockwise import present, shelf_of
 from llmlite.models.device_map import device_of
+from llmlite.models.forward import answering
 from llmlite.models.quick import quick_dtype
 from llmlite.models.view import BlockView, ModelView
 from llmlite.processes import places_of, rank_and_processes, sum_over_processes
@@ -81,16 +82,10 @@ def skipping(blocks: Collection[BlockView], seen: Callable[[BlockView, tuple[Any
 
         return forward
 
-    before = {block.name: block.module.__dict__.get("forward") for block in blocks}
-    for block in blocks:
-        block.module.forward = identity(block)
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
         for block in blocks:
-            del block.module.__dict__["forward"]
-            if (own := before[block.name]) is not None:
-                block.module.forward = own
+            stack.enter_context(answering(block.module, identity(block)))
+        yield
 
 
 class _AllSeenError(Exception):

@@ -11,7 +11,7 @@ import pydantic
 
 from llmlite.adapters.settings import AdapterStep
 from llmlite.config import settings, validate
-from llmlite.step import ModelPlan, step_class
+from llmlite.step import QUANTIZED, UNQUANTIZED, ModelPlan, step_class
 from llmlite.training.settings import TrainingStep
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ Adapter = Annotated[AdapterStep | None, pydantic.BeforeValidator(_adapter_of)]
 class StudentStep(TrainingStep):
     """Base of the steps that teach a student."""
 
-    takes: ClassVar[frozenset[str]] = frozenset({"dense", "sparse", "int8", "nf4", "fp4"})
+    takes: ClassVar[frozenset[str]] = UNQUANTIZED | QUANTIZED
     takes_adapters: ClassVar[bool] = True
 
     adapter: Adapter = None
@@ -63,7 +63,7 @@ class StudentStep(TrainingStep):
         """Why this model cannot be the student, one sentence each."""
         if self.adapter and model.adapters:
             return ["adapter: the model already carries an adapter. Leave the option out and that one is trained, or put a step 'merge' before."]
-        if model.form in {"int8", "nf4", "fp4"} and not (self.adapter or model.adapters):
+        if model.form in QUANTIZED and not (self.adapter or model.adapters):
             return [f"the weights are {model.form} and cannot be trained themselves. Set adapter: lora, or distil before quantizing."]
         return []
 

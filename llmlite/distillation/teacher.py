@@ -25,6 +25,7 @@ from llmlite.distillation.objective import HiddenTeacher, TeacherSignal
 from llmlite.distillation.uld import align
 from llmlite.errors import UnsupportedModel
 from llmlite.models.device_map import SPREADING, memory_limits
+from llmlite.step import ModelPlan, Scheme
 from llmlite.training.backbone import hidden_and_head
 from llmlite.training.token_loss import IGNORE_INDEX
 
@@ -160,7 +161,7 @@ class TeacherModel:
     run: Run
     name: str = "base"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantization: Literal["int8", "nf4", "fp4"] | None = None
+    quantization: Scheme | None = None
     device_map: str | None = None
     max_memory: str | None = None
     cut: bool = False
@@ -260,7 +261,6 @@ class TeacherModel:
             options |= {"max_memory": memory_limits(self.max_memory)} if self.max_memory else {}
         if self.quantization:
             from llmlite.quantization.bnb import Quantize
-            from llmlite.step import ModelPlan
 
             options["quantization_config"] = Quantize(scheme=self.quantization, unaligned="skip").bitsandbytes_config(ModelPlan(self.config), self.run)
         model = load_model(self.source(weights=True), self.laid_out, self.run.device, **options)

@@ -24,7 +24,7 @@ from llmlite.config import settings
 from llmlite.distillation.student import StudentStep
 from llmlite.errors import ConfigError
 from llmlite.models.device_map import SPREADING, MemoryLimits
-from llmlite.step import ModelPlan
+from llmlite.step import ModelPlan, Scheme
 from llmlite.training.settings import NonNegative, PositiveInt
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class DistillWhiteBox(StudentStep):
     """base: the model this run started from. Else a Hub id or folder of a model with the same vocabulary (uld: any)."""
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type the teacher is computed in. auto: as the student's base."""
-    teacher_quantization: Literal["int8", "nf4", "fp4"] | None = None
+    teacher_quantization: Scheme | None = None
     """Load the teacher in 8 or 4 bit, by bitsandbytes."""
     teacher_device_map: str | None = None
     """Where the teacher goes: auto, balanced or sequential spread its blocks over devices, main memory and disk (see --device_map), in one process; cuda:1 or

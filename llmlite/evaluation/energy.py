@@ -49,12 +49,6 @@ class Energy:
         """Plain values."""
         return asdict(self)
 
-    def text(self) -> str:
-        """For a person."""
-        if self.joules is None:
-            return "not available" + (f" ({self.source})" if self.source else "")
-        return f"{self.joules:.3g} J ({self.kind}, {self.source})"
-
 
 @contextmanager
 def measured_energy(device_type: str = "cpu", *, estimate: bool = False, rapl: Path = _RAPL) -> Iterator[Energy]:

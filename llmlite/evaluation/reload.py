@@ -1,4 +1,4 @@
-"""Does a saved folder come back? Stock transformers loads it in a fresh process, and its logits are compared with the model's in memory."""
+"""Does a saved folder come back? Its lines (`llmlite.hub.lines`) are run in a fresh process, and the logits compared with those of the model in memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,14 +14,11 @@ import torch
 from safetensors.torch import save_file
 
 from llmlite.errors import RunError
-from llmlite.models.device_map import places
-from llmlite.models.view import ModelView
-from llmlite.storage import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["adapter_lines", "adapter_loader", "loading_lines", "offloaded_lines", "reload_difference", "require_reload", "resizing_line"]
+__all__ = ["reload_difference", "require_reload"]
 
 # No llmlite in here but what the lines name: this is what a stranger would run.
 _SCRIPT = """
@@ -43,73 +39,6 @@ with torch.no_grad():
 difference = (logits - saved["logits"]).abs().max().item()
 print(json.dumps({"difference": difference, "scale": saved["logits"].abs().max().item()}))
 """
-
-
-def loading_lines(
-    folder: Path | str, base: Path | str | None = None, dtype: str | None = None, vocabulary: int | None = None, adapters: Sequence[str] = ()
-) -> str:
-    """The Python lines that load a result with stock libraries.
-
-    Args:
-        folder: where the result lies.
-        base: folder or Hub id of the base, when the result is an adapter.
-        dtype: passed as ``dtype=``; None for transformers' default.
-        vocabulary: rows that the base's embedding must have for the adapter's added tokens, when it has fewer.
-        adapters: names of the adapters that lie side by side in the folder, the last of which is to be active; none for one adapter, or a model.
-    """
-    options = f', dtype="{dtype}"' if dtype else ""
-    if base is None:
-        return f"from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained({_literal(folder)}{options})"
-    loader, load = adapter_loader(Path(folder, *adapters[:1]))
-    return (
-        f"from transformers import AutoModelForCausalLM; {loader}\n"
-        f"base = AutoModelForCausalLM.from_pretrained({_literal(base)}{options})\n"
-        + (f"{resizing_line(vocabulary)}\n" if vocabulary else "")
-        + "\n".join(adapter_lines(load, _literal(folder), adapters))
-    )
-
-
-def offloaded_lines(model: PreTrainedModel, folder: Path | str, dtype: str) -> str:
-    """The Python lines that load a dense result with stock transformers while its blocks stay on disk, read at each forward pass."""
-    view = ModelView(model)
-    found = places(view, {block.name: "disk" for block in view.blocks}, "cpu")
-    return f"""import tempfile; from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({_literal(folder)}, dtype="{dtype}", device_map={found}, offload_folder=tempfile.mkdtemp())"""
-
-
-def _literal(text: Path | str) -> str:
-    """A Python string in double quotes, which nothing in the text can end."""
-    return json.dumps(str(text), ensure_ascii=False)
-
-
-def resizing_line(vocabulary: int) -> str:
-    """The line that gives a stock base the rows of added tokens; the adapter fills them."""
-    return f"base.resize_token_embeddings({int(vocabulary)}, mean_resizing=False)"
-
-
-def adapter_lines(load: str, place: str, names: Sequence[str] = ()) -> list[str]:
-    """The lines that put one adapter on ``base``, or several side by side and switch to the last.
-
-    Args:
-        load: what `adapter_loader` says.
-        place: the folder or repository as a Python literal, and further arguments.
-        names: of the adapters in subfolders; none where the place itself holds the only one.
-    """
-    if not names:
-        return [f"model = {load}(base, {place})"]
-    named = [_literal(name) for name in names]
-    first, *others = [f"{place}, adapter_name={name}, subfolder={name}" for name in named]
-    switch = [f"model.set_adapter({named[-1]})  # and back: model.set_adapter({named[0]})"] if others else []
-    return [f"model = {load}(base, {first})", *(f"model.load_adapter({other})" for other in others), *switch]
-
-
-def adapter_loader(folder: Path) -> tuple[str, str]:
-    """The import, and the name of the function, that put an adapter on its base: peft's, or for a kind that peft does not have llmlite's."""
-    config = folder / "adapter_config.json"
-    kind = read_object(config).get("peft_type") if config.is_file() else None
-    if kind == "BOTTLENECK":
-        return "from llmlite import load_adapter", "load_adapter"
-    return "from peft import PeftModel", "PeftModel.from_pretrained"
 
 
 @torch.no_grad()

@@ -33,6 +33,8 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Row
         inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
+    if not inputs["input_ids"].numel():  # a chat that begins with the answer asks nothing
+        return {"prompt": "", "expected": _short(expected), "answer": ""}
     was_training = model.training
     model.eval()
     inputs = {name: tensor.to(model.get_input_embeddings().weight.device) for name, tensor in inputs.items() if name != "token_type_ids"}

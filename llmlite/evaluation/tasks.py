@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from llmlite.config import near
 from llmlite.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,12 +56,9 @@ def check_tasks(tasks: Sequence[str]) -> None:
         import lm_eval.tasks  # noqa: F401
     except ImportError:
         raise ConfigError("tasks", ["benchmark tasks need lm-eval: pip install 'llmlite[eval]'."]) from None
-    from llmlite.config import near
-
     _named(tasks)
     names = [task for task in tasks if not task.endswith((".yaml", ".yml"))]
     known = set(_manager(()).all_tasks) if names else set()
-
     unknown = [f"no task '{name}'." + (f" Did you mean '{guess}'?" if (guess := near(name, known)) else "") for name in names if name not in known]
     if unknown:
         raise ConfigError("tasks", [*unknown, "Give names that `lm-eval ls tasks` lists, or a task's YAML file."])
@@ -102,7 +100,7 @@ def run_tasks(
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
-    except (ConnectionError, OSError, FileNotFoundError) as error:
+    except OSError as error:  # no connection, no file
         raise ConfigError("tasks", [f"the data of {', '.join(names)} cannot be had: {str(error).splitlines()[0][:200]}"]) from None
     return [_result(name, found["results"][name], found["samples"].get(name, [])) for name in names]
 

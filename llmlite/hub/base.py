@@ -1,17 +1,12 @@
-"""The base of a result: what is known of it, and the lines that load a result on it with stock libraries.
+"""The base of a result: what is known of it.
 
-An adapter is worth nothing without its base, so the base is named by its Hub id, never by a folder, and the lines say how it was quantized
-when the adapter was trained.
+An adapter is worth nothing without its base, so the base is named by its Hub id, never by a folder, with how it was quantized when the adapter was trained.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from llmlite.evaluation.reload import adapter_lines, resizing_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -19,7 +14,7 @@ if TYPE_CHECKING:
     from llmlite.models.find import Source
     from llmlite.report import Report
 
-__all__ = ["base_of", "describe_base", "loading_snippet"]
+__all__ = ["base_of", "describe_base"]
 
 
 def describe_base(source: Source, config: PretrainedConfig | None, before_adapter: list[str] | None, vocabulary: int | None = None) -> dict[str, Any]:
@@ -75,48 +70,3 @@ def _bitsandbytes(config: Any) -> dict[str, Any] | None:
 def base_of(report: Report | None, base_model: str | None = None) -> str | None:
     """The Hub id of the base, for metadata and adapters; never a path."""
     return base_model or ((report.base.get("hub_id") or None) if report is not None else None)
-
-
-def loading_snippet(place: str, base: Mapping[str, Any] | None, base_model: str | None = None, revision: str | None = None) -> str:
-    """The Python lines that load a result from the Hub with stock libraries.
-
-    Args:
-        place: repository, or folder.
-        base: what `describe_base` found, for an adapter; None for a whole model. Its ``loader`` is `llmlite.evaluation.reload.adapter_loader`'s answer; its
-            ``adapters`` are the names of several side by side.
-        base_model: Hub id of an adapter's base, when it is not the one in `base`.
-        revision: branch or commit.
-    """
-    at = f", revision={_literal(revision)}" if revision else ""
-    place = _literal(place)
-    if base is None:
-        return (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained({place}{at}, dtype="auto")\n'
-            f"tokenizer = AutoTokenizer.from_pretrained({place}{at})"
-        )
-    quantization = base.get("quantization_config")
-    loader, load = base.get("loader") or ("from peft import PeftModel", "PeftModel.from_pretrained")
-    lines = [
-        f"from transformers import AutoModelForCausalLM, AutoTokenizer{', BitsAndBytesConfig' if quantization else ''}",
-        loader,
-        "",
-    ]
-    if quantization:
-        lines.append(
-            f"quantization_config = BitsAndBytesConfig({', '.join(f'{name}={_literal(value)}' for name, value in quantization.items() if name.isidentifier())})"
-        )
-    name = _literal(base_model or base.get("hub_id") or base.get("name") or "BASE")
-    options = ", quantization_config=quantization_config" if quantization else ""
-    lines += [
-        f'base = AutoModelForCausalLM.from_pretrained({name}, dtype="auto"{options})',
-        *([resizing_line(base["vocabulary"])] if base.get("vocabulary") else []),
-        *adapter_lines(load, f"{place}{at}", base.get("adapters") or ()),
-        f"tokenizer = AutoTokenizer.from_pretrained({place}{at})",
-    ]
-    return "\n".join(lines)
-
-
-def _literal(value: Any) -> str:
-    """A Python literal; quoted, so that no name can end the string that it stands in."""
-    return json.dumps(value) if isinstance(value, str) else repr(value)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from llmlite.config import to_yaml
-from llmlite.evaluation.reload import adapter_loader
 from llmlite.evaluation.result import Evaluation
 from llmlite.html.images import CURVE, OVERVIEW, card_images
-from llmlite.hub.base import base_of, loading_snippet
+from llmlite.hub.base import base_of
+from llmlite.hub.lines import adapter_loader, loading_snippet
 from llmlite.hub.published import hub_dataset, public_evaluation, published
 from llmlite.report import Report, Row, human_bytes
 from llmlite.storage import read_object

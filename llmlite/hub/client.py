@@ -76,7 +76,7 @@ def wait_seconds(headers: dict[str, str], attempt: int) -> float:
             when = email.utils.parsedate_to_datetime(told)
         except ValueError:
             return float(2 ** (attempt - 1))
-        return max(0.0, (when - datetime.now(UTC)).total_seconds())
+        return max(0.0, (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds())  # "-0000" gives a time without a zone
     return float(2 ** (attempt - 1))
 
 

@@ -15,9 +15,8 @@ from typing import Any
 
 from llmlite.config import to_yaml
 from llmlite.errors import LoadError
-from llmlite.evaluation.reload import adapter_loader
-from llmlite.hub.base import loading_snippet
 from llmlite.hub.card import LAST_LINE, fenced, plain
+from llmlite.hub.lines import adapter_loader, loading_snippet
 from llmlite.hub.published import hub_dataset, published
 from llmlite.report import Report
 from llmlite.storage import read_object

@@ -10,8 +10,8 @@ import fnmatch
 import json
 import os
 import re
-import struct
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -165,14 +165,15 @@ def leak(name: str, content: bytes | Path, secrets: Iterable[str], places: Itera
 def _texts(name: str, content: bytes | Path) -> Iterator[str]:
     if name.endswith(".safetensors"):
         with open(content, "rb") as stream:
-            size = struct.unpack("<Q", stream.read(8))[0]
+            size = int.from_bytes(stream.read(8), "little")
             yield stream.read(min(size, 100_000_000)).decode("utf-8", errors="replace")
         return
     data = content if isinstance(content, bytes) else content.read_bytes()
     text = data.decode("utf-8", errors="replace")
     yield text
     if name.endswith(".json"):
-        yield from _strings(json.loads(text))  # unescaped: a folder may be written with \\ or \u
+        with suppress(ValueError, RecursionError):  # no JSON after all: then nothing in it is escaped
+            yield from _strings(json.loads(text))  # unescaped: a folder may be written with \\ or \u
 
 
 def _strings(value: Any) -> Iterator[str]:

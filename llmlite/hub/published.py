@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmlite.config import to_yaml
-from llmlite.hub.base import loading_snippet
+from llmlite.hub.lines import loading_snippet
 from llmlite.hub.public import places_of, public_json, secrets_of_this_machine
 from llmlite.report import Report, Row
 

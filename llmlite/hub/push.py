@@ -6,6 +6,7 @@ has already are not sent again, and running the same command again continues.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -113,7 +114,7 @@ def push(
             from llmlite.hub.verify import verified_difference
 
             difference = verified_difference(place, pushed.repo_id, pushed.commit, base, base_model)
-            pushed = Pushed(pushed.repo_id, pushed.url, pushed.commit, pushed.files, pushed.bytes, pushed.private, difference)
+            pushed = dataclasses.replace(pushed, difference=difference)
     except (HubError, PushFailed) as error:
         raise PushFailed(f"{error}\n{place} is whole; what has arrived is not sent again. To continue:\n  {command}") from None
     return pushed

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmlite.errors import PushFailed
-from llmlite.evaluation.reload import adapter_loader
-from llmlite.hub.base import loading_snippet
+from llmlite.hub.lines import adapter_loader, loading_snippet
 from llmlite.hub.multi_adapter import Adapters
 from llmlite.storage import read_object
 

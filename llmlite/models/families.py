@@ -117,11 +117,6 @@ class Family:
     equivalents: tuple[str, ...] = ()
 
     @property
-    def gated(self) -> bool:
-        """True when the FFN is down(activation(gate(x)) * up(x)), False when it is down(activation(up(x)))."""
-        return self.gate is not None or self.gate_up is not None
-
-    @property
     def norms(self) -> dict[str, str]:
         """Norms over the hidden width in one block, role -> path relative to the block."""
         roles = ("attention_norm", "attention_post_norm", "ffn_norm", "ffn_post_norm")

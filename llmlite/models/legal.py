@@ -12,7 +12,7 @@ from typing import Any
 from llmlite.errors import UnsupportedModel
 from llmlite.models.families import FAMILIES, family_of
 
-__all__ = ["as_equivalent", "legal_config", "legal_head_counts", "round_to_multiple", "with_bias_switches"]
+__all__ = ["as_equivalent", "legal_config", "round_to_multiple", "with_bias_switches"]
 
 _SHARED = (  # what Llama, Mistral and SmolLM3 mean alike
     "vocab_size",
@@ -122,23 +122,6 @@ def with_bias_switches(config: Any, *, attention: bool = False, ffn: bool = Fals
     )
 
 
-def legal_head_counts(config: Any, *, most: int | None = None) -> list[int]:
-    """Numbers of query heads, at the config's hidden size, head_dim and heads per key/value head, for which `legal_config` finds a way.
-
-    Args:
-        config: of a family in the table.
-        most: the largest number to try; None for the config's own.
-
-    Raises:
-        UnsupportedModel: the family is not in the table.
-    """
-    family = family_of(config)
-    if family.no_heads:
-        return [family.heads(config)]
-    group = max(1, family.heads(config) // family.kv_heads(config))
-    return [heads for heads in range(group, (most or family.heads(config)) + 1, group) if _accepted(_with_heads(config, heads, group))]
-
-
 def round_to_multiple(count: int, multiple: int, total: int) -> int:
     """The width nearest to `count` that is a multiple of `multiple`, at least one multiple, at most `total`.
 
@@ -158,14 +141,6 @@ def _with_heads(config: Any, heads: int, group: int) -> Any:
     if family.num_kv_heads:
         setattr(changed, family.num_kv_heads, heads // group)
     return changed
-
-
-def _accepted(config: Any) -> bool:
-    try:
-        legal_config(config)
-    except UnsupportedModel:
-        return False
-    return True
 
 
 def _refusal(config: Any) -> str:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from llmlite.errors import LoadError
 from llmlite.models.adapted import is_adapter_parameter
 from llmlite.models.view import ModelView, unwrap
+from llmlite.step import Scheme
 
 __all__ = [
+    "BLOCK_SIZE",
     "Size",
     "Zeros",
     "count_zeros",
@@ -35,10 +37,10 @@ __all__ = [
     "size_of_model",
 ]
 
-Scheme = Literal["int8", "nf4", "fp4"]
+BLOCK_SIZE = 64
+"""Weights that share one scale in bitsandbytes' 4-bit types; BitsAndBytesConfig offers no other number."""
 
 _RUNTIME_BYTES = 500_000_000  # Python, torch, transformers, bitsandbytes and the allocator, before any weight
-_BLOCKSIZE = 64  # weights that share one absmax; BitsAndBytesConfig offers no other
 _NESTED_BLOCKSIZE = 256  # absmax values that share one second-level absmax
 _OFFSET_DIGITS = 18  # typical length of the nested offset as JSON; the real one depends on the weights
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8", torch.uint8: "U8"}  # in file order
@@ -177,8 +179,8 @@ def _packed_tensors(
     if scheme == "int8":
         prefix = name.removesuffix("weight")
         return {name: (torch.int8, shape_OI), f"{prefix}SCB": (torch.float32, shape_OI[:1]), f"{prefix}weight_format": (torch.uint8, ())}
-    blocks = math.ceil(count / _BLOCKSIZE)
-    state: dict[str, Any] = {"quant_type": scheme, "blocksize": _BLOCKSIZE, "dtype": str(dtype).removeprefix("torch."), "shape": list(shape_OI)}
+    blocks = math.ceil(count / BLOCK_SIZE)
+    state: dict[str, Any] = {"quant_type": scheme, "blocksize": BLOCK_SIZE, "dtype": str(dtype).removeprefix("torch."), "shape": list(shape_OI)}
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         name: (torch.uint8, (math.ceil(count / 2), 1)),
         f"{name}.absmax": (torch.uint8 if double_quant else torch.float32, (blocks,)),

@@ -224,22 +224,6 @@ class ModelView:
         for block in self.blocks:
             yield from (linear for role, linear in block.linears.items() if wanted is None or role in wanted)
 
-    def linear_names(self, roles: Iterable[str] | None = None, *, full: bool = False) -> list[str]:
-        """Names for `target_modules` of a LoRA config.
-
-        Args:
-            roles: only these roles; None for all.
-            full: dotted names of every projection; otherwise each suffix once, such as ``q_proj``. A suffix that would also match a role that was not
-                asked for is made longer (``attn.c_proj`` in gpt2).
-        """
-        wanted = list(self.family.linears) if roles is None else list(roles)
-        if full:
-            return [linear.name for linear in self.linears(wanted)]
-        paths = self.family.linears
-        last = {role: path.rpartition(".")[2] for role, path in paths.items()}
-        others = {last[role] for role in paths if role not in wanted}
-        return list(dict.fromkeys(paths[role] if last[role] in others else last[role] for role in wanted if role in paths))
-
     def unmapped_parameters(self) -> list[str]:
         """Dotted names of all parameters that no entry of the table covers, in the blocks and outside of them."""
         outer = [module for module in (self.embedding, self.position_embedding, self.final_norm, self.head, *self.stem) if module is not None]

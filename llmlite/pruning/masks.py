@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["follows_pattern", "pattern_mask", "row_mask", "tensor_mask"]
+__all__ = ["pattern_mask", "row_mask", "tensor_mask"]
 
 
 def row_mask(score_OI: Tensor, sparsity: float) -> Tensor:
@@ -37,8 +37,3 @@ def pattern_mask(score_OI: Tensor, zeros: int, group: int) -> Tensor:
     if score_OI.shape[1] % group:
         raise ValueError(f"{score_OI.shape[1]} inputs are not a multiple of {group}")
     return row_mask(score_OI.reshape(-1, group), zeros / group).view_as(score_OI)
-
-
-def follows_pattern(weight_OI: Tensor, zeros: int, group: int) -> bool:
-    """Whether every run of `group` neighbouring inputs holds at least `zeros` exact zeros."""
-    return bool((weight_OI.reshape(-1, group) == 0).sum(1).min() >= zeros)

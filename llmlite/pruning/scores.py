@@ -93,8 +93,8 @@ def obs_score(weight_OI: Tensor, inverse_II: Tensor, units: int) -> Tensor:
 
 
 def inverse_hessian(gram_II: Tensor, damping: float) -> Tensor:
-    """(gram + damping * mean(diag) * 1)^-1 in float64's safety, returned in the type of `gram_II`. Inputs that never speak get the damping alone."""
-    wide = gram_II.double()
+    """(gram + damping * mean(diag) * 1)^-1, (I, I), computed in float64, in the type of `gram_II`. Inputs that never speak get the damping alone."""
+    wide = gram_II.to(torch.float64, copy=True)
     wide.diagonal().add_(max(damping, 1e-9) * wide.diagonal().mean().clamp(min=1e-12))
     return torch.cholesky_inverse(torch.linalg.cholesky(wide)).to(gram_II.dtype)
 

@@ -41,7 +41,7 @@ def sparsegpt(
     if pattern is not None and (weight_OI.shape[1] % pattern[1] or chunk % pattern[1]):
         raise ValueError(f"{weight_OI.shape[1]} inputs in chunks of {chunk} are not multiples of {pattern[1]}")
     weight = weight_OI.float().clone()
-    hessian = gram_II.double()
+    hessian = gram_II.to(torch.float64, copy=True)
     dead_I = hessian.diagonal() == 0
     hessian.diagonal().add_(max(damping, 1e-9) * hessian.diagonal().mean().clamp(min=1e-12))
     weight[:, dead_I] = 0

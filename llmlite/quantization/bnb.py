@@ -16,7 +16,7 @@ from pydantic import Field
 
 from llmlite.config import settings
 from llmlite.errors import ConfigError
-from llmlite.step import ModelPlan, Names, Step
+from llmlite.step import ModelPlan, Names, Scheme, Step
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,9 +28,7 @@ if TYPE_CHECKING:
     from llmlite.context import Run
     from llmlite.quantization.calibrate import CalibratedScheme
 
-__all__ = ["BLOCK_SIZE", "Quantize"]
-
-BLOCK_SIZE = 64  # weights that share one scale; transformers fixes it
+__all__ = ["Quantize"]
 
 
 @settings
@@ -39,10 +37,8 @@ class Quantize(Step):
 
     advice: ClassVar[str] = "calibrate: true with more calibration_sequences, scheme: int8, a step correct behind it, or skip for the worst layers"
 
-    takes: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
-
-    scheme: Literal["int8", "nf4", "fp4"] = "nf4"
-    """int8: LLM.int8 (8.05 bits a weight), nf4: 16 normal quantiles (4.5 bits; 4.16 with double_quant), fp4: a 4-bit float."""
+    scheme: Scheme = "nf4"
+    """int8: LLM.int8 (8.05 bits a weight), nf4: 16 normal quantiles (4.5 bits; 4.15 with double_quant), fp4: a 4-bit float."""
     double_quant: bool = True
     """Store the scales of the 4-bit schemes in 8 bits too."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -75,7 +71,7 @@ class Quantize(Step):
         """
         from llmlite.calibration.memory import backward_bytes, walk_bytes
         from llmlite.models.quick import quick_dtype
-        from llmlite.models.size import expected_bytes, linear_shapes, runtime_bytes
+        from llmlite.models.size import BLOCK_SIZE, expected_bytes, linear_shapes, runtime_bytes
 
         self._require_known_names(model)
         unaligned = self._unaligned(model)
@@ -243,7 +239,7 @@ class Quantize(Step):
     def _unaligned(self, model: ModelPlan) -> list[tuple[str, int]]:
         if self.scheme == "int8":
             return []
-        from llmlite.models.size import linear_shapes
+        from llmlite.models.size import BLOCK_SIZE, linear_shapes
 
         return [
             (name, in_features)

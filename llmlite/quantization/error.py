@@ -1,4 +1,4 @@
-"""How much each quantized layer hurts: its relative output error on calibration text, the worst layers, and what to do about them.
+"""How much each quantized layer hurts: its relative output error on calibration text, the worst layers, and what to do about them; and what rounding changes.
 
     error = sum_x |(W - Q) x|^2 / sum_x |W x|^2
 
@@ -10,21 +10,22 @@ Legend: O out_features, I in_features.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmlite.calibration.blocks import Statistics
 from llmlite.calibration.walk import Walk, walk_blocks
 from llmlite.models.blockwise import present
+from llmlite.models.size import BLOCK_SIZE
 from llmlite.models.view import BlockView, ModelView
-from llmlite.quantization.nf4 import output_error
+from llmlite.quantization.nf4 import dequantize, grid_of, largest_scales, nearest_index, output_error
 
 if TYPE_CHECKING:
     from llmlite.calibration.blocks import Batch
 
-__all__ = ["error_report", "layer_errors"]
+__all__ = ["error_report", "layer_errors", "rounding_changes"]
 
 _WORST = 5
 _OUTLIER = 4.0  # a layer this many times the median is worth 16 bit
@@ -60,6 +61,27 @@ def layer_errors(dense: nn.Module, quantized: nn.Module, batches: Sequence[Batch
 
     walk = Walk(stages=(tuple(ModelView(dense).family.linears),), inputs="dense", keeps=False)
     return {name: float(error) for block in walk_blocks(dense, batches, walk, measure) for name, error in block.items()}
+
+
+@torch.no_grad()
+def rounding_changes(model: nn.Module, scheme: Literal["nf4", "fp4"] = "nf4") -> dict[str, Tensor]:
+    """What rounding to nearest, as bitsandbytes does it, would change in each projection that its format can hold.
+
+    Args:
+        model: dense. Not changed.
+        scheme: the grid of 16 levels.
+
+    Returns:
+        Projection -> Q - W, float32, (O, I); those whose input width is no multiple of the block size are left out.
+    """
+    changes: dict[str, Tensor] = {}
+    for linear in ModelView(model).linears():
+        weight_OI = linear.weight_OI.float()
+        if weight_OI.shape[1] % BLOCK_SIZE == 0:
+            grid, scales_OB = grid_of(scheme).to(weight_OI.device), largest_scales(weight_OI)
+            index_OI = nearest_index(weight_OI / scales_OB.repeat_interleave(BLOCK_SIZE, 1), grid)
+            changes[linear.name] = dequantize(index_OI, scales_OB, grid) - weight_OI
+    return changes
 
 
 def error_report(errors: Mapping[str, float]) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from llmlite.models.size import BLOCK_SIZE
+
 __all__ = [
     "FACTORS",
     "DoubleScales",
@@ -40,7 +42,6 @@ __all__ = [
 ]
 
 FACTORS = tuple(round(0.68 + 0.02 * step, 2) for step in range(20))  # shares of the block's largest weight tried as its scale: 0.68 ... 1.06
-_BLOCK = 64  # weights that share one scale
 _BINS = 2048  # of a table of nearest levels, for each unit of the grid
 _DOUBLE_BLOCK = 256  # scales that share one second-level scale
 
@@ -80,7 +81,7 @@ def nearest_index(scaled: Tensor, grid: Grid) -> Tensor:
     return torch.bucketize(scaled, grid.bounds, out_int32=True).to(torch.uint8)
 
 
-def largest_scales(weight_OI: Tensor, block_size: int = _BLOCK) -> Tensor:
+def largest_scales(weight_OI: Tensor, block_size: int = BLOCK_SIZE) -> Tensor:
     """bitsandbytes' choice: the largest absolute weight of each block, (O, B) float32; a block of zeros gets a tiny scale above 0."""
     return weight_OI.float().view(len(weight_OI), -1, block_size).abs().amax(-1).clamp_min(1e-12)
 
@@ -97,7 +98,7 @@ def output_error(error_OI: Tensor, hessian_II: Tensor) -> Tensor:
     return ((error_OI @ hessian_II) * error_OI).sum(1).clamp_min(0)
 
 
-def search_scales(weight_OI: Tensor, importance_I: Tensor, grid: Grid, factors: Sequence[float] = FACTORS, block_size: int = _BLOCK) -> Tensor:
+def search_scales(weight_OI: Tensor, importance_I: Tensor, grid: Grid, factors: Sequence[float] = FACTORS, block_size: int = BLOCK_SIZE) -> Tensor:
     """The scale of each block with the least weighted rounding error, then its closed-form refit.
 
         argmin_s sum_j importance[j] (w[j] - s level[j])^2,    s <- sum_j importance w level / sum_j importance level^2
@@ -324,7 +325,7 @@ def calibrated_codes(
     double_quant: bool = False,
     damping: float = 1e-3,
     sweeps: int = 2,
-    block_size: int = _BLOCK,
+    block_size: int = BLOCK_SIZE,
 ) -> list[tuple[Tensor, Tensor, DoubleScales | None]]:
     """Scales, then codes, then both once more: everything above in its order.
 

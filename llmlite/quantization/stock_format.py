@@ -20,7 +20,7 @@ from llmlite.quantization.nf4 import DoubleScales, Grid
 if TYPE_CHECKING:
     from bitsandbytes.nn import Linear4bit
 
-__all__ = ["pack", "read_codes", "unpack", "write_codes"]
+__all__ = ["pack", "write_codes"]
 
 
 def pack(codes_OI: Tensor) -> Tensor:
@@ -33,12 +33,6 @@ def pack(codes_OI: Tensor) -> Tensor:
     if len(flat) % 2:
         raise ValueError(f"{len(flat)} codes do not fill whole bytes")
     return ((flat[::2] << 4) | flat[1::2]).unsqueeze(1)
-
-
-def unpack(packed: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The codes in packed bytes, uint8, `shape`. Any storage type."""
-    flat = packed.contiguous().view(torch.uint8).flatten()
-    return torch.stack([flat >> 4, flat & 15], dim=1).view(shape)
 
 
 @torch.no_grad()
@@ -73,26 +67,6 @@ def write_codes(layer: Linear4bit, index_OI: Tensor, scales_OB: Tensor, grid: Gr
     state.offset = double.offset.float().to(device)
     state.state2.absmax = double.absmax_G.float().to(device)
     state.state2.code = double.code_256.float().to(device)
-
-
-@torch.no_grad()
-def read_codes(layer: Linear4bit, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Indices (O, I), uint8, and scales (O, B), float32, of a 4-bit layer: the inverse of `write_codes`.
-
-    Raises:
-        ValueError: the layer is packed for the CPU.
-    """
-    _require_plain(layer)
-    state: Any = layer.weight.quant_state
-    index_of_code = torch.zeros(16, dtype=torch.uint8, device=layer.weight.device)
-    levels_L = grid.levels_L.to(layer.weight.device)
-    index_of_code[:] = torch.searchsorted(levels_L, state.code.to(levels_L)).to(torch.uint8)
-    shape = (int(state.shape[0]), int(state.shape[1]))
-    index_OI = index_of_code[unpack(layer.weight.data, shape).long()]
-    scales = state.absmax
-    if state.nested:
-        scales = DoubleScales(state.offset, state.state2.absmax, state.state2.code).values(state.absmax)
-    return index_OI, scales.float().view(shape[0], -1)
 
 
 def _require_plain(layer: Any) -> None:

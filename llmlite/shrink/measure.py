@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmlite.config import fingerprint
+from llmlite.errors import ConfigError
+from llmlite.plan import refused
 from llmlite.recipe import Recipe
 from llmlite.report import Report
 from llmlite.shrink.search import Option
-from llmlite.step import ModelPlan, Step, parse_step
+from llmlite.step import QUANTIZED, ModelPlan, Step, name_of_step, parse_step
 from llmlite.storage import write_json
 
 if TYPE_CHECKING:
@@ -108,38 +110,26 @@ def layer_costs(context: Run, folder: Path) -> dict[str, float]:
 
 
 def _measured_costs(context: Run) -> dict[str, float]:
-    import torch
-
     from llmlite.calibration.blocks import batches_of
     from llmlite.calibration.sensitivity import cost_of_changes
     from llmlite.models.quick import quickened
-    from llmlite.models.view import ModelView
-    from llmlite.quantization.bnb import BLOCK_SIZE
     from llmlite.quantization.calibrate import quantization_windows
-    from llmlite.quantization.nf4 import dequantize, grid_of, largest_scales, nearest_index
+    from llmlite.quantization.error import rounding_changes
 
     model = context.load_base().eval()
-    grid = grid_of("nf4").to(context.device)
-    changes: dict[str, torch.Tensor] = {}
-    with torch.no_grad():
-        for linear in ModelView(model).linears():
-            weight_OI = linear.weight_OI.float()
-            if weight_OI.shape[1] % BLOCK_SIZE:
-                continue
-            scales_OB = largest_scales(weight_OI, BLOCK_SIZE)
-            index_OI = nearest_index(weight_OI / scales_OB.repeat_interleave(BLOCK_SIZE, 1), grid)
-            changes[linear.name] = dequantize(index_OI, scales_OB, grid) - weight_OI
     batches = batches_of(quantization_windows(context)[:_COST_SEQUENCES])
-    return cost_of_changes(quickened(model), batches, changes, context.recipe.seed)
+    return cost_of_changes(quickened(model), batches, rounding_changes(model), context.recipe.seed)
 
 
 def plan_after(model: ModelPlan, steps: Sequence[dict[str, Any]], context: Run) -> ModelPlan:
     """What the steps leave behind, from the configs alone; of an adapter `disk_bytes` counts its base too.
 
     Raises:
-        ConfigError: the steps do not go with such a model, for instance widths that cannot be quantized.
+        ConfigError: a step takes no such model, or cannot work on it, for instance widths that cannot be quantized.
     """
     for step in _steps_of(steps):
+        if reason := refused(step, model, context):
+            raise ConfigError("llmlite shrink", [f"{name_of_step(type(step))}: {reason}"])
         before, model = model, step.check(model, context)
         if model.adapters:
             model = dataclasses.replace(model, disk_bytes=model.disk_bytes + before.disk_bytes)
@@ -148,6 +138,6 @@ def plan_after(model: ModelPlan, steps: Sequence[dict[str, Any]], context: Run) 
 
 def sizes_of(model: ModelPlan, context: Run) -> tuple[int, int]:
     """Bytes on disk, and bytes of the weights in memory: a quantized model is loaded as it is stored, a dense one in the run's own type."""
-    quantized = model.form in {"int8", "nf4", "fp4"}
+    quantized = model.form in QUANTIZED
     wider = 1.0 if quantized else context.compute_dtype.itemsize / context.storage_dtype.itemsize
     return int(model.disk_bytes), int(model.disk_bytes * wider)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from llmlite.config import settings
 from llmlite.step import ModelPlan
@@ -22,8 +22,6 @@ __all__ = ["Finetune", "full_training_plan", "train_all_weights"]
 @settings
 class Finetune(TrainingStep):
     """Train all weights on the text."""
-
-    takes: ClassVar[frozenset[str]] = frozenset({"dense", "sparse"})
 
     def check(self, model: ModelPlan, run: Run) -> ModelPlan:
         """See `Step.check`."""

@@ -8,6 +8,7 @@ import torch
 
 from llmlite.models.families import family_of
 from llmlite.models.size import expected_bytes, runtime_bytes
+from llmlite.step import QUANTIZED
 from llmlite.training.chunked import CHUNK_ELEMENTS
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def training_peak_bytes(model: ModelPlan, trained_parameters: int, step: Trainin
     block = tokens * element * (16 * width + 12 * ffn)
     activations = tokens * element * width * layers + block if checkpointing else block * layers
     head = 2 * 4 * CHUNK_ELEMENTS
-    scheme: Any = model.form if model.form in {"int8", "nf4", "fp4"} else None
+    scheme: Any = model.form if model.form in QUANTIZED else None
     weights = expected_bytes(model.config, dtype=run.compute_dtype, scheme=scheme, double_quant=True)
     if trained_parameters >= model.parameters and run.compute_dtype == torch.float32:
         weights = 0  # they are trained themselves; in another type autocast makes a copy of each, which its backward pass wants

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from llmlite.config import settings
-from llmlite.step import Names, Step
+from llmlite.step import QUANTIZED, Names, Step
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +68,7 @@ class TrainingStep(Step):
             form: of the model that the step gets; see `ModelPlan.form`.
             layout: FSDP2 or ZeRO-3.
         """
-        if layout.kind == "zero3" and form in {"int8", "nf4", "fp4"}:
+        if layout.kind == "zero3" and form in QUANTIZED:
             return f"training on a model in {form} under ZeRO-3 is not built. Take recipes/accelerate/fsdp2_qlora.yaml for nf4, or ddp.yaml."
         if form == "int8":
             return f"training on a model in int8 under {layout.name} is not built. Take nf4, or launch it with recipes/accelerate/ddp.yaml."

@@ -45,7 +45,8 @@ def test_without_a_counter_it_is_not_available(tmp_path: Path) -> None:
     with measured_energy(rapl=tmp_path) as energy:
         pass
     assert energy.joules is None
-    assert energy.text().startswith("not available (no counter")
+    assert energy.kind == "not available"
+    assert energy.source.startswith("no counter")
     assert energy.grams_co2(400) is None
 
 

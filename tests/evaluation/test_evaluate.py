@@ -10,9 +10,12 @@ import pytest
 
 import llmlite
 from llmlite.cli import main
+from llmlite.data.text import Rows
 from llmlite.errors import ConfigError, LoadError
+from llmlite.evaluation.sample import sample
 from llmlite.evaluation.tasks import TaskResult, check_tasks, flips
 from llmlite.report import Report
+from tests.conftest import build_tiny, build_tokenizer
 
 TASK = """
 task: tiny_sums
@@ -97,3 +100,8 @@ def test_flips_count_changes_in_both_directions() -> None:
 
     assert flips(result(True, False, True, False), result(False, True, True, False)) == 0.5  # the same accuracy, half the answers changed
     assert flips(result(), result()) is None
+
+
+def test_a_chat_that_begins_with_the_answer_asks_nothing() -> None:
+    rows = Rows("chat", [{"messages": [{"role": "assistant", "content": "Hello."}]}], ["here"], "here", None, "messages", 1)
+    assert sample(build_tiny("llama", vocab_size=320), build_tokenizer(), rows) == {"prompt": "", "expected": "Hello.", "answer": ""}

@@ -14,10 +14,9 @@ import yaml
 
 import llmlite
 from llmlite.errors import LoadError, OutputError
-from llmlite.evaluation.reload import loading_lines
 from llmlite.html.images import CURVE, OVERVIEW, card_images
-from llmlite.hub.base import loading_snippet
 from llmlite.hub.card import model_card, write_card
+from llmlite.hub.lines import loading_lines, loading_snippet
 from llmlite.hub.multi_adapter import Adapters
 from llmlite.hub.push import push, what_is_sent
 from llmlite.plan import made_before_adapter

@@ -66,3 +66,10 @@ def test_leaks_are_found_in_escapes_and_in_the_header_of_weights(tmp_path: Path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(struct.pack("<Q", len(header)) + header)
     assert leak("model.safetensors", weights, [], ["/srv/agatha"]) == "a folder of this machine (/srv/agatha)"
+
+
+def test_a_damaged_file_is_searched_as_it_stands(tmp_path: Path) -> None:
+    assert leak("config.json", b'{"x": "/srv/agatha/y"', [], ["/srv/agatha"]) == "a folder of this machine (/srv/agatha)"
+    assert leak("vocab.json", b"{", ["pass-phrase-0"], []) is None
+    (tmp_path / "model.safetensors").write_bytes(b"abc")
+    assert leak("model.safetensors", tmp_path / "model.safetensors", ["pass-phrase-0"], []) is None

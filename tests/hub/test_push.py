@@ -77,6 +77,7 @@ def test_the_wait_is_what_the_hub_asks_else_doubles(headers: dict[str, str], att
 
 def test_a_date_in_retry_after_is_a_wait_too() -> None:
     assert wait_seconds({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 1) == 0
+    assert wait_seconds({"Retry-After": "Wed, 21 Oct 2015 07:28:00 -0000"}, 1) == 0
     assert wait_seconds({"Retry-After": "Wed, 21 Oct 2099 07:28:00 GMT"}, 1) > 1e9
 
 

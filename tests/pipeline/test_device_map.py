@@ -27,7 +27,7 @@ from llmlite.plan import check, size_line
 from llmlite.recipe import Recipe
 from llmlite.step import ModelPlan
 from llmlite.training.trainer import train
-from tests.conftest import build_tokenizer, logits_of, save_tiny, tiny_config
+from tests.conftest import logits_of, save_noisy, save_tiny, tiny_config
 
 CPU = torch.device("cpu")
 QUANTIZE = {"step": "quantize", "scheme": "nf4", "token_weights": "equal", "tune_epochs": 0, "sweeps": 0}
@@ -97,12 +97,7 @@ def test_calibrated_codes_and_figures_are_those_of_the_whole_model(
 def test_an_offloaded_model_is_evaluated_like_the_whole_one(
     folder: Path, pairs_file: Path, limit: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    for parameter in model.parameters():
-        parameter.data += 0.02 * torch.randn_like(parameter)
-    model.save_pretrained(tmp_path / "other")
-    build_tokenizer().save_pretrained(tmp_path / "other")
+    save_noisy(folder, tmp_path / "other")
     options: dict[str, Any] = {"base": str(folder), "data": str(pairs_file), "batch_sizes": (1,), "repeats": 1, "answers": 1}
     whole = llmlite.evaluate(tmp_path / "other", **options)
     words = [word for name in ("base", "data") for word in (f"--{name}", options[name])]

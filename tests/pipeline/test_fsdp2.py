@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from llmlite.recipe import Recipe
-from tests.conftest import save_tiny
+from tests.pipeline.split_training import require_equal_weights, require_halves, run_broken_off
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo over loopback as CI has it")
 
@@ -40,16 +37,7 @@ FSDP2 = {
 def folder(pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """one/: a plain run. two/: FSDP2, broken off after the first checkpoint and started again. sizes/: what each process held."""
     folder = tmp_path_factory.mktemp("fsdp2")
-    model = save_tiny(folder / "tied", tie_word_embeddings=True)
-    for name, batch in (("one", 4), ("two", 2)):
-        (folder / f"{name}.yaml").write_text(RECIPE.format(model=model, pairs=pairs_file, batch=batch), encoding="utf-8")
-    (folder / "sizes").mkdir()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(Path(__file__).with_name("fsdp2_on_cpu.py"))]
-    command = [*torchrun, str(folder / "sizes"), "run", str(folder / "two.yaml"), "--output_dir", str(folder / "two")]
-    done = subprocess.run(command, env={**os.environ, **FSDP2, "STOP_AT_STEP": "2"}, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("broken off") == 2
-    assert "continuing the training from checkpoint-2" in done.stderr
+    done = run_broken_off(folder, "fsdp2_on_cpu.py", RECIPE, pairs_file, {**os.environ, **FSDP2})
     assert "2 processes, FSDP2" in done.stdout
     Recipe.from_file(folder / "one.yaml", output_dir=str(folder / "one")).run()
     return folder
@@ -57,15 +45,9 @@ def folder(pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("step", ["01-finetune", "03-lora"])
 def test_each_process_holds_half_of_every_weight(folder: Path, step: str) -> None:
-    for rank in (0, 1):
-        sizes = json.loads((folder / "sizes" / f"{step}.work-{rank}.json").read_text(encoding="utf-8"))
-        assert len(sizes) > 20
-        assert all(2 * local == whole for whole, local in sizes.values())
+    require_halves(folder, step)
 
 
 @pytest.mark.parametrize(("step", "file"), [("01-finetune", "model.safetensors"), ("03-lora", "adapter_model.safetensors")])
 def test_stopped_and_continued_it_leaves_the_weights_of_one_process_tied_ones_once(folder: Path, step: str, file: str) -> None:
-    one, two = (load_file(folder / name / "steps" / step / file) for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    assert "lm_head.weight" not in two
-    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+    require_equal_weights(folder, step, file)

@@ -174,7 +174,7 @@ def test_quantizing_twice_is_refused_before_anything_is_loaded(model_folder: Pat
     twice = llmlite.Recipe(
         model=str(model_folder), data=str(pairs_file), steps=[llmlite.Quantize(), llmlite.Quantize()], output_dir=str(tmp_path / "x"), max_length=64
     )
-    with pytest.raises(ConfigError, match=r"steps\[1\] quantize: takes a model that is dense or sparse; the step before leaves it nf4"):
+    with pytest.raises(ConfigError, match=r"steps\[1\] quantize: takes a model that is dense or sparse; the one that it would get is nf4"):
         twice.check()
     assert not (tmp_path / "x").exists()
 
@@ -190,7 +190,9 @@ def test_a_base_that_is_quantized_already_is_planned_as_it_is_and_loads_safe(sch
     assert [row["form"] for row in plan.rows] == [scheme, scheme]
     assert plan.rows[0]["disk_bytes"] == (folder / "model.safetensors").stat().st_size
     steps = [llmlite.Quantize(), llmlite.PruneFfn()]
-    with pytest.raises(ConfigError, match=rf"steps\[0\] quantize: takes a model that is dense or sparse; the base is {scheme}(?s:.*)steps\[1\] prune.ffn"):
+    with pytest.raises(
+        ConfigError, match=rf"steps\[0\] quantize: takes a model that is dense or sparse; the one that it would get is {scheme}(?s:.*)steps\[1\] prune.ffn"
+    ):
         llmlite.Recipe(model=str(folder), data=data, steps=steps).check()
     for load in (load_model, load_blockwise):
         layers = linear_4bit_layers(load(folder, Model(name=str(folder)), torch.device("cpu")))

@@ -21,7 +21,7 @@ from llmlite.layout import Layout
 from llmlite.models.tensor_parallel import indivisible
 from llmlite.plan import check
 from llmlite.recipe import Recipe
-from tests.conftest import ALL_FAMILIES, build_tiny, build_tokenizer, logits_of, save_tiny, tiny_config
+from tests.conftest import ALL_FAMILIES, build_tiny, logits_of, save_noisy, save_tiny, tiny_config
 
 # What each of the processes does: `llmlite evaluate`, a student under DDP with a teacher that is cut, live and from a cache, and logits of every family.
 SCRIPT = """
@@ -71,12 +71,7 @@ steps:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo over loopback as CI has it")
 def test_two_processes_that_hold_a_half_each_measure_and_teach_what_one_does(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    other = AutoModelForCausalLM.from_pretrained(model_folder)
-    for parameter in other.parameters():
-        parameter.data += 0.02 * torch.randn_like(parameter)
-    other.save_pretrained(tmp_path / "other")
-    build_tokenizer().save_pretrained(tmp_path / "other")
+    save_noisy(model_folder, tmp_path / "other")
     student = save_tiny(tmp_path / "student", num_hidden_layers=2)
     planned = [name for name in ALL_FAMILIES if not indivisible(tiny_config(name), 2)]
     assert len(planned) == 13

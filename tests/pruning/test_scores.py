@@ -8,7 +8,7 @@ import torch
 from llmlite.calibration.moments import Moments
 from llmlite.errors import ConfigError
 from llmlite.pruning import scores
-from llmlite.pruning.masks import follows_pattern, pattern_mask, row_mask, tensor_mask
+from llmlite.pruning.masks import pattern_mask, row_mask, tensor_mask
 from llmlite.pruning.owl import outlier_share, owl_sparsities
 from llmlite.pruning.reconstruct import DAMPINGS, choose_damping, least_squares, output_error
 from llmlite.pruning.sparsegpt import sparsegpt
@@ -27,6 +27,11 @@ def moments_of(x_NI: torch.Tensor, dense_NI: torch.Tensor | None = None, dtype: 
     moments = Moments(x_NI.shape[1], cross=dense_NI is not None, dtype=dtype)
     moments.add(x_NI, dense_NI)
     return moments
+
+
+def follows_pattern(weight_OI: torch.Tensor, zeros: int, group: int) -> bool:
+    """Whether every run of `group` neighbouring inputs holds at least `zeros` exact zeros."""
+    return bool((weight_OI.reshape(-1, group) == 0).sum(1).min() >= zeros)
 
 
 @pytest.fixture
@@ -198,6 +203,14 @@ def test_sparsegpt_at_no_sparsity_is_the_identity_and_silent_inputs_go() -> None
     assert not ours[:, 3].any()
     alive = [i for i in range(24) if i != 3]
     assert torch.equal(ours[:, alive], weight[:, alive])
+
+
+def test_sums_in_float64_are_read_and_not_damped_in_place(weight: torch.Tensor) -> None:
+    gram = moments_of(correlated()).gram_II
+    before = gram.clone()
+    scores.inverse_hessian(gram, 0.1)
+    sparsegpt(weight, gram, sparsity=0.5)
+    assert torch.equal(gram, before)
 
 
 def test_sparsegpt_refuses_what_does_not_divide() -> None:

@@ -16,10 +16,10 @@ from llmlite.evaluation.quality import measure_quality
 from llmlite.models.size import count_zeros, size_of_model
 from llmlite.models.view import ModelView
 from llmlite.pruning.layers import calibration_loss, greedy_layers, influences
-from llmlite.pruning.masks import follows_pattern
 from llmlite.pruning.structured import allocate
 from llmlite.step import ModelPlan, Step
 from tests.conftest import ALL_FAMILIES, FIXED_HEAD_FAMILIES, HEAD_FAMILIES, build_tiny, logits_of, require_stock_reload, tiny_config, token_ids
+from tests.pruning.test_scores import follows_pattern
 
 
 def run_of(config: Any, windows: torch.Tensor | None = None) -> Run:

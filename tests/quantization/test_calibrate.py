@@ -16,7 +16,8 @@ import llmlite
 from llmlite.calibration.blocks import batches_of
 from llmlite.context import Run
 from llmlite.errors import ConfigError
-from llmlite.evaluation.reload import loading_lines, reload_difference
+from llmlite.evaluation.reload import reload_difference
+from llmlite.hub.lines import loading_lines
 from llmlite.models.safety import make_safe
 from llmlite.quantization import calibrate as calibrate_module
 from llmlite.quantization import nf4

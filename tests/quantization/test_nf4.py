@@ -23,7 +23,7 @@ from llmlite.quantization.nf4 import (
     refine,
     search_scales,
 )
-from llmlite.quantization.stock_format import pack, read_codes, unpack, write_codes
+from llmlite.quantization.stock_format import pack, write_codes
 
 SCHEMES = ("nf4", "fp4")
 
@@ -54,8 +54,9 @@ def test_rounding_to_nearest_at_the_largest_scale_is_what_bitsandbytes_stores(sc
 
 def test_packing_and_unpacking_is_the_identity() -> None:
     codes_OI = torch.randint(0, 16, (6, 64), dtype=torch.uint8)
-    assert torch.equal(unpack(pack(codes_OI), (6, 64)), codes_OI)
-    assert torch.equal(unpack(pack(codes_OI).flatten().view(torch.float32), (6, 64)), codes_OI)
+    packed = pack(codes_OI).flatten()
+    assert packed.dtype == torch.uint8
+    assert torch.equal(torch.stack([packed // 16, packed % 16], dim=1).view(6, 64), codes_OI)
 
 
 def test_an_odd_number_of_codes_is_refused() -> None:
@@ -207,9 +208,6 @@ def test_a_written_layer_computes_with_exactly_the_chosen_weights(scheme: str, d
     x_NI = torch.randn(3, 128)
     torch.testing.assert_close(layer(x_NI), x_NI @ expected_OI.t())
     assert {name: (tensor.dtype, tensor.shape) for name, tensor in layer.state_dict().items() if "quant_state" not in name} == before
-    read_index_OI, read_scales_OB = read_codes(layer, grid)
-    assert torch.equal(read_index_OI, index_OI)
-    torch.testing.assert_close(read_scales_OB, scales_OB)
 
 
 def test_codes_for_another_layer_or_type_are_refused() -> None:

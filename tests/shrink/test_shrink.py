@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 import llmlite
 from llmlite.cli import main
@@ -73,6 +75,15 @@ def test_what_cannot_be_is_said_before_anything_is_measured(folder: Path, pairs_
         with pytest.raises(ConfigError, match=message):
             shrink(asked, **{"keeps": (0.6,), **options})
     assert not (tmp_path / "out").exists()
+
+
+def test_steps_that_do_not_take_such_a_base_are_left_out(folder: Path, pairs_file: Path, tmp_path: Path) -> None:
+    quantized = shutil.copytree(folder, tmp_path / "quantized")
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config.save_pretrained(quantized)
+    with pytest.raises(ConfigError, match="nothing that is tried gets below"):  # neither pruned nor quantized once more
+        shrink(recipe(quantized, pairs_file, tmp_path / "out"), target=0.3, keeps=(0.6,))
 
 
 def test_the_command_line_reads_sizes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,89 @@
+"""The tables under "Measured" in the documentation say what `benchmarks/results/*.json` says. A new measurement fails here with the rows to copy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def results(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def row(*cells: str | float) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def pruning() -> list[str]:
+    found = [one for one in results("pruning") if "text" not in one]
+    wide, narrow = (one for one in found if one["case"] == "dense")
+    plain, mixed, healed = (one for one in found if one["case"] != "dense")
+    layers = next(one for one in results("distillation_time")["rows"] if one["loss"] == "none")
+    zeros = results("peers_sparsity")["table"]
+
+    def ratios(one: dict[str, Any], dense: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(f"{one[text] / dense[text]:.3f}" for text in ("wikitext", "novel"))
+
+    def perplexities(one: dict[str, Any]) -> dict[str, Any]:
+        return {text: one[text]["perplexity"] for text in ("wikitext", "novel")}
+
+    return [
+        row("`prune.structured`, `spread: ffn`, calibrated on WikiText-2 valid", *ratios(plain, wide)),
+        row("the same, calibrated half on that and half on text of the model's own", *ratios(mixed, wide)),
+        row("the first in bfloat16, then 150 steps of `distill.whitebox` on WikiText-2 valid", *ratios(healed, narrow)),
+        row("`prune.layers`, 6 of 30 by block influence, in bfloat16", f"{layers['ratio']:.3f}", ""),
+        row("`prune.weights`, SparseGPT, 50 %", *ratios(perplexities(zeros["llmlite SparseGPT 50 %"]), perplexities(zeros["dense"]))),
+        row("`prune.weights`, SparseGPT, 2:4", *ratios(perplexities(zeros["llmlite SparseGPT 2:4"]), perplexities(zeros["dense"]))),
+    ]
+
+
+def quantization() -> list[str]:
+    said = {
+        "dense": "dense, 32 bit",
+        "int8": "`int8`",
+        "nf4": "`nf4`, `calibrate: false`",
+        "nf4+dq": "the same, `double_quant`",
+        "fp4": "`fp4`, `calibrate: false`",
+        "nf4 calibrated": "`nf4`",
+        "nf4+dq calibrated": "`nf4`, `double_quant`",
+        "fp4 calibrated": "`fp4`",
+        "nf4 + correction": "`nf4`, `calibrate: false`, then `correct`",
+    }
+    lines = []
+    for one in results("quantization")["rows"]:
+        texts = [one["wikitext"], one["novel"]]
+        kl = (f"{text.get('kl', 0):.3f}" for text in texts)
+        perplexity = ", ".join(f"{text['perplexity']:.2f}" for text in texts)
+        lines.append(
+            row(said[one["row"]], f"{one['bits_per_weight']:.2f}", f"{one['bytes'] / 1e6:.0f} MB", *kl, perplexity, f"{one.get('forward_passes', 0):.1f}")
+        )
+    return lines
+
+
+def distillation() -> list[str]:
+    said = {"none": "not trained", "ce": "cross entropy alone", "ce+forward_kl": "the default, 0.5 CE + 0.5 forward KL"}
+    found = sorted(results("distillation_time")["rows"], key=lambda one: (one.get("seed", -1), one["loss"]))
+    return [row(one.get("seed", ""), said[one["loss"]], f"{one['perplexity']:.2f}", f"{one['kl']:.3f}", one.get("steps", 0)) for one in found]
+
+
+def adapters() -> list[str]:
+    kinds = results("adapters")["table"].items()
+    starts = {"gaussian": "peft's own", "quantization_error": "`init_lora_weights: quantization_error`"}
+    return [
+        *(row(kind, f"{one['numbers']:,}", f"{one['perplexity']:.2f}", f"{one['cpu_ratio']:.2f}", f"{one['memory_ratio']:.2f}") for kind, one in kinds),
+        *(row(one["seed"], starts[one["start"]], f"{one['kl_before_to_nf4']:.3f}", f"{one['after']['loss']:.3f}") for one in results("lora_start")["rows"]),
+    ]
+
+
+@pytest.mark.parametrize("rows", [pruning, quantization, distillation, adapters], ids=lambda rows: rows.__name__)
+def test_measured_tables_say_what_was_measured(rows: Callable[[], list[str]]) -> None:
+    page = (ROOT / "docs" / f"{rows.__name__}.md").read_text(encoding="utf-8")
+    lines = page.partition("\n## Measured\n")[2].partition("\n## ")[0].splitlines()
+    heads = {place + more for place, line in enumerate(lines) if line.startswith("|---") for more in (-1, 0)}
+    assert [line for place, line in enumerate(lines) if line.startswith("|") and place not in heads] == rows()
