@@ -52,8 +52,6 @@ def needs_whole(recipe: Recipe, context: Run) -> list[str]:
         found.append(
             "data: load: blocks cannot calibrate on text of the model itself (self), since each token would read the whole model. Name a text instead."
         )
-    if context.layout.processes > 1:
-        found.append(f"the launch: load: blocks works in one process, this launch has {context.layout.processes}. Start it without accelerate or torchrun.")
     return found
 
 
@@ -77,7 +75,7 @@ def decide_loading(recipe: Recipe, context: Run, whole_bytes: int, blocks_bytes:
     asked, free = recipe.model.load, free_bytes(context.device.type)
     if asked == "blocks" and why_not:
         raise ConfigError(recipe.name, why_not)
-    context.blockwise = asked == "blocks" or (asked == "auto" and not why_not and whole_bytes > free)
+    context.blockwise = context.agreed(asked == "blocks" or (asked == "auto" and not why_not and whole_bytes > free))
     if context.blockwise:
         return f"One decoder block at a time in memory (load: blocks); whole it would be about {human_bytes(whole_bytes)}. Speed and answers are not measured."
     if whole_bytes <= free:

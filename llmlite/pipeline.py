@@ -25,7 +25,7 @@ from llmlite.errors import GateFailed, LlmliteError, OutputError, ResourceError,
 from llmlite.gate import COLLAPSE
 from llmlite.kept import Kept, write_row
 from llmlite.models.adapted import adapter_parameters, is_adapted
-from llmlite.models.find import weight_bytes, weights_fingerprint
+from llmlite.models.find import find, weight_bytes, weights_fingerprint
 from llmlite.plan import check, claim, made_before_adapter
 from llmlite.recipe import Recipe
 from llmlite.report import Report, Row
@@ -150,6 +150,8 @@ class _Pipeline:
         if not self.kept.usable(folder):
             log.info("base: loading %s and measuring it on the held-out text", self.recipe.model.name)
             started = time.perf_counter()
+            with self.context.processes.main_process_first():  # which downloads; the others find it in the cache
+                find(self.recipe.model, weights=True)
             with measured_peak(self.context.device.type) as peak:
                 model = self.context.load_base()
                 reference, quality = reference_of(model, self.context.evaluation_batches(), shared=True)
@@ -262,12 +264,13 @@ class _Pipeline:
         self.model = None if is_blockwise(model) else model  # its files have moved
 
     def _written(self, model: PreTrainedModel, shards: Path) -> PreTrainedModel:
-        """What a step made of a blockwise model, from the stock folder that it is written to, block by block."""
+        """What a step made of a blockwise model, from the stock folder that it is written to, block by block, by the main process."""
         from llmlite.models.blockwise import write_blockwise
 
-        if not (shards / "model.safetensors.index.json").is_file():
+        if self.context.is_main and not (shards / "model.safetensors.index.json").is_file():
             log.info("writing the new shards")
             write_blockwise(model, shards, self.context.storage_dtype)
+        self.context.wait()
         del model
         gc.collect()
         return self.context.load(shards)

@@ -30,7 +30,7 @@ from llmlite.models.quick import quick_dtype
 from llmlite.models.view import BlockView, ModelView
 from llmlite.training.backbone import hidden_and_head
 
-__all__ = ["EVEN_SHARE", "Blocks", "Statistics", "batches_of", "last_hidden", "least_over_processes", "skipping"]
+__all__ = ["EVEN_SHARE", "Blocks", "Statistics", "batches_of", "last_hidden", "least_over_processes", "rank_and_processes", "skipping"]
 
 
 HELD_OUT_EVERY = 4
@@ -104,6 +104,7 @@ class Blocks:
         batches: model inputs; with an `attention_mask` its zeros are padding and are never counted. Every process gives the same ones.
         quick: whether the blocks multiply in the type that this machine multiplies fastest (`llmlite.models.quick`). The stream between them and all sums keep
             their own type.
+        shares: False for batches that are this process's share already: then it walks with all of them, and nothing is added up.
 
     Attributes:
         view: the model's view.
@@ -112,11 +113,11 @@ class Blocks:
         hidden: for each of these the hidden states (B, T, D) at the entrance of the next block.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], *, quick: bool = False) -> None:
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], *, quick: bool = False, shares: bool = True) -> None:
         self.view = ModelView(model)
         first = next(self.view.embedding.parameters())
         self._dtype = quick_dtype(first.device, first.dtype) if quick else first.dtype
-        rank, processes = _rank_and_processes()
+        rank, processes = rank_and_processes() if shares else (0, 1)
         self.shared = 1 < processes <= len(batches)
         self.places = list(range(rank, len(batches), processes)) if self.shared else list(range(len(batches)))
         self._held_out = len(batches) >= HELD_OUT_EVERY
@@ -290,14 +291,15 @@ class Blocks:
 def last_hidden(model: nn.Module, batches: Sequence[Batch]) -> Iterator[Tensor]:
     """What enters the output head, (B, T, D), for each batch; with the head, the model's whole distribution.
 
-    Of a model that is loaded block by block all batches go through one block, then through the next, so that each block is loaded once.
+    Of a model that is loaded block by block all batches go through one block, then through the next, so that each block is loaded once. Under a launch every
+    process gives its own batches, and waits for nobody.
     """
     if shelf_of(model) is None:
         device = next(model.parameters()).device
         for batch in batches:
             yield hidden_and_head(model, {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}).hidden
         return
-    stream = Blocks(model, batches)
+    stream = Blocks(model, batches, shares=False)
     blocks = stream.view.blocks
     for block in blocks:
         with present(block):
@@ -319,14 +321,15 @@ def _summed_weight(weights: Mapping[str, Tensor], names: Sequence[str]) -> Tenso
 
 def least_over_processes(count: int, device: torch.device) -> int:
     """The smallest of the numbers that the processes give: how far all of them have come."""
-    if _rank_and_processes()[1] == 1:
+    if rank_and_processes()[1] == 1:
         return count
     least = torch.tensor([count], device=device)
     torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
     return int(least)
 
 
-def _rank_and_processes() -> tuple[int, int]:
+def rank_and_processes() -> tuple[int, int]:
+    """Which process of the launch this is, and how many there are."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
