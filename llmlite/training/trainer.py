@@ -171,7 +171,7 @@ def trainer_arguments(step: TrainingStep, run: Run, folder: Path) -> TrainingArg
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         save_steps=step.save_steps,
-        save_total_limit=2,
+        save_total_limit=None,  # `SealCheckpoints` removes old ones
         logging_steps=step.logging_steps,
         logging_strategy="steps",
         report_to=list(step.report_to) or "none",
