@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from llmlite.calibration.mixture import SELF, parse_mixture
 from llmlite.errors import ConfigError
 from llmlite.report import human_bytes
-from llmlite.step import name_of_step
+from llmlite.step import Step, name_of_step
 from llmlite.training.settings import TrainingStep
 
 if TYPE_CHECKING:
     from llmlite.context import Run
     from llmlite.recipe import Recipe
-    from llmlite.step import ModelPlan, Step
+    from llmlite.step import ModelPlan
 
 __all__ = ["blockwise_peak", "decide_loading", "measuring_bytes", "misplaced", "needs_whole", "not_dispatched", "require_dispatchable"]
 
@@ -122,9 +122,11 @@ def not_dispatched(step: Step, form: str, context: Run) -> str:
     reason = step.no_dispatch(form) if context.device_map is not None else ""
     if not reason:
         return ""
-    instead = "Do it on a device that holds the model."
+    instead, no_blocks = "Do it on a device that holds the model.", step.no_blocks()
     if isinstance(step, TrainingStep):
         instead = "Train on what `quantize` makes of it, which one device holds."
-    elif not step.no_blocks():
+    elif not no_blocks:
         instead = "load: blocks does this step, one block at a time."
+    elif no_blocks not in {Step.no_blocks(step), reason}:
+        instead = f"load: blocks does this step with other settings: {no_blocks}."
     return f"device_map={context.recipe.model.device_map}: {reason}. {instead}"

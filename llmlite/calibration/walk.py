@@ -99,7 +99,7 @@ def walk_blocks(
             else:
                 remembered.append(_visit(block, stream, walk, change, dense, weights))
                 if folder is not None:
-                    _keep(block, remembered[-1], folder, walk.keeps, common=shelf_of(model) is not None)
+                    _keep(block, remembered[-1], folder, walk.keeps, shelf_of(model) is not None)
                 log.info("block %d of %d", block.index + 1, len(stream.view.blocks))
             if walk.inputs != "dense":
                 stream.advance(block)
