@@ -152,7 +152,7 @@ class _Pipeline:
             started = time.perf_counter()
             with self.context.processes.main_process_first():  # which downloads; the others find it in the cache
                 find(self.recipe.model, weights=True)
-            with measured_peak(self.context.device.type) as peak:
+            with measured_peak(self.context.device.type) as peak, _memory_advice("base"):
                 model = self.context.load_base()
                 reference, quality = reference_of(model, self.context.evaluation_batches(), shared=True)
             _require_numbers(self.recipe, quality.perplexity, self.context.compute_dtype)
@@ -231,7 +231,8 @@ class _Pipeline:
         self.context.note(energy=energy.to_json())
         seconds = time.perf_counter() - started
         log.info("step %d of %d: %s took %.0f s; measuring", index + 1, len(self.recipe.steps), name, seconds)
-        quality = measure_quality(model, self.context.evaluation_batches(), self.context.over_present_tokens(reference), shared=True)
+        with _memory_advice(f"{name}, measured"):
+            quality = measure_quality(model, self.context.evaluation_batches(), self.context.over_present_tokens(reference), shared=True)
         if self.context.is_main:  # one process writes and is timed, the others keep still
             speed = None
             if is_blockwise(model):
@@ -374,12 +375,14 @@ def _logical_parameters(model: PreTrainedModel) -> int:
 @contextmanager
 def _memory_advice(name: str) -> Iterator[None]:
     """Turn a failed allocation into what to lower."""
+    from llmlite.evaluation.memory import out_of_memory
+
     try:
         yield
     except LlmliteError:
         raise
-    except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)):
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not out_of_memory(error):
             raise
         raise ResourceError(
             f"{name}: out of memory ({(str(error).splitlines() or ['MemoryError'])[0][:120]}). Lower per_device_train_batch_size or max_length, or set "

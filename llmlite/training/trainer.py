@@ -84,7 +84,6 @@ class LiteTrainer(Trainer):  # type: ignore[misc]
         """Called by the Trainer. Several processes read all rows once in an epoch, however many there are; see `llmlite.training.rows`."""
         loader, processes = super().get_train_dataloader(), self.accelerator.num_processes
         if processes > 1:
-            self.train_dataset: Any
             loader.set_sampler(EvenSampler(len(self.train_dataset), processes * self._train_batch_size, self.args.data_seed))
         return loader
 

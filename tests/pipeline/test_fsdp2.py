@@ -1,4 +1,6 @@
-"""All weights, towards a teacher that is split as well, then LoRA on NF4, under FSDP2 on two CPU processes (`fsdp2_on_cpu.py`): each holds half, is stopped, goes on, and leaves what one leaves."""
+"""All weights, towards a teacher that is split as well, then LoRA on NF4, under FSDP2 on two CPU processes (`fsdp2_on_cpu.py`).
+
+Each process holds half, is stopped, goes on, and leaves what one leaves."""
 
 from __future__ import annotations
 
