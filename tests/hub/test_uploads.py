@@ -100,7 +100,8 @@ def test_after_a_kill_in_the_middle_of_an_upload_the_same_command_ends_it(hub: F
     deadline = time.monotonic() + 120
     while (len(parts_sent(hub).get(first, [])) < 3 or not hub.count("CUT PUT")) and process.poll() is None and time.monotonic() < deadline:
         threading.Event().wait(0.05)
-    process.kill()  # the client is trying its part again
+    threading.Event().wait(0.3)  # the first file is signed off; the client is trying a part of the second again
+    process.kill()
     assert process.wait() == -signal.SIGKILL
     assert hub.files("me/big") == {}
     hub.faults.clear()

@@ -43,9 +43,19 @@ IN_BLOCKS = """
 """
 RECIPES = {"taught": (TAUGHT, "whole"), "trained": (TRAINED, "whole"), "in_blocks": (IN_BLOCKS, "blocks")}
 SCRIPT = """
-import sys
+import os, sys, time
+from llmlite import pipeline
 from llmlite.cli import main
 from llmlite.evaluation import reload
+
+find = pipeline.find
+def slow_find(*args, **options):
+    time.sleep(0.5 * (os.environ["RANK"] == "0"))
+    with open(f"{sys.argv[1]}/downloads", "a") as file:
+        file.write(os.environ["RANK"])
+    return find(*args, **options)
+pipeline.find = slow_find
+
 for name in sys.argv[2:]:
     main(["run", f"{sys.argv[1]}/two-{name}.yaml", "--output_dir", f"{sys.argv[1]}/two/{name}"])
     reload.require_reload = lambda model, lines: 0.0  # the first one's result was loaded in a fresh process; each costs seconds
@@ -73,7 +83,9 @@ def folder(model_folder: Path, pairs_file: Path, tmp_path_factory: pytest.TempPa
     assert done.stdout.count("The plan") == len(RECIPES)
     assert "2 processes, DDP: the whole model" in done.stdout
     assert "2 processes, each of which reads all blocks, one at a time" in done.stdout
+    assert done.stderr.count("base: loading") == len(RECIPES)  # one process speaks
     assert done.stderr.count("writing the new shards") == 2  # of two steps, by one of the processes
+    assert (folder / "downloads").read_text() == "01" * len(RECIPES)  # the main process first, slow as it is
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("llmlite.evaluation.reload.require_reload", lambda model, lines: 0.0)
         for name in RECIPES:
