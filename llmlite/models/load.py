@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmlite.errors import LoadError, ResourceError
-from llmlite.evaluation.memory import out_of_memory
 from llmlite.models.added_tokens import add_to_tokenizer, fill_rows, pieces_of
 from llmlite.models.device_map import dispatch_map
 from llmlite.models.find import Source
@@ -104,6 +103,8 @@ def load_model(source: Source | Path, model: Model, device: torch.device, *, ten
         ResourceError: they do not fit into memory.
     """
     from transformers import AutoModelForCausalLM
+
+    from llmlite.evaluation.memory import out_of_memory
 
     folder = source.folder if isinstance(source, Source) else source
     options: dict[str, Any] = {

@@ -21,7 +21,7 @@ EMPTY = -1
 _LENGTH = 2  # tokens of the empty row; one alone predicts nothing
 
 
-class WithEmptyRow(Dataset):  # type: ignore[type-arg]  # rows are mappings
+class WithEmptyRow(Dataset[dict[str, Any]]):
     """Rows, and one behind the last that is empty.
 
     Args:
