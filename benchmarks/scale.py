@@ -1,11 +1,13 @@
 """Time and peak memory of SparseGPT and calibrated NF4 over random Llamas of growing depth and width, loaded whole and block by block.
 
-    python benchmarks/scale.py
+    python benchmarks/scale.py                                       # all of it: half an hour and more
+    python benchmarks/scale.py --only limited --limited nf4          # one part; the rest of the file stays
+    python benchmarks/scale.py --smallest --out /tmp/scale.json      # a try-out in a minute: nothing is too large, and the figures say nothing
 
 Each measurement is a process of its own; memory is its peak above what it holds with everything imported. Processor time and memory are those of
-load, step and save, without evaluation. Before that one run of the whole pipeline (measuring base and result, reload in a fresh process) on a model whose
-16-bit weights are larger than the memory that the process may take (RLIMIT_DATA): loaded whole it must fail, in blocks it must pass. Writes
-benchmarks/results/scale.json.
+load, step and save, without evaluation. Before that runs of the whole pipeline (measuring base and result, reload in a fresh process) on a model whose
+16-bit weights are larger than the memory that the process may take (RLIMIT_DATA): loaded whole they must fail, in blocks they must pass. NF4 is calibrated
+with `token_weights: equal, tune_epochs: 0`, as blocks want it. Writes benchmarks/results/scale.json.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ LAYERS = (4, 8, 16)
 WIDTHS = (128, 256, 384)
 SHAPE = (4, 256)  # layers of the widths, width of the layers
 TOKENS, WINDOW = 2048, 128
-LIMITED = {"layers": 110, "width": 512}
-LIMIT_BYTES = 700_000_000
+LIMITED = {"layers": 130, "width": 512}
+LIMIT_BYTES = 850_000_000  # libraries, and the sums and working copies of one block: SparseGPT at this width needs more than 700 MB, however few its layers
 METHODS = ("sparsegpt", "nf4")
+SMALLEST: dict[str, Any] = {"layers": (2, 3), "widths": (128,), "limited": {"layers": 3, "width": 128}, "limit": 4_000_000_000}
 
 
 def make(folder: Path, layers: int, width: int, vocabulary: int = 1024) -> int:
@@ -175,8 +178,10 @@ def limited(work: Path, layers: int, width: int, limit: int, methods: Sequence[s
     found: dict[str, Any] = {"layers": layers, "width": width, "weight_bytes_16": weights, "limit_bytes": limit}
     for method in methods:
         for mode in ("whole", "blocks"):
-            found[method] = found.get(method, {}) | {mode: child("run", model, method, mode, limit)}
-            print(f"{weights / 1e6:.0f} MB of weights under {limit / 1e6:.0f} MB, {method} {mode}: {json.dumps(found[method][mode])}", flush=True)
+            started = time.perf_counter()
+            measured = child("run", model, method, mode, limit) | {"seconds": time.perf_counter() - started, "load_average": os.getloadavg()[0]}
+            found[method] = found.get(method, {}) | {mode: measured}
+            print(f"{weights / 1e6:.0f} MB of weights under {limit / 1e6:.0f} MB, {method} {mode}: {json.dumps(measured)}", flush=True)
     return found
 
 
@@ -184,8 +189,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--child", nargs=5, metavar=("KIND", "MODEL", "METHOD", "MODE", "OUT"), help=argparse.SUPPRESS)
     parser.add_argument("--out", default="benchmarks/results/scale.json")
-    parser.add_argument("--only", choices=("curves", "limited"), help="one part; nothing is written")
-    parser.add_argument("--limited", default="wanda", help="methods of the run under a limit: wanda, sparsegpt, nf4, the quickest first  [default: wanda]")
+    parser.add_argument("--only", choices=("curves", "limited"), help="one part; the other stays in the file as it is")
+    parser.add_argument("--limited", default="wanda,sparsegpt,nf4", help="methods of the runs under a limit, the quickest first  [default: all three]")
+    parser.add_argument("--smallest", action="store_true", help="tiny models and no real limit, to see that it works")
     args = parser.parse_args()
     if args.child:
         import torch
@@ -194,17 +200,21 @@ def main() -> None:
         kind, model, method, mode, out = args.child
         print(json.dumps((step_alone if kind == "step" else whole_run)(Path(model), method, mode, Path(out))))
         return
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="scale-") as folder:
-        found = limited(Path(folder), **LIMITED, limit=LIMIT_BYTES, methods=args.limited.split(",")) if args.only != "curves" else {}
-        rows = curves(Path(folder), LAYERS, WIDTHS) if args.only != "limited" else []
-    if args.only:
-        return
-    about = {"cpu": platform.processor() or platform.machine(), "threads": 1, "load_average": os.getloadavg()[0], "seconds": time.perf_counter() - started}
-    settings = {"calibration_tokens": TOKENS, "window": WINDOW, "vocabulary": 1024, "ffn": "3 x width", "computed_in": "float32", "seed": 0}
     path = Path(args.out)
+    result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"limited": {}}
+    shape, limit = (SMALLEST["limited"], SMALLEST["limit"]) if args.smallest else (LIMITED, LIMIT_BYTES)
+    depths, widths = (SMALLEST["layers"], SMALLEST["widths"]) if args.smallest else (LAYERS, WIDTHS)
+    with tempfile.TemporaryDirectory(prefix="scale-") as folder:
+        if args.only != "curves":
+            result["limited"] |= limited(Path(folder), **shape, limit=limit, methods=args.limited.split(","))
+        if args.only != "limited":
+            started = time.perf_counter()
+            result["curves"] = curves(Path(folder), depths, widths)
+            about = {"cpu": platform.processor() or platform.machine(), "threads": 1, "load_average": os.getloadavg()[0]}
+            result["about"] = about | {"seconds": time.perf_counter() - started}
+            result["settings"] = {"calibration_tokens": TOKENS, "window": WINDOW, "vocabulary": 1024, "ffn": "3 x width", "computed_in": "float32", "seed": 0}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"about": about, "settings": settings, "curves": rows, "limited": found}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 __all__ = ["Run"]
 
 T = TypeVar("T")
+_PATIENCE = datetime.timedelta(hours=12)
+"""How long processes wait for each other: the main one downloads, writes and is timed alone, which takes a large model longer than the ten minutes that NCCL
+waits. That one has died is noticed by the launcher, within seconds."""
 
 
 @dataclass
@@ -57,7 +61,7 @@ class Run:
         from accelerate import PartialState
         from accelerate.utils import parse_flag_from_env
 
-        return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+        return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available(), timeout=_PATIENCE)
 
     @cached_property
     def layout(self) -> Layout:
@@ -181,8 +185,9 @@ class Run:
 
     @property
     def own_scratch(self) -> Path:
-        """A part of `scratch` that no other process writes: for what every process works out for itself."""
-        return self.scratch if self.is_main else self.scratch / f"process-{self.processes.process_index}"
+        """A part of `scratch` that no other process writes: for what every process works out for itself. Of a blockwise run it is the same for all, since what
+        is kept there is as large as the model."""
+        return self.scratch if self.is_main or self.blockwise else self.scratch / f"process-{self.processes.process_index}"
 
     def note(self, **figures: Any) -> None:
         """Keep figures of the current step for its row in the report."""

@@ -120,10 +120,16 @@ class Layout:
             whole += 4 * parameters
         return max(peak - 16 * trained * (self.processes - 1) // self.processes, whole)
 
-    def sentence(self) -> str:
-        """What the launch means, for the plan; empty for one process."""
+    def sentence(self, blockwise: bool = False) -> str:
+        """What the launch means, for the plan; empty for one process.
+
+        Args:
+            blockwise: whether models are loaded block by block.
+        """
         if self.processes == 1:
             return ""
+        if blockwise:
+            return f"{self.processes} processes, each of which reads all blocks, one at a time; rows are shared out, and the main process writes."
         if self.sharded:
             return (
                 f"{self.processes} processes, {self.name}: weights, gradients and optimizer are split while a step trains; before and after it, and while "

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from llmlite.calibration.mixture import SELF, parse_mixture
 from llmlite.errors import ConfigError
 from llmlite.report import human_bytes
-from llmlite.step import name_of_step
+from llmlite.step import Step, name_of_step
 from llmlite.training.settings import TrainingStep
 
 if TYPE_CHECKING:
     from llmlite.context import Run
     from llmlite.recipe import Recipe
-    from llmlite.step import ModelPlan, Step
+    from llmlite.step import ModelPlan
 
 __all__ = ["blockwise_peak", "decide_loading", "measuring_bytes", "misplaced", "needs_whole", "not_dispatched", "require_dispatchable"]
 
@@ -52,8 +52,6 @@ def needs_whole(recipe: Recipe, context: Run) -> list[str]:
         found.append(
             "data: load: blocks cannot calibrate on text of the model itself (self), since each token would read the whole model. Name a text instead."
         )
-    if context.layout.processes > 1:
-        found.append(f"the launch: load: blocks works in one process, this launch has {context.layout.processes}. Start it without accelerate or torchrun.")
     return found
 
 
@@ -77,7 +75,7 @@ def decide_loading(recipe: Recipe, context: Run, whole_bytes: int, blocks_bytes:
     asked, free = recipe.model.load, free_bytes(context.device.type)
     if asked == "blocks" and why_not:
         raise ConfigError(recipe.name, why_not)
-    context.blockwise = asked == "blocks" or (asked == "auto" and not why_not and whole_bytes > free)
+    context.blockwise = context.agreed(asked == "blocks" or (asked == "auto" and not why_not and whole_bytes > free))
     if context.blockwise:
         return f"One decoder block at a time in memory (load: blocks); whole it would be about {human_bytes(whole_bytes)}. Speed and answers are not measured."
     if whole_bytes <= free:
@@ -124,9 +122,11 @@ def not_dispatched(step: Step, form: str, context: Run) -> str:
     reason = step.no_dispatch(form) if context.device_map is not None else ""
     if not reason:
         return ""
-    instead = "Do it on a device that holds the model."
+    instead, no_blocks = "Do it on a device that holds the model.", step.no_blocks()
     if isinstance(step, TrainingStep):
         instead = "Train on what `quantize` makes of it, which one device holds."
-    elif not step.no_blocks():
+    elif not no_blocks:
         instead = "load: blocks does this step, one block at a time."
+    elif no_blocks not in {Step.no_blocks(step), reason}:
+        instead = f"load: blocks does this step with other settings: {no_blocks}."
     return f"device_map={context.recipe.model.device_map}: {reason}. {instead}"

@@ -21,7 +21,7 @@ from llmlite.errors import GateFailed, LlmliteError, OutputError, ResourceError,
 from llmlite.gate import COLLAPSE
 from llmlite.kept import Kept, write_row
 from llmlite.models.adapted import adapter_parameters, is_adapted
-from llmlite.models.find import weight_bytes, weights_fingerprint
+from llmlite.models.find import find, weight_bytes, weights_fingerprint
 from llmlite.plan import check, claim, made_before_adapter
 from llmlite.recipe import Recipe
 from llmlite.report import Report, Row, environment
@@ -146,7 +146,9 @@ class _Pipeline:
         if not self.kept.usable(folder):
             log.info("base: loading %s and measuring it on the held-out text", self.recipe.model.name)
             started = time.perf_counter()
-            with measured_peak(self.context.device.type) as peak:
+            with self.context.processes.main_process_first():  # which downloads; the others find it in the cache
+                find(self.recipe.model, weights=True)
+            with measured_peak(self.context.device.type) as peak, _memory_advice("base"):
                 model = self.context.load_base()
                 reference, quality = reference_of(model, self.context.evaluation_batches(), shared=True)
             _require_numbers(self.recipe, quality.perplexity, self.context.compute_dtype)
@@ -225,7 +227,8 @@ class _Pipeline:
         self.context.note(energy=energy.to_json())
         seconds = time.perf_counter() - started
         log.info("step %d of %d: %s took %.0f s; measuring", index + 1, len(self.recipe.steps), name, seconds)
-        quality = measure_quality(model, self.context.evaluation_batches(), self.context.over_present_tokens(reference), shared=True)
+        with _memory_advice(f"{name}, measured"):
+            quality = measure_quality(model, self.context.evaluation_batches(), self.context.over_present_tokens(reference), shared=True)
         if self.context.is_main:  # one process writes and is timed, the others keep still
             speed = None
             if is_blockwise(model):
@@ -258,12 +261,13 @@ class _Pipeline:
         self.model = None if is_blockwise(model) else model  # its files have moved
 
     def _written(self, model: PreTrainedModel, shards: Path) -> PreTrainedModel:
-        """What a step made of a blockwise model, from the stock folder that it is written to, block by block."""
+        """What a step made of a blockwise model, from the stock folder that it is written to, block by block, by the main process."""
         from llmlite.models.blockwise import write_blockwise
 
-        if not (shards / "model.safetensors.index.json").is_file():
+        if self.context.is_main and not (shards / "model.safetensors.index.json").is_file():
             log.info("writing the new shards")
             write_blockwise(model, shards, self.context.storage_dtype)
+        self.context.wait()
         del model
         gc.collect()
         return self.context.load(shards)
@@ -368,12 +372,14 @@ def _logical_parameters(model: PreTrainedModel) -> int:
 @contextmanager
 def _memory_advice(name: str) -> Iterator[None]:
     """Turn a failed allocation into what to lower."""
+    from llmlite.evaluation.memory import out_of_memory
+
     try:
         yield
     except LlmliteError:
         raise
-    except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)):
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not out_of_memory(error):
             raise
         raise ResourceError(
             f"{name}: out of memory ({(str(error).splitlines() or ['MemoryError'])[0][:120]}). Lower per_device_train_batch_size or max_length, or set "

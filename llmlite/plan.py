@@ -88,7 +88,7 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
     if context.blockwise:  # the walk's changed blocks, in the type they are computed in, until the step is complete
         disk += expected_bytes(config, dtype=context.compute_dtype)
     require_space(recipe.folder, int(disk))
-    return Plan(tuple(rows), int(disk), _peak(rows), context.layout.sentence(), loading)
+    return Plan(tuple(rows), int(disk), _peak(rows), context.layout.sentence(context.blockwise), loading)
 
 
 def plan_of_base(context: Run) -> ModelPlan:

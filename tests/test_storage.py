@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,13 @@ def test_damaged_folders_are_set_aside_under_new_names(tmp_path: Path) -> None:
 def test_a_full_disk_is_told_as_one(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="the disk is full"), writing_folder(tmp_path / "out"):
         raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_place_that_cannot_be_written_is_told_as_one(number: int, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"out: cannot be written \(.*\). Choose another --output_dir"), writing_folder(tmp_path / "out"):
+        raise OSError(number, os.strerror(number))
     assert list(tmp_path.iterdir()) == []
 
 

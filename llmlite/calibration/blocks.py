@@ -100,6 +100,7 @@ class Blocks:
         batches: model inputs; with an `attention_mask` its zeros are padding and are never counted. Every process gives the same ones.
         quick: whether the blocks multiply in the type that this machine multiplies fastest (`llmlite.models.quick`). The stream between them and all sums keep
             their own type.
+        shares: False for batches that are this process's share already: then it walks with all of them, and nothing is added up.
 
     Attributes:
         view: the model's view.
@@ -108,11 +109,11 @@ class Blocks:
         hidden: for each of these the hidden states (B, T, D) at the entrance of the next block.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], *, quick: bool = False) -> None:
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], *, quick: bool = False, shares: bool = True) -> None:
         self.view = ModelView(model)
         first = next(self.view.embedding.parameters())
         self._dtype = quick_dtype(first.device, first.dtype) if quick else first.dtype
-        self.shared = 1 < rank_and_processes()[1] <= len(batches)
+        self.shared = shares and 1 < rank_and_processes()[1] <= len(batches)
         self.places = places_of(len(batches), self.shared)
         self._held_out = len(batches) >= HELD_OUT_EVERY
         self.hidden: list[Tensor] = []
@@ -285,14 +286,15 @@ class Blocks:
 def last_hidden(model: nn.Module, batches: Sequence[Batch]) -> Iterator[Tensor]:
     """What enters the output head, (B, T, D), for each batch; with the head, the model's whole distribution.
 
-    Of a model that is loaded block by block all batches go through one block, then through the next, so that each block is loaded once.
+    Of a model that is loaded block by block all batches go through one block, then through the next, so that each block is loaded once. Under a launch every
+    process gives its own batches, and waits for nobody.
     """
     if shelf_of(model) is None:
         device = next(model.parameters()).device
         for batch in batches:
             yield hidden_and_head(model, {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}).hidden
         return
-    stream = Blocks(model, batches)
+    stream = Blocks(model, batches, shares=False)
     blocks = stream.view.blocks
     for block in blocks:
         with present(block):

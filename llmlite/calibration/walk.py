@@ -20,6 +20,7 @@ from llmlite.calibration.blocks import Batch, Blocks, Statistics, least_over_pro
 from llmlite.models.blockwise import present, replace, shelf_of
 from llmlite.models.device_map import is_offloaded
 from llmlite.models.view import BlockView
+from llmlite.processes import rank_and_processes
 from llmlite.storage import damage, writing_folder
 
 __all__ = ["Walk", "Weigh", "walk_blocks"]
@@ -65,7 +66,8 @@ def walk_blocks(
         change: called for each block and stage with the block and its statistics by role. It writes into the weights (`linear.weight_OI`, `linear.bias`)
             and returns plain values to remember, for instance which units stay.
         state: a folder; each block's changed weights are kept there, and a walk that was stopped goes on behind the last block that is complete. A model
-            that is loaded block by block has its changed blocks there and nowhere else.
+            that is loaded block by block has its changed blocks there and nowhere else; of such a one all processes of a launch give the same folder, and the
+            first of them writes. Of a whole model each gives a folder of its own.
         weigh: given the places of this process's batches, how much each token counts; see `Blocks.collect`. Called once, before anything changes.
 
     Returns:
@@ -98,7 +100,7 @@ def walk_blocks(
             else:
                 remembered.append(_visit(block, stream, walk, change, dense, weights))
                 if folder is not None:
-                    _keep(block, remembered[-1], folder, walk.keeps)
+                    _keep(block, remembered[-1], folder, walk.keeps, shelf_of(model) is not None)
                 log.info("block %d of %d", block.index + 1, len(stream.view.blocks))
             if walk.inputs != "dense":
                 stream.advance(block)
@@ -135,11 +137,16 @@ def _complete(stream: Blocks, state: Path | None) -> int:
     return least_over_processes(found, next(stream.view.embedding.parameters()).device)
 
 
-def _keep(block: BlockView, notes: dict[str, Any], folder: Path, weights: bool) -> None:
-    with writing_folder(folder) as temporary:
-        if weights:
-            save_file({name: parameter.detach().contiguous().cpu() for name, parameter in block.module.named_parameters()}, temporary / "block.safetensors")
-        (temporary / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
+def _keep(block: BlockView, notes: dict[str, Any], folder: Path, weights: bool, common: bool) -> None:
+    """Write what becomes of a block; into a folder that is common to all processes the first one does, and the others wait for it."""
+    rank, processes = rank_and_processes()
+    if rank == 0 or not common:
+        with writing_folder(folder) as temporary:
+            if weights:
+                save_file({name: parameter.detach().contiguous().cpu() for name, parameter in block.module.named_parameters()}, temporary / "block.safetensors")
+            (temporary / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
+    if processes > 1 and common:
+        torch.distributed.barrier()
 
 
 def _restore(block: BlockView, folder: Path) -> dict[str, Any]:

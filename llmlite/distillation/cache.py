@@ -237,7 +237,8 @@ class CachedTeacher:
         """
         keep_K = (labels_N != IGNORE_INDEX).nonzero().flatten()
         places = list(self._places(inputs["rows"].tolist()))
-        entries = {name: torch.cat([self.shards[shard][name][part] for shard, part in places]) for name in self.shards[0] if name != "counts"}
+        none = [(0, slice(0, 0))]  # a batch may have no rows
+        entries = {name: torch.cat([self.shards[shard][name][part] for shard, part in none + places]) for name in self.shards[0] if name != "counts"}
         found = len(next(iter(entries.values())))
         if found != len(keep_K):
             raise RunError(f"the teacher's cache holds {found} tokens for a batch with {len(keep_K)}: it belongs to other rows. Run with cache: none.")

@@ -1,6 +1,6 @@
 """Teachers behind one seam: `Teacher.signal(batch)` says what the teacher thinks of a batch, wherever the teacher is.
 
-    LiveTeacher      runs beside the student, in any precision, on any device, spread over several, or cut over the processes of a launch
+    LiveTeacher      runs beside the student, in any precision, on any device, spread over several, or cut or split over the processes of a launch
     CachedTeacher    reads what a live one said before (`llmlite.distillation.cache`)
     AlignedTeacher   a live one that reads the same characters by another tokenizer
 
@@ -230,9 +230,21 @@ class TeacherModel:
 
         return compute_dtype(self.run.device, self.settings.dtype)
 
-    def expected_bytes(self) -> int:
-        """Bytes of its weights on this process's device; of an architecture that is not in the families table, those of its files."""
+    @property
+    def split(self) -> bool:
+        """Whether each process holds a share of its blocks while the student trains, as it does of the student: under FSDP2, where nothing says where it goes.
+        A block is whole while it computes, so each process reads its own rows."""
+        placed = self.quantization or self.device_map or getattr(self.config, "quantization_config", None) is not None
+        return self.run.layout.kind == "fsdp2" and not placed and self._known
+
+    def expected_bytes(self, beside: bool = False) -> int:
+        """Bytes of its weights on this process's device; of an architecture that is not in the families table, those of its files.
+
+        Args:
+            beside: the student, in training; see `split`.
+        """
         from llmlite.models.device_map import dispatch_map, held_bytes
+        from llmlite.models.families import family_of
         from llmlite.models.find import weight_files
         from llmlite.models.size import expected_bytes, size_of_config
 
@@ -242,8 +254,10 @@ class TeacherModel:
         if found is not None:
             return held_bytes(self.config, found, self.compute_dtype, self.run.device)
         whole = expected_bytes(self.config, dtype=self.compute_dtype, scheme=self.quantization, double_quant=True)
-        processes = self.run.layout.processes if self.cut else 1
-        return whole - self.compute_dtype.itemsize * size_of_config(self.config).decoder * (processes - 1) // processes
+        processes = self.run.layout.processes if self.cut or (beside and self.split) else 1
+        decoder = self.compute_dtype.itemsize * size_of_config(self.config).decoder
+        gathered = decoder // max(1, family_of(self.config).layers(self.config)) if beside and self.split else 0
+        return whole - decoder * (processes - 1) // processes + gathered
 
     def packs(self) -> bool:
         """Whether it keeps packed examples apart by their positions, as far as is known."""
@@ -251,11 +265,19 @@ class TeacherModel:
 
         return self._known and family_of(self.config).packs_by_position
 
-    def load(self) -> PreTrainedModel:
-        """The model, frozen, in eval mode."""
+    def load(self, beside: bool = False) -> PreTrainedModel:
+        """The model, frozen, in eval mode.
+
+        Args:
+            beside: the student, in training; see `split`. Otherwise it may be let go before, and processes may run it a different number of times.
+        """
         from llmlite.models.load import load_model
+        from llmlite.models.view import ModelView
+        from llmlite.training.sharded import share_out
 
         options: dict[str, Any] = {"tensor_parallel": self.cut}
+        if beside and self.split:
+            options["device_map"] = {"": "cpu"}  # the device takes its share only
         if self.device_map and self.laid_out.device_map == "none":
             options["device_map"] = self.device_map
             options |= {"max_memory": memory_limits(self.max_memory)} if self.max_memory else {}
@@ -265,4 +287,6 @@ class TeacherModel:
             options["quantization_config"] = Quantize(scheme=self.quantization, unaligned="skip").bitsandbytes_config(ModelPlan(self.config), self.run)
         model = load_model(self.source(weights=True), self.laid_out, self.run.device, **options)
         model.requires_grad_(False)
+        if beside and self.split:
+            share_out(model, [block.module for block in ModelView(model).blocks], self.run.device)
         return model

@@ -112,7 +112,7 @@ class DistillWhiteBox(StudentStep):
             ConfigError: everything that cannot work, together: weights, options of other losses, a cache that the losses cannot use, tokenizers that differ.
             LoadError: the teacher is not there.
         """
-        from llmlite.models.size import expected_bytes
+        from llmlite.models.size import expected_bytes, runtime_bytes
 
         teacher = self.teacher_model(run)
         problems = [*self._problems_of_losses(), *self._problems_of_cache(), *self.problems_of_student(model), *self._problems_of_teacher(model, teacher, run)]
@@ -124,18 +124,16 @@ class DistillWhiteBox(StudentStep):
         notes += [f"{self.attention_weight:g} attention maps"] if self.attention_weight else []
         notes += [f"{self.on_policy:.0%} of the batches written by the student"] if self.on_policy else []
         plan = self.student_plan(model, run)
-        teacher_bytes = teacher.expected_bytes()
+        # while a cache is filled the whole teacher is there beside a student that does not train yet
+        filling = teacher.expected_bytes() + expected_bytes(model.config, dtype=run.compute_dtype) + runtime_bytes(run.device)
         if self.cache in {"hidden", "top_k"}:
-            from llmlite.models.size import runtime_bytes
-
-            # the teacher is there before the student trains; afterwards only its head
             text = teacher.config.get_text_config()
             head = teacher.compute_dtype.itemsize * int(text.vocab_size) * int(text.hidden_size) if self.cache == "hidden" else 0
-            filling = teacher_bytes + expected_bytes(model.config, dtype=run.compute_dtype) + runtime_bytes(run.device)
             peak = max(plan.peak_bytes + head, filling)
             notes.append(f"the teacher's {'last hidden states' if self.cache == 'hidden' else f'{self.cache_top_k} likeliest tokens'} kept on disk")
         else:
-            peak = plan.peak_bytes + teacher_bytes
+            peak = max(plan.peak_bytes + teacher.expected_bytes(beside=True), filling if self.cache == "auto" else 0)
+            notes += [f"each of {run.layout.processes} processes holds a share of the teacher's blocks"] if teacher.split else []
         return dataclasses.replace(plan, peak_bytes=peak, notes=(*notes, *plan.notes))
 
     def teacher_model(self, run: Run) -> TeacherModel:
@@ -279,7 +277,7 @@ class DistillWhiteBox(StudentStep):
             run.note(teacher_cache=cache.kind, teacher_cache_bytes_per_token=cache.bytes_per_token)
             yield self.loss_with(cache.read(run.device)), None
             return
-        model = source.load()
+        model = source.load(beside=True)
         inner = self._inner(student, model, run)
         live = LiveTeacher(model, cut=source.cut) if inner is None else LiveTeacher(model, inner.watching_teacher)
         teacher: Teacher = live

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Peak", "free_bytes", "give_back", "measured_peak", "resident_bytes"]
+__all__ = ["Peak", "free_bytes", "give_back", "measured_peak", "out_of_memory", "resident_bytes"]
 
 
 @dataclass
@@ -72,6 +72,12 @@ def free_bytes(device_type: str = "cpu") -> int:
         group = Path("/sys/fs/cgroup")
         free.append(max(0, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())))
     return min(free)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that an allocation failed: Python's, torch's on any device, or the system's."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
 
 
 def give_back() -> None:

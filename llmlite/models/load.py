@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmlite.errors import LoadError
+from llmlite.errors import LoadError, ResourceError
 from llmlite.models.added_tokens import add_to_tokenizer, fill_rows, pieces_of
 from llmlite.models.device_map import dispatch_map
 from llmlite.models.find import Source
@@ -100,8 +100,11 @@ def load_model(source: Source | Path, model: Model, device: torch.device, *, ten
 
     Raises:
         LoadError: the weights do not fit the config, or cannot be laid out as asked.
+        ResourceError: they do not fit into memory.
     """
     from transformers import AutoModelForCausalLM
+
+    from llmlite.evaluation.memory import out_of_memory
 
     folder = source.folder if isinstance(source, Source) else source
     options: dict[str, Any] = {
@@ -118,9 +121,12 @@ def load_model(source: Source | Path, model: Model, device: torch.device, *, ten
         options["attn_implementation"] = model.attn_implementation
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if "out of memory" in str(error):
-            raise
+    except (OSError, ValueError, KeyError, RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            raise ResourceError(
+                f"model: '{folder}' does not fit into memory ({(str(error).strip().splitlines() or ['MemoryError'])[0][:120]}). Pruning and quantization "
+                "work on one block at a time with load: blocks; device_map: auto leaves blocks in main memory or on disk; dtype: bfloat16 halves float32."
+            ) from error
         raise LoadError(f"model: '{folder}' cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     missing = sorted(info["missing_keys"])
     if missing:

@@ -1,7 +1,8 @@
 """Training checkpoints that are complete or absent, and stopping without losing any.
 
 transformers writes a checkpoint file by file and, when it resumes, takes the highest number: a truncated one crashes every later run. Here
-each checkpoint is sealed by a manifest once it is written; resuming takes the newest sealed and undamaged one and sets the others aside.
+each checkpoint is sealed by a manifest once it is written; resuming takes the newest sealed and undamaged one and sets the others aside. Newest is what has the
+highest number: transformers deletes old checkpoints by their dates, and where the clock was set back that is the one just written.
 """
 
 from __future__ import annotations
@@ -28,10 +29,18 @@ __all__ = ["SealCheckpoints", "StopRequest", "newest_complete", "stopping_at_sig
 log = logging.getLogger(__name__)
 
 
+_KEPT = 2
+"""Newest checkpoints that are kept; one is enough as long as it stays whole."""
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    numbered = [(int(p.name.rpartition("-")[2]), p) for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+    return [place for _, place in sorted(numbered, reverse=True)]
+
+
 def newest_complete(folder: Path) -> Path | None:
     """The newest whole ``checkpoint-N`` below a folder, or None. Damaged ones are set aside with a message."""
-    numbered = [(int(p.name.rpartition("-")[2]), p) for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
-    for _, place in sorted(numbered, reverse=True):
+    for place in _newest_first(folder):
         reason = damage(place)
         if reason is None:
             return place
@@ -44,7 +53,7 @@ def newest_complete(folder: Path) -> Path | None:
 
 
 class SealCheckpoints(TrainerCallback):  # type: ignore[misc]
-    """Seal each checkpoint after the Trainer wrote it."""
+    """Seal each checkpoint after the Trainer wrote it, and remove those that are too old."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called by the Trainer on every process; the main one seals when all have written their parts."""
@@ -53,6 +62,8 @@ class SealCheckpoints(TrainerCallback):  # type: ignore[misc]
             place = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             with telling(place):
                 seal(place)
+            for old in _newest_first(place.parent)[_KEPT:]:
+                shutil.rmtree(old, ignore_errors=True)
 
 
 class StopRequest(TrainerCallback):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Training under FSDP2 or ZeRO-3, where each process holds its share of every weight, and whole models before and after.
+"""Training under FSDP2 or ZeRO-3, where each process holds its share of every weight, and whole models before and after; and teachers that are split as well.
 
 Both rebuild a model's modules for good: weights become DTensors or are emptied, classes are swapped, hooks are added. So they are given a twin that takes the
 weights over; the model itself keeps its plain structure, empty meanwhile, and gets whole weights back at the end: every process takes part in gathering each
@@ -12,13 +12,16 @@ Source: Zhao et al. 2023, arXiv:2304.11277 (FSDP); Rajbhandari et al. 2020, arXi
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-__all__ = ["forget_zero3", "lend", "take_back"]
+__all__ = ["forget_zero3", "lend", "share_out", "take_back"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -65,6 +68,28 @@ def _whole(parameter: nn.Parameter) -> torch.Tensor:
 
     with deepspeed.zero.GatheredParameters([parameter]):
         return parameter.data.clone()
+
+
+def share_out(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
+    """Leave each process a share of every weight of the blocks of a model that only reads; a block is whole on `device` during its own forward pass.
+
+    What lies outside of the blocks stays whole, on `device`. Every process must call this alike, and run the model as often as the others do.
+
+    Args:
+        model: frozen, on the CPU or on `device`. Its modules get hooks of FSDP2 for good.
+        blocks: modules of it.
+        device: where this process computes.
+    """
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    outside = {parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)}
+    for parameter in outside:
+        parameter.data = parameter.data.to(device)
+    fully_shard(model, mesh=mesh, ignored_params=outside)  # holds nothing itself; with it a block is gathered while the one before computes
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
 
 
 def forget_zero3() -> None:

@@ -25,6 +25,7 @@ from llmlite.training.backbone import hidden_and_head
 from llmlite.training.checkpoints import SealCheckpoints, StopRequest, newest_complete, stopping_at_signals
 from llmlite.training.chunked import chunked_head_loss
 from llmlite.training.keep_zeros import KeepZeros
+from llmlite.training.rows import EMPTY, EvenSampler, WithEmptyRow
 from llmlite.training.settings import TrainingStep
 from llmlite.training.sharded import forget_zero3, lend, take_back
 from llmlite.training.token_loss import IGNORE_INDEX, CrossEntropy, TokenLoss, next_token_labels
@@ -79,6 +80,13 @@ class LiteTrainer(Trainer):  # type: ignore[misc]
         self.place = (-1, 0)  # optimizer step, forward pass of it
         self.parts: dict[str, tuple[Tensor, Tensor]] = {}  # name -> sum and number of its tokens since the last line of the log
 
+    def get_train_dataloader(self) -> Any:
+        """Called by the Trainer. Several processes read all rows once in an epoch, however many there are; see `llmlite.training.rows`."""
+        loader, processes = super().get_train_dataloader(), self.accelerator.num_processes
+        if processes > 1:
+            loader.set_sampler(EvenSampler(len(self.train_dataset), processes * self._train_batch_size, self.args.data_seed))
+        return loader
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """Called by the Trainer for each forward pass; see `llmlite.training.chunked`."""
         given = int((inputs["labels"][..., 1:] != IGNORE_INDEX).sum())
@@ -124,12 +132,12 @@ class LiteTrainer(Trainer):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class _Numbered:
-    """A collator that also says which rows it was given."""
+    """A collator that also says which rows it was given, the empty one not counted."""
 
     collate: Callable[[Sequence[Any]], dict[str, Any]]
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
-        return {**self.collate(rows), "rows": torch.tensor([row["row"] for row in rows], dtype=torch.int64)}
+        return {**self.collate(rows), "rows": torch.tensor([row["row"] for row in rows if row["row"] != EMPTY], dtype=torch.int64)}
 
 
 class _StopAtNan(TrainerCallback):  # type: ignore[misc]
@@ -162,7 +170,7 @@ def trainer_arguments(step: TrainingStep, run: Run, folder: Path) -> TrainingArg
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         save_steps=step.save_steps,
-        save_total_limit=2,
+        save_total_limit=None,  # `SealCheckpoints` removes old ones
         logging_steps=step.logging_steps,
         logging_strategy="steps",
         report_to=list(step.report_to) or "none",
@@ -219,7 +227,7 @@ def train(
         model=trained,
         args=arguments,
         optimizers=(step.optimizer(trained, arguments.learning_rate), None),
-        train_dataset=data.dataset.add_column("row", list(range(len(data.dataset)))),
+        train_dataset=WithEmptyRow(data.dataset.add_column("row", list(range(len(data.dataset))))),
         data_collator=_Numbered(data.collator(flatten="flash" in str(model.config._attn_implementation))),
         callbacks=[*(companion.callbacks() if companion else ()), SealCheckpoints(), stop, _StopAtNan(), KeepZeros()],
         make_loss=make_loss or _cross_entropy,

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -67,8 +73,6 @@ def test_one_cut_costs_one_part(hub: FakeHub, sharded: Path) -> None:
 
 
 def test_after_a_lasting_cut_the_rerun_sends_the_unfinished_file_alone(hub: FakeHub, sharded: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import hashlib
-
     hub.part_bytes = PART
     second = hashlib.sha256((sharded / "model-00002-of-00002.safetensors").read_bytes()).hexdigest()
     before = {path: path.read_bytes() for path in sharded.iterdir()}
@@ -86,6 +90,27 @@ def test_after_a_lasting_cut_the_rerun_sends_the_unfinished_file_alone(hub: Fake
     main(["push", str(sharded), "me/big"])
     assert parts_sent(hub) == {second: [1, 2, 3]}  # the client starts an unfinished file again; finished ones stay
     assert hub.files("me/big")["model-00002-of-00002.safetensors"] == (sharded / "model-00002-of-00002.safetensors").read_bytes()
+
+
+def test_after_a_kill_in_the_middle_of_an_upload_the_same_command_ends_it(hub: FakeHub, sharded: Path) -> None:
+    hub.part_bytes = PART
+    first, second = (hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(sharded.glob("*.safetensors")))
+    hub.cut("PUT", f"/part/.*{second}/2$", times=99)
+    process = subprocess.Popen([sys.executable, "-m", "llmlite", "push", str(sharded), "me/big"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while (len(parts_sent(hub).get(first, [])) < 3 or not hub.count("CUT PUT")) and process.poll() is None and time.monotonic() < deadline:
+        threading.Event().wait(0.05)
+    threading.Event().wait(0.3)  # the first file is signed off; the client is trying a part of the second again
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert hub.files("me/big") == {}
+    hub.faults.clear()
+    hub.requests.clear()
+    main(["push", str(sharded), "me/big"])
+    assert parts_sent(hub) == {second: [1, 2, 3]}
+    assert {name: hub.files("me/big")[name] for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")} == {
+        file.name: file.read_bytes() for file in sharded.glob("*.safetensors")
+    }
 
 
 def test_a_single_upload_that_is_cut_is_tried_again(hub: FakeHub, full_model: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmlite.errors import LoadError
+from llmlite.errors import LoadError, ResourceError
 from llmlite.models import gguf as gguf_files
 from llmlite.models.find import find
 from llmlite.models.load import compute_dtype, load_config, load_model, load_tokenizer, require_matching
@@ -73,6 +73,16 @@ def test_a_sharded_folder_with_a_shard_missing_is_refused(tmp_path: Path) -> Non
     shards[1].unlink()
     with pytest.raises(LoadError, match=f"lacks 1 of {len(shards)} weight files, first {shards[1].name}"):
         find(Model(name=str(tmp_path)))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), OSError(12, "Cannot allocate memory"), MemoryError()])
+def test_a_model_that_does_not_fit_into_memory_is_told_with_what_to_try(error: Exception, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", full)
+    with pytest.raises(ResourceError, match=r"does not fit into memory \(.*emory.*\)\. .* load: blocks; device_map: auto .* dtype: bfloat16"):
+        load_model(model_folder, Model(), torch.device("cpu"))
 
 
 def test_weights_that_do_not_fit_their_config_are_refused(model_folder: Path, tmp_path: Path) -> None:

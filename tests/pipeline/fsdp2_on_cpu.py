@@ -42,21 +42,29 @@ class _StoppedError(BaseException):
 
 
 def _watch(folder: Path) -> None:
-    """Write how many numbers of each parameter this process holds, at the first loss of each training; break off where that is asked for."""
+    """Write how many numbers of each parameter this process holds, at the first loss of each training and the first word of each teacher; break off where
+    that is asked for."""
+    from llmlite.distillation.teacher import LiveTeacher
     from llmlite.training.trainer import LiteTrainer
 
-    compute = LiteTrainer.compute_loss
+    compute, read = LiteTrainer.compute_loss, LiveTeacher.read
+
+    def reading(self: Any, *args: Any) -> Any:
+        found = read(self, *args)
+        write(f"teacher-{os.environ['RANK']}.json", self.model)  # what was whole to compute has gone again
+        return found
+
+    def write(name: str, model: Any) -> None:
+        if not (folder / name).exists():
+            (folder / name).write_text(json.dumps({name: _sizes(p) for name, p in model.named_parameters()}), encoding="utf-8")
 
     def watching(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         if str(self.state.global_step) == os.environ.get("STOP_AT_STEP"):
             raise _StoppedError
-        file = folder / f"{Path(self.args.output_dir).parent.name}-{os.environ['RANK']}.json"
-        if not file.exists():
-            sizes = {name: _sizes(p) for name, p in model.named_parameters()}
-            file.write_text(json.dumps(sizes), encoding="utf-8")
+        write(f"{Path(self.args.output_dir).parent.name}-{os.environ['RANK']}.json", model)
         return compute(self, model, *args, **kwargs)
 
-    LiteTrainer.compute_loss = watching
+    LiteTrainer.compute_loss, LiveTeacher.read = watching, reading
 
 
 def run_watched() -> None:

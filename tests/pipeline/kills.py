@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 RECIPE = """
 model: {model}
 data: {{train: {rows}, calibration: {rows}, calibration_sequences: 8, max_length: 64, evaluation_rows: 6}}
@@ -61,29 +63,69 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def run_killed(argv: Sequence[str], sign: str, delay: float, patience: float = 240) -> str:
+class Watched:
+    """A process in a session of its own, whose lines are read."""
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        self.process = subprocess.Popen(
+            argv, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
+        )
+        self.lines: list[str] = []
+        self.seen, self.reader = threading.Event(), threading.Thread(target=self._read, daemon=True)
+        self.sign = ""
+
+    def until(self, sign: str, patience: float = 240) -> None:
+        """Return when a line with `sign` has come, or the process has ended."""
+        self.sign = sign
+        self.reader.start()
+        self.seen.wait(patience)
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if self.sign in line:
+                self.seen.set()
+        self.seen.set()
+
+    def kill(self) -> None:
+        """The process and all that it started."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def run_killed(argv: Sequence[str], sign: str, delay: float) -> str:
     """Start a process, wait for a line with `sign`, then kill it `delay` seconds later. Returns "killed", "finished" or "failed: ..."."""
-    process = subprocess.Popen(argv, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)
-    seen, lines = threading.Event(), []
-
-    def read() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line)
-            if sign in line:
-                seen.set()
-        seen.set()
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    seen.wait(patience)
+    run = Watched(argv)
+    run.until(sign)
     time.sleep(delay)
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    if run.process.poll() is None:
+        run.kill()
         return "killed"
-    reader.join(10)
-    return "finished" if process.returncode == 0 else f"failed: {''.join(lines)[-1500:]}"
+    run.reader.join(10)
+    return "finished" if run.process.returncode == 0 else f"failed: {''.join(run.lines)[-1500:]}"
+
+
+def launch(recipe: Path, out: Path) -> list[str]:
+    """The same run on two processes over gloo."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command(recipe, out)[1:]]
+
+
+def rank_killed(argv: Sequence[str], sign: str, rank: int) -> tuple[float, str]:
+    """Start a launch, wait for a line with `sign`, then kill one of its processes. Returns the seconds until all of it had ended, and what it said."""
+    run = Watched(argv)
+    run.until(sign)
+    found = [child for child in psutil.Process(run.process.pid).children(recursive=True) if child.environ().get("RANK") == str(rank)]
+    assert found, "".join(run.lines)[-1500:]
+    killed = time.monotonic()
+    found[0].kill()
+    try:
+        run.process.wait(120)
+    finally:
+        if run.process.poll() is None:
+            run.kill()
+    run.reader.join(10)
+    return time.monotonic() - killed, "".join(run.lines)
 
 
 def campaign(recipe: Path, out: Path, phases: Sequence[str], seed: int = 0, longest: float = 1.5) -> Campaign:

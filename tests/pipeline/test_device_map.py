@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import llmlite
 from llmlite.calibration.blocks import batches_of
@@ -24,6 +24,7 @@ from llmlite.models.load import load_model
 from llmlite.models.settings import Model
 from llmlite.models.view import ModelView
 from llmlite.plan import check, size_line
+from llmlite.quantization.error import layer_errors
 from llmlite.recipe import Recipe
 from llmlite.step import ModelPlan
 from llmlite.training.trainer import train
@@ -67,6 +68,19 @@ def test_the_first_blocks_stay_and_the_others_go_to_disk(folder: Path, limit: st
         dispatch_map(config, Model(device_map="auto", max_memory="cpu=10KB"), torch.float32, CPU)
 
 
+@pytest.mark.parametrize(("kind", "expected"), [("auto", [4, 4]), ("balanced", [4, 4]), ("sequential", [6, 2])])
+def test_blocks_are_shared_out_over_accelerators_as_asked(kind: Any, expected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("accelerate.utils", "accelerate.utils.modeling"):  # there are none here
+        monkeypatch.setattr(f"{place}.get_max_memory", lambda limits: dict(limits))
+    config = tiny_config("llama", vocab_size=320, num_hidden_layers=8)
+    model = AutoModelForCausalLM.from_config(config)
+    total, block = (sum(p.nbytes for p in module.parameters()) for module in (model, model.model.layers[0]))
+    settings = Model(device_map=kind, max_memory=f"0={total - block // 2},1={8 * block}")
+    found = dispatch_map(config, settings, torch.float32, torch.device("cuda", 0))
+    assert found is not None
+    assert [[found[f"model.layers.{index}"] for index in range(8)].count(device) for device in (0, 1)] == expected
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "gemma2", "phi3", "gpt_neox"])
 def test_every_kind_of_family_runs_from_disk_bit_for_bit(model_type: str, tmp_path: Path, tiny_model: Any) -> None:
     whole = tiny_model(model_type)
@@ -89,9 +103,19 @@ def test_calibrated_codes_and_figures_are_those_of_the_whole_model(
     assert all(torch.equal(one[name], two[name]) for name in one)
     for whole_row, row in zip(whole.rows, report.rows, strict=True):
         assert (row.perplexity, row.kl, row.top1_agreement) == (whole_row.perplexity, whole_row.kl, whole_row.top1_agreement)
+    assert report.rows[1].details["layer_errors"] == whole.rows[1].details["layer_errors"]
     assert report.rows[0].decode_tokens_per_second is None
     assert "not_measured" not in report.rows[1].details
     assert recipe(folder, pairs_file, QUANTIZE, output_dir=str(tmp_path / "whole")).identity() == offloaded.identity()  # where weights lie changes nothing
+
+
+def test_the_errors_of_rounding_are_measured_on_an_offloaded_model_as_on_the_whole_one(folder: Path, limit: str) -> None:
+    whole, offloaded = (load_model(folder, settings, CPU) for settings in (Model(), Model(device_map="auto", max_memory=limit)))
+    rounded = load_model(folder, Model(), CPU, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"))
+    batches = batches_of(torch.arange(96).view(4, 24))
+    errors = layer_errors(offloaded, rounded, batches)
+    assert len(errors) == 28
+    assert errors == layer_errors(whole, rounded, batches)
 
 
 def test_an_offloaded_model_is_evaluated_like_the_whole_one(
@@ -129,6 +153,8 @@ def test_an_offloaded_teacher_teaches_what_the_whole_one_does(folder: Path, pair
     [
         (["finetune"], ["gradients stop at them", "Train on what `quantize` makes"]),
         ([{"step": "prune.weights", "sparsity": 0.5}], ["changes to weights that lie elsewhere would vanish", "load: blocks does this step"]),
+        (["prune.structured"], ["load: blocks does this step with other settings: spread: measured tries out whole models; spread: auto"]),
+        (["prune.layers"], ["would vanish, and gradients stop at them. Do it on a device that holds the model."]),
         (["quantize", "lora"], ["has 1 problem", "go backward through the whole model; with token_weights: equal"]),
         ([QUANTIZE, {"step": "lora", "init_lora_weights": "quantization_error"}], ["steps[1] lora", "goes backward through the whole dense base"]),
         ([QUANTIZE, "correct"], ["steps[1] correct", "goes backward"]),

@@ -1,7 +1,10 @@
-"""All weights, then LoRA on NF4, under FSDP2 on two CPU processes (`fsdp2_on_cpu.py`): each holds half, is stopped, goes on, and leaves what one leaves."""
+"""All weights, towards a teacher that is split as well, then LoRA on NF4, under FSDP2 on two CPU processes (`fsdp2_on_cpu.py`).
+
+Each process holds half, is stopped, goes on, and leaves what one leaves."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -18,6 +21,7 @@ model: {model}
 data: {{train: {pairs}, max_length: 64, evaluation_rows: 4}}
 steps:
   - {{step: finetune, max_steps: 3, save_steps: 2, per_device_train_batch_size: {batch}, learning_rate: 0.005}}
+  - {{step: distill.whitebox, cache: none, max_steps: 2, per_device_train_batch_size: {batch}, learning_rate: 0.005}}
   - {{step: quantize, scheme: nf4, calibrate: false, report_sequences: 0}}
   - {{step: lora, r: 4, max_steps: 2, per_device_train_batch_size: {batch}}}
 """
@@ -39,15 +43,29 @@ def folder(pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fsdp2")
     done = run_broken_off(folder, "fsdp2_on_cpu.py", RECIPE, pairs_file, {**os.environ, **FSDP2})
     assert "2 processes, FSDP2" in done.stdout
-    Recipe.from_file(folder / "one.yaml", output_dir=str(folder / "one")).run()
+    with pytest.MonkeyPatch.context() as patched:  # the other result was loaded in a fresh process; each costs seconds
+        patched.setattr("llmlite.evaluation.reload.require_reload", lambda model, lines: 0.0)
+        Recipe.from_file(folder / "one.yaml", output_dir=str(folder / "one")).run()
     return folder
 
 
-@pytest.mark.parametrize("step", ["01-finetune", "03-lora"])
+@pytest.mark.parametrize("step", ["01-finetune", "02-distill.whitebox", "04-lora"])
 def test_each_process_holds_half_of_every_weight(folder: Path, step: str) -> None:
     require_halves(folder, step)
 
 
-@pytest.mark.parametrize(("step", "file"), [("01-finetune", "model.safetensors"), ("03-lora", "adapter_model.safetensors")])
+def test_the_teacher_is_split_as_well_but_for_what_lies_outside_of_its_blocks(folder: Path) -> None:
+    for rank in (0, 1):
+        sizes = json.loads((folder / "sizes" / f"teacher-{rank}.json").read_text(encoding="utf-8"))
+        inside = [size for name, size in sizes.items() if ".layers." in name]
+        assert len(inside) > 20
+        assert all(2 * local == whole for whole, local in inside)
+        assert all(local == whole for name, (whole, local) in sizes.items() if ".layers." not in name)
+
+
+@pytest.mark.parametrize(
+    ("step", "file"),
+    [("01-finetune", "model.safetensors"), ("02-distill.whitebox", "model.safetensors"), ("04-lora", "adapter_model.safetensors")],
+)
 def test_stopped_and_continued_it_leaves_the_weights_of_one_process_tied_ones_once(folder: Path, step: str, file: str) -> None:
     require_equal_weights(folder, step, file)

@@ -17,10 +17,12 @@ from llmlite.report import Report, Row
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo over loopback as CI has it")
 
-RECIPE = """
-model: {model}
-data: {{train: {pairs}, max_length: 64, evaluation_rows: 18, calibration: {pairs}, calibration_sequences: 8}}
+HEAD = """
+model: {{name: {model}, load: {load}}}
+data: {{train: {pairs}, max_length: 64, evaluation_rows: 18, calibration: {pairs}, calibration_sequences: 8, max_train_rows: 18, packing: false}}
 steps:
+"""
+TAUGHT = """
   - step: quantize
     scheme: nf4
   - step: distill.whitebox
@@ -30,6 +32,33 @@ steps:
     per_device_train_batch_size: {batch}
     gradient_accumulation_steps: 2
     learning_rate: 0.01
+"""
+TRAINED = """
+  - {{step: prune.weights, sparsity: 0.5}}
+  - {{step: finetune, max_steps: 3, per_device_train_batch_size: {batch}, gradient_accumulation_steps: 2, learning_rate: 0.003}}
+"""
+IN_BLOCKS = """
+  - {{step: prune.weights, sparsity: 0.5}}
+  - {{step: quantize, scheme: nf4, token_weights: equal, tune_epochs: 0}}
+"""
+RECIPES = {"taught": (TAUGHT, "whole"), "trained": (TRAINED, "whole"), "in_blocks": (IN_BLOCKS, "blocks")}
+SCRIPT = """
+import os, sys, time
+from llmlite import pipeline
+from llmlite.cli import main
+from llmlite.evaluation import reload
+
+find = pipeline.find
+def slow_find(*args, **options):
+    time.sleep(0.5 * (os.environ["RANK"] == "0"))
+    with open(f"{sys.argv[1]}/downloads", "a") as file:
+        file.write(os.environ["RANK"])
+    return find(*args, **options)
+pipeline.find = slow_find
+
+for name in sys.argv[2:]:
+    main(["run", f"{sys.argv[1]}/two-{name}.yaml", "--output_dir", f"{sys.argv[1]}/two/{name}"])
+    reload.require_reload = lambda model, lines: 0.0  # the first one's result was loaded in a fresh process; each costs seconds
 """
 
 
@@ -41,44 +70,88 @@ def torchrun(*command: str, **variables: str) -> subprocess.CompletedProcess[str
 
 
 @pytest.fixture(scope="module")
-def one_and_two(model_folder: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The same recipe on one process with batch 4 and on two with batch 2."""
+def folder(model_folder: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """one/ and two/: the same recipes on one process with batch 4, and on two with batch 2. 18 rows do not divide by either."""
     folder = tmp_path_factory.mktemp("parallel")
-    for name, batch in (("one", 4), ("two", 2)):
-        (folder / f"{name}.yaml").write_text(RECIPE.format(model=model_folder, pairs=pairs_file, batch=batch), encoding="utf-8")
-    done = torchrun("-m", "llmlite", "run", str(folder / "two.yaml"), "--output_dir", str(folder / "two"))
+    for count, batch in (("one", 4), ("two", 2)):
+        for name, (steps, load) in RECIPES.items():
+            text = (HEAD + steps).format(model=model_folder, pairs=pairs_file, batch=batch, load=load)
+            (folder / f"{count}-{name}.yaml").write_text(text, encoding="utf-8")
+    (folder / "script.py").write_text(SCRIPT, encoding="utf-8")
+    done = torchrun(str(folder / "script.py"), str(folder), *RECIPES)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("The plan") == 1
+    assert done.stdout.count("The plan") == len(RECIPES)
     assert "2 processes, DDP: the whole model" in done.stdout
-    Recipe.from_file(folder / "one.yaml", output_dir=str(folder / "one")).run()
-    return folder / "one", folder / "two"
+    assert "2 processes, each of which reads all blocks, one at a time" in done.stdout
+    assert done.stderr.count("base: loading") == len(RECIPES)  # one process speaks
+    assert done.stderr.count("writing the new shards") == 2  # of two steps, by one of the processes
+    assert (folder / "downloads").read_text() == "01" * len(RECIPES)  # the main process first, slow as it is
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("llmlite.evaluation.reload.require_reload", lambda model, lines: 0.0)
+        for name in RECIPES:
+            Recipe.from_file(folder / f"one-{name}.yaml", output_dir=str(folder / "one" / name)).run()
+    return folder
 
 
-def rows(out: Path) -> list[Row]:
-    return Report.read(out).rows
+def tensors(folder: Path, name: str, step: str = "") -> list[dict[str, torch.Tensor]]:
+    """What one process and two have left of a recipe, in its folder or that of a step."""
+    places = [folder / count / name / step for count in ("one", "two")]
+    return [{key: value for file in sorted(place.glob("*.safetensors")) for key, value in load_file(file).items()} for place in places]
 
 
-def test_calibrated_codes_are_those_of_one_process(one_and_two: tuple[Path, Path]) -> None:
-    one, two = (load_file(out / "steps" / "01-quantize" / "model.safetensors") for out in one_and_two)
+def rows(folder: Path, name: str) -> list[list[Row]]:
+    return [Report.read(folder / count / name).rows for count in ("one", "two")]
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("taught", "steps/01-quantize"), ("trained", "steps/01-prune.weights"), ("in_blocks", "steps/01-prune.weights"), ("in_blocks", "")],
+    ids=["nf4", "sparsegpt", "sparsegpt-in-blocks", "nf4-in-blocks"],
+)
+def test_masks_and_codes_are_those_of_one_process(name: str, step: str, folder: Path) -> None:
+    one, two = tensors(folder, name, step)
     assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    for key in one:
+        assert torch.equal(one[key] == 0, two[key] == 0)
+        if one[key].dtype == torch.uint8 or "norm" in key or "embed" in key:
+            assert torch.equal(one[key], two[key])
+        else:
+            assert torch.allclose(one[key].float(), two[key].float(), atol=1e-5)
 
 
-def test_a_distilled_adapter_is_that_of_one_process(one_and_two: tuple[Path, Path]) -> None:
-    one, two = (load_file(out / "adapter_model.safetensors") for out in one_and_two)
+def test_several_processes_leave_one_set_of_changed_blocks(folder: Path) -> None:
+    shards = [sorted(file.name for file in (folder / count / "in_blocks").glob("*.safetensors")) for count in ("one", "two")]
+    assert shards[0] == shards[1]
+    assert len(shards[0]) == 4
+    assert not [place.name for place in (folder / "two" / "in_blocks").rglob("*") if place.name.startswith(("process-", ".hidden"))]
+
+
+def test_a_distilled_adapter_is_that_of_one_process(folder: Path) -> None:
+    one, two = tensors(folder, "taught")
     assert one.keys() == two.keys()
     assert max(float(one[name].abs().max()) for name in one if "lora_B" in name) > 1e-3  # it learnt something
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-4
 
 
-def test_rows_measured_by_several_processes_give_the_figures_of_one(one_and_two: tuple[Path, Path]) -> None:
-    for one, two in list(zip(*map(rows, one_and_two), strict=True))[:2]:  # the third model was trained, and differs in its last digits
-        assert two.perplexity == pytest.approx(one.perplexity, rel=1e-9)
-        assert two.kl == (None if one.kl is None else pytest.approx(one.kl, rel=1e-6))
+def test_all_weights_trained_over_the_end_of_an_epoch_are_those_of_one_process(folder: Path) -> None:
+    before, _ = tensors(folder, "trained", "steps/01-prune.weights")
+    one, two = tensors(folder, "trained")
+    assert max(float((one[name] - before[name]).abs().max()) for name in one) > 1e-3
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+    losses = [[entry["loss"] for entry in found[-1].details["train_loss"]] for found in rows(folder, "trained")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["taught", "in_blocks"])
+def test_rows_measured_by_several_processes_give_the_figures_of_one(name: str, folder: Path) -> None:
+    for one, two in list(zip(*rows(folder, name), strict=True))[:2]:  # what was trained differs in its last digits
+        assert two.perplexity == pytest.approx(one.perplexity, rel=1e-9 if one.name == "base" or name == "taught" else 1e-6)
+        assert two.kl == (None if one.kl is None else pytest.approx(one.kl, rel=1e-5))
         assert two.top1_agreement == one.top1_agreement
-    assert rows(one_and_two[0])[0].details["tokens"] == rows(one_and_two[1])[0].details["tokens"]
-    one, two = (load_file(out / "steps" / "00-base" / "reference.safetensors") for out in one_and_two)
-    assert torch.equal(one["hidden"], two["hidden"])
+    first, second = (found[0].details["tokens"] for found in rows(folder, name))
+    assert first == second
+    one_hidden, two_hidden = tensors(folder, name, "steps/00-base")
+    assert torch.equal(one_hidden["hidden"], two_hidden["hidden"])
 
 
 FAILING = """

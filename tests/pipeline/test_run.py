@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import llmlite
-from llmlite.errors import ConfigError, OutputError, RunError
+from llmlite.config import settings
+from llmlite.errors import ConfigError, OutputError, ResourceError, RunError
 from llmlite.models.blockwise import load_blockwise
 from llmlite.models.load import load_model
 from llmlite.models.safety import linear_4bit_layers
@@ -209,6 +210,24 @@ def test_a_base_that_computes_no_numbers_is_said_to_before_any_step(pairs_file: 
     with pytest.raises(RunError, match=r"base: the perplexity of .*base on the held-out text is inf, computed in float32"):
         llmlite.Recipe(model=str(file.parent), data=str(pairs_file), steps=steps, output_dir=str(tmp_path / "out"), max_length=64).run()
     assert not (tmp_path / "out" / "steps" / "00-base").exists()
+
+
+@settings
+class Greedy(llmlite.Step):
+    """Wants more memory than any machine has."""
+
+    def check(self, model: Any, run: Any) -> Any:
+        return model
+
+    def apply(self, model: Any, run: Any) -> Any:
+        torch.empty(2**60, dtype=torch.uint8)
+
+
+def test_a_failing_allocation_says_which_step_and_what_to_lower(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
+    made = llmlite.Recipe(model=str(model_folder), data=str(pairs_file), steps=[Greedy()], output_dir=str(tmp_path / "out"), max_length=64)
+    with pytest.raises(ResourceError, match=r"Greedy: out of memory \(.*allocate.*\)\. Lower per_device_train_batch_size or max_length"):
+        made.run()
+    assert damage(tmp_path / "out" / "steps" / "00-base") is None  # what was finished is kept
 
 
 def test_the_plan_says_what_the_run_then_measures(finished: Report, model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
