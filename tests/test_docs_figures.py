@@ -45,24 +45,27 @@ def pruning() -> list[str]:
 
 def quantization() -> list[str]:
     said = {
-        "dense": "dense, 32 bit",
-        "int8": "`int8`",
-        "nf4": "`nf4`, `calibrate: false`",
-        "nf4+dq": "the same, `double_quant`",
-        "fp4": "`fp4`, `calibrate: false`",
-        "nf4 calibrated": "`nf4`",
-        "nf4+dq calibrated": "`nf4`, `double_quant`",
-        "fp4 calibrated": "`fp4`",
-        "nf4 + correction": "`nf4`, `calibrate: false`, then `correct`",
+        "float32": "32 bit",
+        "bfloat16": "16 bit",
+        "bitsandbytes int8": "`int8`",
+        "bitsandbytes NF4": "`nf4`, `calibrate: false`",
+        "bitsandbytes NF4 + double": "the same, `double_quant`",
+        "bitsandbytes FP4": "`fp4`, `calibrate: false`",
+        "llmlite NF4": "`nf4`",
+        "llmlite NF4 + double": "`nf4`, `double_quant`",
+        "llmlite FP4": "`fp4`",
+        "bitsandbytes NF4, llmlite rank 16": "`nf4`, `calibrate: false`, then `correct`",
+        "llmlite NF4 + rank 16": "`nf4`, then `correct`",
     }
+    table = results("peers_quantization")["table"]
+    one_pass = table["dense"]["calibration_pass_cpu_seconds"]
     lines = []
-    for one in results("quantization")["rows"]:
-        texts = [one["wikitext"], one["novel"]]
-        kl = (f"{text.get('kl', 0):.3f}" for text in texts)
+    for name, label in said.items():
+        one, texts = table[name], [table[name]["wikitext"], table[name]["novel"]]
+        kl = (f"{text['kl']:.3f}" for text in texts)
         perplexity = ", ".join(f"{text['perplexity']:.2f}" for text in texts)
-        lines.append(
-            row(said[one["row"]], f"{one['bits_per_weight']:.2f}", f"{one['bytes'] / 1e6:.0f} MB", *kl, perplexity, f"{one.get('forward_passes', 0):.1f}")
-        )
+        size = f"{one['bytes'] / 1e6:.0f} MB"
+        lines.append(row(label, f"{one['bits_per_weight']:.2f}", size, *kl, perplexity, f"{one['cpu_seconds_inside'] / one_pass:.1f}"))
     return lines
 
 
