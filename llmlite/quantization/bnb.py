@@ -210,8 +210,11 @@ class Quantize(Step):
         """How transformers is told to load such a model quantized."""
         from transformers import BitsAndBytesConfig
 
-        # transformers skips lm_head by itself only while no names are given
-        skipped = [*self._skipped(model), "lm_head"] if self._skipped(model) else None
+        from llmlite.models.families import family_of
+
+        # what lies outside of the blocks stays; transformers skips lm_head by itself only while no names are given
+        stay = [*self._skipped(model), *family_of(model.config).stem]
+        skipped = [*stay, "lm_head"] if stay else None
         if self.scheme == "int8":
             return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=self.llm_int8_threshold, llm_int8_skip_modules=skipped)
         return BitsAndBytesConfig(

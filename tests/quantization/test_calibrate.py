@@ -211,6 +211,17 @@ def test_skip_takes_whole_names_and_parts_of_them(tmp_path: Path, model_folder: 
     assert all(f".{part}." in f".{name}" for name in dense)
 
 
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_projections_outside_of_the_blocks_stay_dense(tmp_path: Path, pairs_file: Path, scheme: Any) -> None:
+    folder = save_tiny(tmp_path / "opt", "opt", word_embed_proj_dim=32, do_layer_norm_before=False)  # as in opt-350m
+    recipe = llmlite.Recipe(model=str(folder), data=str(pairs_file), steps=(llmlite.Quantize(scheme=scheme, calibrate=False, report_sequences=0),))
+    state = recipe.steps[0].load(Run(recipe, tmp_path)).state_dict()
+    dense = load_file(folder / "model.safetensors")
+    for name in ("project_in", "project_out"):
+        assert torch.equal(state[f"model.decoder.{name}.weight"].float(), dense[f"model.decoder.{name}.weight"].float())
+    assert state["model.decoder.layers.0.fc1.weight"].dtype in (torch.uint8, torch.int8)
+
+
 def test_a_name_to_skip_that_no_layer_has_is_refused(model_folder: Path, pairs_file: Path) -> None:
     with pytest.raises(ConfigError, match=r"skip: 'downproj' is part of no layer's name.*down_proj"):
         _checked(model_folder, pairs_file, skip=["downproj"])
