@@ -120,5 +120,5 @@ def run(compress: Callable[[argparse.Namespace, torch.Tensor], Any], save: Calla
         del again
         model = AutoModelForCausalLM.from_pretrained(folder).eval()  # as anybody has it, kernels of the machine included
     except Exception as error:  # whatever a peer raises is its result
-        answer["transformers_loads_it"] = f"no: {type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+        answer["transformers_loads_it"] = f"no: {type(error).__name__}: {str(error).replace(str(folder), 'the folder').partition(chr(10))[0][:160]}"
     args.answer.write_text(json.dumps(answer | speed(model, ids_NT[0, :256])))
