@@ -322,7 +322,8 @@ class _Pipeline:
         if not self.context.is_main:
             return
         self.kept.link_result()
-        dtype = str(self.context.compute_dtype).removeprefix("torch.")
+        quantized = getattr(self.model, "hf_quantizer", None) is not None
+        dtype = str(self.model.config.dtype if quantized else self.context.compute_dtype).removeprefix("torch.")
         adapter = is_adapted(self.model)
         base, vocabulary = self.kept.base_of(last) if adapter else None, self.context.grown_vocabulary if adapter else None
         self.report.loading = loading_lines(self.out, base, dtype, vocabulary if base == self.context.source.folder else None)

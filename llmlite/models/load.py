@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,8 @@ def load_model(source: Source | Path, model: Model, device: torch.device, *, ten
 
     Args:
         source: what `find` returned, or a folder.
-        model: settings; `dtype` is resolved by `compute_dtype`. A `device_map` says where dense weights go.
+        model: settings; `dtype` is resolved by `compute_dtype`; what a folder of bitsandbytes keeps beside its codes stays in the type of the file, since stock
+            transformers converts only some of it. A `device_map` says where dense weights go.
         device: where the weights go otherwise.
         tensor_parallel: cut the blocks over the processes of this launch, each of which calls this alike; see `llmlite.models.tensor_parallel`.
         kwargs: passed on, for instance ``quantization_config``.
@@ -108,7 +110,7 @@ def load_model(source: Source | Path, model: Model, device: torch.device, *, ten
 
     folder = source.folder if isinstance(source, Source) else source
     options: dict[str, Any] = {
-        "dtype": compute_dtype(device, model.dtype),
+        "dtype": _dtype_beside_codes(folder) or compute_dtype(device, model.dtype),
         "use_safetensors": True,
         "trust_remote_code": model.trust_remote_code,
         **kwargs,
@@ -137,6 +139,16 @@ def load_model(source: Source | Path, model: Model, device: torch.device, *, ten
     make_safe(loaded)
     loaded.eval()
     return loaded
+
+
+def _dtype_beside_codes(folder: Path) -> torch.dtype | None:
+    """Of a folder that bitsandbytes has quantized the type of what it has not; None of a dense one."""
+    import torch
+
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None) if config.get("quantization_config") else None
+    return found if isinstance(found, torch.dtype) else None
 
 
 def _device_map(folder: Path, model: Model, options: dict[str, Any], device: torch.device) -> dict[str, Any] | None:

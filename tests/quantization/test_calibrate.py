@@ -18,6 +18,7 @@ from llmlite.context import Run
 from llmlite.errors import ConfigError
 from llmlite.evaluation.reload import reload_difference
 from llmlite.hub.lines import loading_lines
+from llmlite.models.load import load_model
 from llmlite.models.safety import make_safe
 from llmlite.quantization import calibrate as calibrate_module
 from llmlite.quantization import nf4
@@ -220,6 +221,20 @@ def test_projections_outside_of_the_blocks_stay_dense(tmp_path: Path, pairs_file
     for name in ("project_in", "project_out"):
         assert torch.equal(state[f"model.decoder.{name}.weight"].float(), dense[f"model.decoder.{name}.weight"].float())
     assert state["model.decoder.layers.0.fc1.weight"].dtype in (torch.uint8, torch.int8)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_biases_beside_codes_have_the_type_of_what_else_is_dense(tmp_path: Path, pairs_file: Path, scheme: Any) -> None:
+    data = llmlite.Data(train=str(pairs_file), max_length=64)
+    folder = save_tiny(tmp_path / "gpt2", "gpt2")  # stock transformers gives biases the type asked for, and other dense weights that of the file
+    steps = (llmlite.Quantize(scheme=scheme, dtype="bfloat16", calibrate=False, report_sequences=0), llmlite.Lora(r=4, max_steps=1))
+    report = llmlite.Recipe(model=str(folder), data=data, steps=steps[:1], output_dir=str(tmp_path / "out")).run()
+    assert report.reload_difference < 0.05
+    assert 'dtype="bfloat16"' in report.loading
+    again = load_model(tmp_path / "out", llmlite.Model(name="gpt2"), torch.device("cpu"))
+    assert {tensor.dtype for tensor in again.parameters() if tensor.is_floating_point()} == {torch.bfloat16}
+    trained = llmlite.Recipe(model=str(folder), data=data, steps=steps, output_dir=str(tmp_path / "adapted")).run()
+    assert trained.reload_difference < 0.05
 
 
 def test_a_name_to_skip_that_no_layer_has_is_refused(model_folder: Path, pairs_file: Path) -> None:
