@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py                                       # all of it: half an hour and more
     python benchmarks/scale.py --only limited --limited nf4          # one part; the rest of the file stays
-    python benchmarks/scale.py --smallest --out /tmp/scale.json      # a try-out in a minute: nothing is too large, and the figures say nothing
+    python benchmarks/scale.py --smallest --out outputs/scale.json   # a try-out in a minute: nothing is too large, and the figures say nothing
 
 Each measurement is a process of its own; memory is its peak above what it holds with everything imported. Processor time and memory are those of
 load, step and save, without evaluation. Before that runs of the whole pipeline (measuring base and result, reload in a fresh process) on a model whose

@@ -62,7 +62,7 @@ def export(folders: Sequence[Path | str], output_dir: Path | str, names: Sequenc
         RunError: a fresh process gets other logits from them.
     """
     from llmlite.evaluation.reload import require_reload
-    from llmlite.hub.lines import loading_lines
+    from llmlite.hub.lines import dtype_of, loading_lines
 
     out = Path(output_dir)
     _require_free(out)
@@ -77,13 +77,13 @@ def export(folders: Sequence[Path | str], output_dir: Path | str, names: Sequenc
         for file in _TOKENIZER:
             if (first / file).is_file():
                 shutil.copy2(first / file, temporary / file)
-        dtype = str(context.compute_dtype).removeprefix("torch.")
         differences = []
         for name in named:  # each is the last one of its lines, and so the active one
             order = [*(other for other in named if other != name), name]
+            model, _ = load_result(named[name])
+            dtype = dtype_of(model, context.compute_dtype)
             lines = loading_lines(temporary, base, dtype, vocabulary, order)
             log.info("switching to '%s' in a fresh process", name)
-            model, _ = load_result(named[name])
             differences.append(require_reload(model, lines))
             del model
         Adapters.of(named).write(temporary, out.absolute().name)

@@ -313,7 +313,7 @@ class _Pipeline:
         from llmlite.html.page import write_page
         from llmlite.hub.base import describe_base
         from llmlite.hub.card import write_card
-        from llmlite.hub.lines import loading_lines, offloaded_lines
+        from llmlite.hub.lines import dtype_of, loading_lines, offloaded_lines
         from llmlite.models.blockwise import is_blockwise
 
         last = len(self.recipe.steps) - 1
@@ -322,8 +322,7 @@ class _Pipeline:
         if not self.context.is_main:
             return
         self.kept.link_result()
-        quantized = getattr(self.model, "hf_quantizer", None) is not None
-        dtype = str(self.model.config.dtype if quantized else self.context.compute_dtype).removeprefix("torch.")
+        dtype = dtype_of(self.model, self.context.compute_dtype)
         adapter = is_adapted(self.model)
         base, vocabulary = self.kept.base_of(last) if adapter else None, self.context.grown_vocabulary if adapter else None
         self.report.loading = loading_lines(self.out, base, dtype, vocabulary if base == self.context.source.folder else None)

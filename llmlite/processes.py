@@ -1,4 +1,4 @@
-"""Several processes of one run (torchrun, accelerate launch): who this one is, and sums over all. With one process everything here does nothing."""
+"""Several processes of one run (torchrun, accelerate launch): who this one is, sums and least over all. With one process everything here does nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["places_of", "rank_and_processes", "sum_over_processes"]
+__all__ = ["least_over_processes", "places_of", "rank_and_processes", "sum_over_processes"]
 
 
 def rank_and_processes() -> tuple[int, int]:
@@ -31,3 +31,12 @@ def sum_over_processes(tensors: Sequence[Tensor]) -> None:
         wide = tensor.double()
         torch.distributed.all_reduce(wide)
         tensor.copy_(wide)
+
+
+def least_over_processes(count: int, device: torch.device) -> int:
+    """The smallest of the numbers that the processes give: how far all of them have come."""
+    if rank_and_processes()[1] == 1:
+        return count
+    least = torch.tensor([count], device=device)
+    torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
+    return int(least)

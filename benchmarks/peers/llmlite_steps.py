@@ -31,25 +31,22 @@ METHODS: dict[str, Any] = {
     "ffn-taylor": lambda: llmlite.PruneFfn(keep=KEEP_CHANNELS, multiple_of=2, score="taylor", reconstruct=False),
     "wanda-0.5": lambda: llmlite.PruneWeights(sparsity=0.5, method="wanda"),
 }
-
-
 CORRECTED, RANK = "-corrected", 16
 
 
 def compress(args: argparse.Namespace, windows_NT: torch.Tensor) -> Any:
     if args.method in ("float32", "bfloat16"):
         return AutoModelForCausalLM.from_pretrained(args.model, dtype=args.method)
-    step = METHODS[args.method.removesuffix(CORRECTED)]()
-    correct = llmlite.Correct(r=RANK)
-    recipe = llmlite.Recipe(model=args.model, steps=(step, correct), seed=args.seed, data=llmlite.Data(calibration_sequences=len(windows_NT)))
+    step, *correct = METHODS[args.method.removesuffix(CORRECTED)](), *([llmlite.Correct(r=RANK)] if args.method.endswith(CORRECTED) else [])
+    recipe = llmlite.Recipe(model=args.model, steps=(step, *correct), seed=args.seed, data=llmlite.Data(calibration_sequences=len(windows_NT)))
     run_ = Run(recipe, Path(tempfile.mkdtemp(dir=args.hidden.parent)))
     run_.__dict__["calibration_windows"] = windows_NT
     model = step.load(run_)
-    if not args.method.endswith(CORRECTED):
+    if not correct:
         return model
     base = args.hidden.parent / "saved" / "base"  # an adapter is nothing without it
     save_model(model, base, storage_dtype(model.config))
-    corrected = correct.apply(model, run_)
+    corrected = correct[0].apply(model, run_)
     corrected.peft_config["default"].base_model_name_or_path = str(base)
     return corrected
 

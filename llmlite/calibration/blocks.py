@@ -32,7 +32,7 @@ from llmlite.models.view import BlockView, ModelView
 from llmlite.processes import places_of, rank_and_processes, sum_over_processes
 from llmlite.training.backbone import hidden_and_head
 
-__all__ = ["EVEN_SHARE", "Blocks", "Statistics", "batches_of", "last_hidden", "least_over_processes", "skipping"]
+__all__ = ["EVEN_SHARE", "Blocks", "Statistics", "batches_of", "last_hidden", "skipping"]
 
 
 HELD_OUT_EVERY = 4
@@ -312,15 +312,6 @@ def last_hidden(model: nn.Module, batches: Sequence[Batch]) -> Iterator[Tensor]:
 def _summed_weight(weights: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
     total: Tensor = sum((weights[name] for name in names[1:]), weights[names[0]])
     return total
-
-
-def least_over_processes(count: int, device: torch.device) -> int:
-    """The smallest of the numbers that the processes give: how far all of them have come."""
-    if rank_and_processes()[1] == 1:
-        return count
-    least = torch.tensor([count], device=device)
-    torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
-    return int(least)
 
 
 @contextmanager

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llmlite.calibration.blocks import Batch, Blocks, Statistics, least_over_processes
+from llmlite.calibration.blocks import Batch, Blocks, Statistics
 from llmlite.models.blockwise import present, replace, shelf_of
 from llmlite.models.device_map import is_offloaded
 from llmlite.models.view import BlockView
-from llmlite.processes import rank_and_processes
+from llmlite.processes import least_over_processes, rank_and_processes
 from llmlite.storage import damage, writing_folder
 
 __all__ = ["Walk", "Weigh", "walk_blocks"]

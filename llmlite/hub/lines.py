@@ -16,9 +16,10 @@ from llmlite.models.view import ModelView
 from llmlite.storage import read_object
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
-__all__ = ["adapter_loader", "loading_lines", "loading_snippet", "offloaded_lines"]
+__all__ = ["adapter_loader", "dtype_of", "loading_lines", "loading_snippet", "offloaded_lines"]
 
 
 def loading_lines(
@@ -43,6 +44,11 @@ def loading_lines(
         + (f"{_resizing_line(vocabulary)}\n" if vocabulary else "")
         + "\n".join(_adapter_lines(load, _literal(folder), adapters))
     )
+
+
+def dtype_of(model: PreTrainedModel, dense: torch.dtype) -> str:
+    """The type that the lines of a model, or of the base of its adapter, name: a quantized one loads in the type of its file, a dense one in `dense`."""
+    return str(model.config.dtype if getattr(model, "hf_quantizer", None) is not None else dense).removeprefix("torch.")
 
 
 def offloaded_lines(model: PreTrainedModel, folder: Path | str, dtype: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from llmlite.models.device_map import dispatch_map
 from llmlite.models.find import Source
 from llmlite.models.safety import make_safe
 from llmlite.models.settings import Model
+from llmlite.storage import read_object
 
 if TYPE_CHECKING:
     import torch
@@ -146,7 +146,7 @@ def _dtype_beside_codes(folder: Path) -> torch.dtype | None:
     import torch
 
     file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config = read_object(file) if file.is_file() else {}
     found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None) if config.get("quantization_config") else None
     return found if isinstance(found, torch.dtype) else None
 

@@ -190,7 +190,8 @@ class Trials:
 
     def _keep_sums(self, fit_NT: Tensor) -> None:
         """One pass of the dense model; behind the last block that every process has kept."""
-        from llmlite.calibration.blocks import Blocks, batches_of, least_over_processes
+        from llmlite.calibration.blocks import Blocks, batches_of
+        from llmlite.processes import least_over_processes
         from llmlite.pruning.layers import influence_of
 
         whole = [damage(self._place(block.index)) is None for block in self.view.blocks]

@@ -46,7 +46,7 @@ class PruneFfn(UnitStep):
             run,
             calibrated=keep < channels,
             notes=(f"{keep} of {channels} FFN channels stay",),
-            backward=self.backward,
+            backward=self._goes_backward,
         )
 
     def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:

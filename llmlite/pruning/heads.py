@@ -58,7 +58,7 @@ class PruneHeads(UnitStep):
         ]
         if type(config) is not type(model.config):
             notes.append(f"written as {config.model_type}, with equal logits: {model.config.model_type} refuses this number of heads")
-        return planned(model, config, run, calibrated=keep < units, notes=tuple(notes), backward=self.backward)
+        return planned(model, config, run, calibrated=keep < units, notes=tuple(notes), backward=self._goes_backward)
 
     def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
         """Walk through the blocks, then slice."""

@@ -43,8 +43,7 @@ class UnitStep(Step):
     before; one pass dearer)."""
 
     @property
-    def backward(self) -> bool:
-        """Whether units are judged by gradients."""
+    def _goes_backward(self) -> bool:
         return self.score in WITH_GRADIENTS
 
     def no_blocks(self) -> str:

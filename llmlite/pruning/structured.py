@@ -71,12 +71,11 @@ class PruneStructured(UnitStep):
         share = size_of_config(config).decoder / size_of_config(model.config).decoder
         parts = [f"{cut.keep} of {cut.units} {'FFN channels' if cut.kind == 'ffn' else cut.kind.replace('_', ' ')}" for cut in cuts]
         note = f"{share:.1%} of the decoder stays: {', '.join(parts) or 'everything'}"
-        return planned(model, config, run, calibrated=bool(cuts), notes=(note,), backward=self.backward)
+        return planned(model, config, run, calibrated=bool(cuts), notes=(note,), backward=self._goes_backward)
 
     @property
-    def backward(self) -> bool:
-        """Whether units are judged by gradients."""
-        return super().backward or self.head_score in WITH_GRADIENTS
+    def _goes_backward(self) -> bool:
+        return super()._goes_backward or self.head_score in WITH_GRADIENTS
 
     def no_blocks(self) -> str:
         """See `Step.no_blocks`."""
@@ -117,7 +116,12 @@ class PruneStructured(UnitStep):
         share = size_of_config(config).decoder / size_of_config(model.config).decoder
         note = f"about {share:.1%} of the decoder stays; trials on the calibration text decide how much goes from layers, heads and FFN channels"
         return planned(
-            model, config, run, calibrated=self.keep_parameters < 1, notes=(note if self.keep_parameters < 1 else "everything stays",), backward=self.backward
+            model,
+            config,
+            run,
+            calibrated=self.keep_parameters < 1,
+            notes=(note if self.keep_parameters < 1 else "everything stays",),
+            backward=self._goes_backward,
         )
 
     def _measured(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:

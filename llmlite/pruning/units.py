@@ -38,8 +38,7 @@ __all__ = ["Cut", "cut_block", "cut_units", "fisher_scores", "gradients_for", "o
 log = logging.getLogger(__name__)
 
 _OBS_DAMPING = 0.01
-_BACKWARD_WINDOWS = {"taylor": 16, "fisher": 32}
-"""Calibration rows that the scores which need gradients read at most."""
+_TAYLOR_WINDOWS, _FISHER_WINDOWS = 16, 32  # calibration rows that are read backward at most
 
 
 @dataclass(frozen=True)
@@ -116,10 +115,10 @@ def cut_units(
 def gradients_for(model: PreTrainedModel, windows_NT: Tensor, cuts: Sequence[Cut], step: UnitStep) -> dict[tuple[str, int], Tensor]:
     """Scores of the units of those cuts that are judged by gradients: (kind, block) -> (U,)."""
     found: dict[tuple[str, int], Tensor] = {}
-    for score, scores_of in (("taylor", taylor_scores), ("fisher", fisher_scores)):
+    for score, scores_of, most in (("taylor", taylor_scores, _TAYLOR_WINDOWS), ("fisher", fisher_scores, _FISHER_WINDOWS)):
         judged = [cut for cut in cuts if (cut.score or step.score) == score]
         if judged:
-            found |= scores_of(model, windows_NT[: _BACKWARD_WINDOWS[score]], judged)
+            found |= scores_of(model, windows_NT[:most], judged)
     return found
 
 
