@@ -70,9 +70,25 @@ def quantization() -> list[str]:
 
 
 def distillation() -> list[str]:
-    said = {"none": "not trained", "ce": "cross entropy alone", "ce+forward_kl": "the default, 0.5 CE + 0.5 forward KL"}
-    found = sorted(results("distillation_time")["rows"], key=lambda one: (one.get("seed", -1), one["loss"]))
-    return [row(one.get("seed", ""), said[one["loss"]], f"{one['perplexity']:.2f}", f"{one['kl']:.3f}", one.get("steps", 0)) for one in found]
+    said = {
+        "none": "not trained",
+        "ce": "cross entropy alone",
+        "ce+forward_kl": "the default, 0.5 CE + 0.5 forward KL",
+        "forward_kl": "forward KL alone",
+        "ce+forward_kl@T=2": "CE + forward KL at temperature 2",
+        "ce+reverse_kl": "CE + reverse KL",
+        "ce+generalised_jsd": "CE + generalised JSD",
+        "ce+skewed_forward_kl": "CE + skewed forward KL",
+        "ce+skewed_reverse_kl": "CE + skewed reverse KL",
+        "ce+total_variation": "CE + total variation",
+        "ce+logit_mse": "CE + 0.01 logit MSE",
+        "ce+forward_kl+hidden": "CE + forward KL + 0.1 hidden-state MSE",
+    }
+    timed = sorted(results("distillation_time")["rows"], key=lambda one: (one.get("seed", -1), one["loss"]))
+    return [
+        *(row(one.get("seed", ""), said[one["loss"]], f"{one['perplexity']:.2f}", f"{one['kl']:.3f}", one.get("steps", 0)) for one in timed),
+        *(row(said[one["loss"]], f"{one['perplexity']:.2f}", f"{one['kl']:.3f}") for one in results("distillation_tokens")["rows"]),
+    ]
 
 
 def adapters() -> list[str]:
