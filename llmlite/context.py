@@ -47,6 +47,10 @@ class Run:
     recipe: Recipe
     scratch: Path = Path()
     notes: dict[str, Any] = field(default_factory=dict)
+    position: int = 0
+    """Place of the step that is planned or applied now."""
+    corrected: set[int] = field(default_factory=set)
+    """Places of the steps whose adapter starts as the correction of the quantization; the plan decides it (`llmlite.adapters.lora`)."""
     blockwise: bool = False
     """Whether models are loaded block by block; the plan decides it (`llmlite.plan`)."""
     tensor_parallel: bool = False

@@ -215,7 +215,7 @@ class _Pipeline:
         scratch = self.kept.scratch(index)
         with telling(scratch):
             scratch.mkdir(parents=True, exist_ok=True)
-        self.context.scratch, self.context.notes = scratch, {}
+        self.context.position, self.context.scratch, self.context.notes = index, scratch, {}
         started = time.perf_counter()
         device = self.context.device.type
         with measured_energy(device, estimate=self.recipe.estimate_energy) as energy, measured_peak(device) as peak, _memory_advice(name):

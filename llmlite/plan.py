@@ -121,6 +121,7 @@ def _rows(recipe: Recipe, context: Run, *, blocks: bool) -> tuple[list[dict[str,
         rows[0]["peak_bytes"] = blockwise_peak(model, model, context)
     problems: list[str] = []
     for index, step in enumerate(recipe.steps):
+        context.position = index
         name = name_of_step(type(step)) or type(step).__name__
         if reason := refused(step, model, context):
             problems.append(f"steps[{index}] {name}: {reason}")

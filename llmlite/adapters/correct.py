@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from llmlite.adapters.lora import Lora
+from llmlite.adapters.lora import Lora, correction_peak_bytes
 from llmlite.config import settings
 from llmlite.step import QUANTIZED, ModelPlan, Names, Step
 from llmlite.training.settings import PositiveInt
@@ -42,15 +42,14 @@ class Correct(Step):
         """
         import dataclasses
 
-        from llmlite.calibration.memory import walk_bytes
-        from llmlite.models.size import expected_bytes, runtime_bytes
-
         data = run.recipe.data
-        tokens = data.calibration_sequences * data.max_length
-        plan = self._lora().check(model, run)
-        # the dense model and the quantized one side by side
-        peak = expected_bytes(model.config, dtype=run.compute_dtype) + model.disk_bytes + walk_bytes(model.config, tokens) + runtime_bytes(run.device)
-        return dataclasses.replace(plan, trained_parameters=0, tokens=tokens, peak_bytes=peak, notes=(f"rank-{self.r} correction, not trained",))
+        return dataclasses.replace(
+            self._lora().check(model, run),
+            trained_parameters=0,
+            tokens=data.calibration_sequences * data.max_length,
+            peak_bytes=correction_peak_bytes(model, data.calibration_sequences, run),
+            notes=(f"rank-{self.r} correction, not trained",),
+        )
 
     def no_dispatch(self, form: str) -> str:
         """See `Step.no_dispatch`."""

@@ -105,25 +105,30 @@ def initialise(adapted: nn.Module, dense: nn.Module, batches: Sequence[Batch], a
     return {name: float(share) for block in notes for name, share in block.items()}
 
 
-def initialise_for_run(adapted: nn.Module, run: Run) -> None:
-    """`initialise` with the calibration text of a run and the dense model as it was before the run's `quantize` step."""
+def initialise_for_run(adapted: nn.Module, run: Run, quantize: int, rows: int) -> None:
+    """`initialise` with calibration text of a run and the dense model as it was before one of its steps.
+
+    Args:
+        adapted: see `initialise`.
+        run: see `Run`.
+        quantize: place of the step that quantized the base.
+        rows: calibration rows that are read, at most.
+    """
     from llmlite.calibration.blocks import batches_of
     from llmlite.quantization.calibrate import quantization_windows
 
-    dense = _dense_before(run)
-    left = initialise(adapted, dense, batches_of(quantization_windows(run)))
+    dense = _dense_before(quantize, run)
+    left = initialise(adapted, dense, batches_of(quantization_windows(run)[:rows]))
     share = sum(left.values()) / max(len(left), 1)
     log.info("the adapter starts as a correction of the quantization: %.0f %% of the layers' output error is left", 100 * share)
     run.note(quantization_error_left=share)
 
 
-def _dense_before(run: Run) -> PreTrainedModel:
-    """The run's base, or what the step before `quantize` left on disk."""
+def _dense_before(index: int, run: Run) -> PreTrainedModel:
+    """What the step at this place got: the run's base, or what the step before it left on disk."""
     from llmlite.models.load import load_model
-    from llmlite.quantization.bnb import Quantize
     from llmlite.step import name_of_step
 
-    index = next(index for index, step in enumerate(run.recipe.steps) if isinstance(step, Quantize))
     if index == 0:
         return run.load_base()
     before = type(run.recipe.steps[index - 1])

@@ -20,6 +20,9 @@ class LoraInt4(Recipe):
     The base's linear layers are stored as NF4 with double quantization and the adapter is trained on top in 16 or 32 bit. "int4" is what
     people call it; bitsandbytes' 4-bit types are floating grids of 16 values, not integers.
 
+    The adapter starts as the low-rank correction of what rounding broke, computed on a few rows of calibration text, where memory holds the dense base beside
+    the 4-bit one; --init_lora_weights default starts it as the base.
+
     With no option at all it finetunes SmolLM2-135M-Instruct on questions about the Python documentation, offline, in a few minutes on two CPU
     cores. With --data it reads all your rows once (num_train_epochs).
     """

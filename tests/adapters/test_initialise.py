@@ -11,10 +11,15 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import llmlite
+import llmlite.plan
 from llmlite.adapters.initialise import initialise, low_rank_correction
+from llmlite.adapters.lora import quantize_step
 from llmlite.calibration.blocks import batches_of
+from llmlite.context import Run
 from llmlite.errors import ConfigError
+from llmlite.layout import Layout
 from llmlite.models.safety import make_safe
+from llmlite.step import ModelPlan
 from tests.conftest import build_tiny, logits_of, token_ids
 
 SMALL: dict[str, Any] = {"max_length": 64, "evaluation_rows": 6, "calibration_sequences": 8}
@@ -69,7 +74,7 @@ def test_the_corrected_model_is_closer_and_stock_peft_loads_it(tmp_path: Path, f
 
 
 def test_a_lora_starts_closer_to_the_dense_model_and_trains_from_there(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
-    steps = [{"step": "quantize", "scheme": "fp4"}, {"step": "lora", "r": 4, "learning_rate": 1e-9, "init_lora_weights": "quantization_error"}]
+    steps = [{"step": "quantize", "scheme": "fp4"}, {"step": "lora", "r": 4, "learning_rate": 1e-9}]  # by default
     options = {
         "model": str(model_folder),
         "data": str(pairs_file),
@@ -102,3 +107,52 @@ def test_correct_adds_a_correction_without_training_also_after_pruning(tmp_path:
 def test_without_a_quantize_step_there_is_nothing_to_correct(model_folder: Path, pairs_file: Path, steps: list[Any]) -> None:
     with pytest.raises(ConfigError, match=r"quantize step|takes a model that is"):
         llmlite.Recipe.from_options(("test", {"model": str(model_folder), "data": str(pairs_file), "steps": steps, **SMALL})).check()
+
+
+def planned_notes(model: Path, rows: Path, *steps: Any, context: Run | None = None, **options: Any) -> str:
+    recipe = llmlite.Recipe(model=str(model), data=str(rows), steps=steps, **{**SMALL, **options})
+    return " ".join(llmlite.plan.check(recipe, context or Run(recipe)).rows[-1]["notes"])
+
+
+def test_the_correction_is_the_default_wherever_it_can_be(model_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts, nf4 = "starts as the correction of the quantization, from 8 calibration rows", llmlite.Quantize(calibrate=False)
+    assert starts in planned_notes(model_folder, pairs_file, nf4, llmlite.Lora())
+    assert starts in planned_notes(model_folder, pairs_file, llmlite.Quantize(scheme="fp4"), llmlite.Lora(use_rslora=True))
+    without: list[tuple[Any, ...]] = [
+        (llmlite.Lora(),),
+        (nf4, llmlite.Lora(use_dora=True)),
+        (nf4, llmlite.Lora(init_lora_weights="default")),
+        (llmlite.Quantize(scheme="int8", report_sequences=0), llmlite.Lora()),
+    ]
+    for steps in without:
+        assert "starts" not in planned_notes(model_folder, pairs_file, *steps)
+    recipe = llmlite.Recipe(model=str(model_folder), data=str(pairs_file), steps=(nf4, llmlite.Lora()), **SMALL)
+    for kind in ("fsdp2", "zero3"):
+        sharded = Run(recipe)
+        sharded.layout = Layout(kind)  # type: ignore[arg-type]
+        assert recipe.steps[1]._may_start_corrected(ModelPlan(sharded.config, form="nf4"), sharded) is False
+    monkeypatch.setattr("llmlite.evaluation.memory.free_bytes", lambda _device="cpu": 10**6)
+    assert "starts as the quantized base; starting as its correction would take" in planned_notes(model_folder, pairs_file, nf4, llmlite.Lora())
+
+
+def test_the_nearest_quantize_step_before_is_the_one_corrected() -> None:
+    nf4 = llmlite.Quantize(calibrate=False)
+    run = Run(llmlite.Recipe(steps=(nf4, llmlite.Lora(), llmlite.Merge(), nf4, llmlite.Lora(), llmlite.Merge())))
+    found = []
+    for position in range(6):
+        run.position = position
+        found.append(quantize_step(run))
+    assert found == [None, 0, 0, 0, 3, 3]
+
+
+@pytest.mark.slow
+def test_each_correction_is_towards_what_its_own_quantize_step_got(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
+    train: dict[str, Any] = {"max_steps": 8, "per_device_train_batch_size": 2, "learning_rate": 0.02, "lora_dropout": 0.0}
+    nf4 = llmlite.Quantize(scheme="fp4", calibrate=False, report_sequences=0)
+    steps = (nf4, llmlite.Lora(**train), llmlite.Merge(), nf4, llmlite.Lora(**{**train, "max_steps": 1, "learning_rate": 1e-9}))
+    recipe = llmlite.Recipe(model=str(model_folder), data=str(pairs_file), output_dir=str(tmp_path / "out"), steps=steps, **SMALL)
+    kl = [row.kl or 0 for row in recipe.run().rows]
+    merged, again, corrected = kl[3:]
+    assert merged > 0.02  # training has moved it away from the base
+    assert abs(corrected - merged) < abs(again - merged) + 0.1 * merged
+    assert corrected > merged / 2  # and the correction does not bring the base back
