@@ -68,6 +68,7 @@ class ModelPlan:
     Attributes:
         config: the transformers config after the step.
         form: what the weights are: ``dense`` (16 or 32 bit), ``sparse`` (dense storage with zeros to keep), or a bitsandbytes scheme.
+        rounded: whether a step of the recipe has rounded the weights to it, so that they are at hand as they were before.
         adapters: whether a peft adapter sits on the model.
         parameters: number of parameters, adapters included.
         trained_parameters: number of them that the step trains.
@@ -79,6 +80,7 @@ class ModelPlan:
 
     config: PretrainedConfig
     form: str = "dense"
+    rounded: bool = False
     adapters: bool = False
     parameters: int = 0
     trained_parameters: int = 0

@@ -70,7 +70,7 @@ class Lora(AdapterStep):
         """
         problems = []
         if self.init_lora_weights == "quantization_error":
-            if model.form not in QUANTIZED or quantize_step(run) is None:
+            if model.form not in QUANTIZED or not model.rounded:
                 problems.append("init_lora_weights=quantization_error corrects what a quantize step of this recipe broke; there is none before it.")
             if self.use_dora:
                 problems.append("use_dora measures row sizes at the start, which init_lora_weights=quantization_error changes. Choose one of the two.")
@@ -103,7 +103,7 @@ class Lora(AdapterStep):
     def _may_start_corrected(self, model: ModelPlan, run: Run) -> bool:
         """Whether `auto` can be the correction, as far as settings decide. In int8 it would repair nothing: the inputs are rounded too."""
         cut = run.layout.sharded or run.device_map is not None
-        return self.init_lora_weights == "auto" and model.form in {"nf4", "fp4"} and not self.use_dora and not cut and quantize_step(run) is not None
+        return self.init_lora_weights == "auto" and model.form in {"nf4", "fp4"} and model.rounded and not self.use_dora and not cut
 
     def _correction_rows(self, config: PretrainedConfig, run: Run) -> int:
         """Calibration rows that the correction is computed from: all that the run has when it is asked for, as many as it gains from by itself."""

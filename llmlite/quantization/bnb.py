@@ -107,6 +107,7 @@ class Quantize(Step):
         return dataclasses.replace(
             model,
             form=self.scheme,
+            rounded=True,
             disk_bytes=size,
             peak_bytes=dense + max(size, backward) + walk_bytes(model.config, tokens) + runtime_bytes(run.device),
             tokens=tokens,

@@ -130,7 +130,7 @@ def test_the_correction_is_the_default_wherever_it_can_be(model_folder: Path, pa
     for kind in ("fsdp2", "zero3"):
         sharded = Run(recipe)
         sharded.layout = Layout(kind)  # type: ignore[arg-type]
-        assert recipe.steps[1]._may_start_corrected(ModelPlan(sharded.config, form="nf4"), sharded) is False
+        assert recipe.steps[1]._may_start_corrected(ModelPlan(sharded.config, form="nf4", rounded=True), sharded) is False
     monkeypatch.setattr("llmlite.evaluation.memory.free_bytes", lambda _device="cpu": 10**6)
     assert "starts as the quantized base; starting as its correction would take" in planned_notes(model_folder, pairs_file, nf4, llmlite.Lora())
 
