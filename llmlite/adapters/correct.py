@@ -43,8 +43,10 @@ class Correct(Step):
         import dataclasses
 
         data = run.recipe.data
+        plan = self._lora().check(model, run)
         return dataclasses.replace(
-            self._lora().check(model, run),
+            plan,
+            disk_bytes=plan.disk_bytes // 4 * run.storage_dtype.itemsize,
             trained_parameters=0,
             tokens=data.calibration_sequences * data.max_length,
             peak_bytes=correction_peak_bytes(model, data.calibration_sequences, run),
@@ -56,5 +58,9 @@ class Correct(Step):
         return self._lora().no_dispatch(form)
 
     def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
-        """Attach the adapter, filled."""
-        return self._lora().attach(model, run).eval()
+        """Attach the adapter, filled; its numbers are rounded to the type of the base's files, in which half of the bytes hold them."""
+        from llmlite.models.save import settle_adapter
+
+        adapted = self._lora().attach(model, run).eval()
+        settle_adapter(adapted, run.storage_dtype)
+        return adapted

@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import llmlite
@@ -19,6 +20,7 @@ from llmlite.context import Run
 from llmlite.errors import ConfigError
 from llmlite.layout import Layout
 from llmlite.models.safety import make_safe
+from llmlite.models.save import save_model, settle_adapter
 from llmlite.step import ModelPlan
 from tests.conftest import build_tiny, logits_of, token_ids
 
@@ -101,6 +103,19 @@ def test_correct_adds_a_correction_without_training_also_after_pruning(tmp_path:
     assert "optimizer_steps" not in report.rows[3].details
     assert report.reload_difference is not None
     assert report.reload_difference < 1e-3
+
+
+def test_an_adapter_takes_half_of_the_bytes_where_nothing_is_lost(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted: Any = peft.get_peft_model(build_tiny("llama"), config).eval()
+    save_model(adapted, tmp_path / "wide", torch.bfloat16)
+    settle_adapter(adapted, torch.bfloat16)
+    save_model(adapted, tmp_path / "narrow", torch.bfloat16)
+    for name, dtype in (("wide", torch.float32), ("narrow", torch.bfloat16)):
+        assert {tensor.dtype for tensor in load_file(tmp_path / name / "adapter_model.safetensors").values()} == {dtype}
+    assert {parameter.dtype for parameter in adapted.parameters()} == {torch.float32}
+    again = peft.PeftModel.from_pretrained(build_tiny("llama"), tmp_path / "narrow").eval()
+    assert torch.equal(logits_of(again), logits_of(adapted))
 
 
 @pytest.mark.parametrize("steps", [[{"step": "lora", "init_lora_weights": "quantization_error"}], ["correct"]])
