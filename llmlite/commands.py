@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -182,10 +183,11 @@ def _shrink_command(model: str | None, keeps: str, run_it: bool, output_dir: str
     console.print(found.table())
     if found.report is not None:
         console.print(found.report.table())
-        console.print(found.report.expectation(), markup=False)
-        console.print(f"\nThe result is in {found.report.path}:\n\n{found.report.loading}", markup=False)
+        console.print(found.report.expectation(), markup=False, soft_wrap=True)
+        console.print(f"\nThe result is in {found.report.path}:\n\n{found.report.loading}", markup=False, soft_wrap=True)
     elif found.chosen.steps:
-        console.print(f"\nThe recipe: {found.folder / 'shrink.yaml'}. To run it:\n  llmlite run {found.folder / 'shrink.yaml'}", markup=False)
+        place = found.folder / "shrink.yaml"
+        console.print(f"\nThe recipe: {place}. To run it:\n  llmlite run {shlex.quote(str(place))}", markup=False, soft_wrap=True)
     else:
         console.print("\nThe model is small enough as it is.", markup=False)
 

@@ -14,7 +14,8 @@ from llmlite.cli import main
 from llmlite.errors import ConfigError, RunError
 from llmlite.recipe import Recipe
 from llmlite.shrink.options import store_options
-from llmlite.shrink.shrink import shrink
+from llmlite.shrink.search import Candidate, Limits, Option
+from llmlite.shrink.shrink import Shrunk, shrink
 from tests.conftest import save_tiny
 
 
@@ -61,6 +62,49 @@ def test_a_mixture_of_4_and_16_bit_is_measured_chosen_and_run(folder: Path, pair
     assert found.report.rows[-1].kl < nf4.kl
     assert found.report.rows[-1].bytes_on_disk <= 0.75 * found.full_bytes * 1.01
     assert found.report.reload_difference < 1e-3
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """One format, no mixture, and no fresh process that proves each result: what is measured stays a run of the ordinary pipeline."""
+    monkeypatch.setattr("llmlite.shrink.shrink.store_options", lambda _: store_options(["bfloat16"])[1:2])
+    monkeypatch.setattr("llmlite.shrink.shrink._mixed", lambda *_: [])
+    monkeypatch.setattr("llmlite.evaluation.reload.require_reload", lambda *_: 0.0)
+    return monkeypatch
+
+
+def command(model: Path, rows: Path, out: Path) -> list[str]:
+    options = {"data": rows, "calibration": rows, "output_dir": out, "target": 0.75, "keeps": 0.6, "heal_steps": 0}
+    sizes = {"max_length": 64, "evaluation_rows": 4, "calibration_sequences": 4}
+    return ["shrink", str(model), *(word for name, value in {**options, **sizes}.items() for word in (f"--{name}", str(value)))]
+
+
+def test_the_command_line_ends_with_the_table_and_with_run_with_what_was_obtained(
+    folder: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], quick: pytest.MonkeyPatch
+) -> None:
+    asked = command(folder, pairs_file, tmp_path / "out")
+    main(asked)
+    told = capsys.readouterr().out
+    assert "Size against expected quality" in told
+    assert "* is the choice" in told
+    assert "keep 0.6" in told
+    assert "nf4, 16-bit rest" in told
+    assert f"llmlite run {tmp_path / 'out' / 'shrink.yaml'}" in told
+    main([*asked, "--run"])
+    told = capsys.readouterr().out
+    assert "Size against expected quality" in told
+    assert "Expected KL" in told
+    assert "obtained" in told
+    assert (tmp_path / "out" / "result" / "model.safetensors").is_file()
+
+
+def test_a_choice_that_something_beats_is_in_the_table_too() -> None:
+    front = [Candidate((Option("large", ({"step": "a"},), 0.1),), 50, 50), Candidate((Option("small", ({"step": "b"},), 0.2),), 40, 40)]
+    other = Candidate((Option("fast", ({"step": "c"},), 0.3, 1.2, 2.0),), 60, 60)
+    for chosen, names in ((front[1], ["large", "small"]), (other, ["large", "small", "fast"])):
+        table = Shrunk(Path(), 100, chosen, front, Limits()).table()
+        assert list(table.columns[1].cells) == names
+        assert [name for name, star in zip(names, table.columns[0].cells, strict=True) if star] == [chosen.name]
 
 
 def test_what_cannot_be_is_said_before_anything_is_measured(folder: Path, pairs_file: Path, tmp_path: Path) -> None:
