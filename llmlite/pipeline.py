@@ -118,6 +118,7 @@ class _Pipeline:
             for index, row in enumerate(self.report.rows[1:]):
                 self._gate(index, row)
             if self.context.is_main:
+                self._expect()
                 self.kept.link_result()
                 self._push()
             self.context.wait()
@@ -333,9 +334,20 @@ class _Pipeline:
         self.report.reload_difference = require_reload(self.model, lines)
         made_by = made_before_adapter(self.recipe) if adapter else None
         self.report.base = describe_base(self.context.source, self.model.config if adapter else None, made_by, vocabulary)
+        self.report.expected = self.recipe.expected.of_base(self.report.rows[0].perplexity)
         self.report.save()
         write_card(self.report)
         write_page(self.report)
+
+    def _expect(self) -> None:
+        """Put what the recipe expects into the report of a run that was complete already, where something else stands there."""
+        from llmlite.html.page import write_page
+
+        expected = self.recipe.expected.of_base(self.report.rows[0].perplexity)
+        if expected and expected != self.report.expected:
+            self.report.expected = expected
+            self.report.save()
+            write_page(self.report)
 
     def _push(self) -> None:
         """Upload the result where that was asked for. A failed upload loses nothing: the run stays complete."""

@@ -7,7 +7,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +65,7 @@ class Report:
     """What the model card says of the base model. See `llmlite.hub.base.describe_base`."""
     reload_difference: float | None = None
     expected: dict[str, float] = field(default_factory=dict)
-    """What `llmlite shrink` expected of the result: kl, perplexity, bytes_on_disk."""
+    """What was expected of the result: kl, perplexity, bytes_on_disk. See `llmlite.shrink.expected`."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, without the folder's place."""
@@ -118,11 +118,12 @@ class Report:
         if not self.expected or not self.rows:
             return ""
         last = self.rows[-1]
-        return (
-            f"Expected KL {self.expected['kl']:.4f}, obtained {last.kl or 0:.4f}; "
-            f"perplexity {self.expected['perplexity']:.4g}, obtained {last.perplexity:.4g}; "
-            f"{human_bytes(self.expected['bytes_on_disk'])} on disk, obtained {human_bytes(last.bytes_on_disk)}."
-        )
+        told: dict[str, Callable[[float], str]] = {
+            "kl": lambda value: f"KL {value:.4f}, obtained {last.kl or 0:.4f}",
+            "perplexity": lambda value: f"perplexity {value:.4g}, obtained {last.perplexity:.4g}",
+            "bytes_on_disk": lambda value: f"{human_bytes(value)} on disk, obtained {human_bytes(last.bytes_on_disk)}",
+        }
+        return f"Expected {'; '.join(tell(self.expected[name]) for name, tell in told.items() if name in self.expected)}."
 
     def table(self) -> Table:
         """`lines` for a terminal: a column for the base and for each step, a row for each figure."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from llmlite.errors import ConfigError, RunError
 from llmlite.plan import plan_of_base
 from llmlite.recipe import Recipe
 from llmlite.report import Report, human_bytes
+from llmlite.shrink.expected import Expected
 from llmlite.shrink.measure import layer_costs, measured, plan_after, recipe_of, sizes_of
 from llmlite.shrink.options import VOCABULARY, mixed_options, prune_options, store_options
 from llmlite.shrink.search import NOTHING, Candidate, Limits, Option, best, combinations, frontier
@@ -140,9 +143,10 @@ def shrink(
         if chosen is None:
             raise RunError(_nothing_fits(candidates, limits))
         found = Shrunk(folder, full, chosen, frontier(candidates), limits)
-        write_text(folder / "shrink.yaml", _yaml(recipe, found))
+        asked = _asked(recipe, chosen, folder)
+        write_text(folder / "shrink.yaml", _yaml(asked, found))
     if run and chosen.steps:
-        found.report = _run(recipe, chosen, folder)
+        found.report = asked.run()
     return found
 
 
@@ -219,12 +223,12 @@ def _nothing_fits(candidates: Sequence[Candidate], limits: Limits) -> str:
     )
 
 
-def _yaml(recipe: Recipe, found: Shrunk) -> str:
-    """The chosen recipe, runnable by `llmlite run`, with what is expected of it."""
+def _yaml(asked: Recipe, found: Shrunk) -> str:
+    """The chosen recipe, runnable by `llmlite run`, with where it goes and what is expected of it."""
     chosen = found.chosen
-    mapping = {key: value for key, value in recipe.to_mapping(defaults=False).items() if key not in {"steps", "output_dir", "gate"}}
+    mapping = {key: value for key, value in asked.to_mapping(defaults=False).items() if key != "steps"}
     head = [
-        f"# llmlite run {found.folder / 'shrink.yaml'}",
+        f"# llmlite run {shlex.quote(str(found.folder / 'shrink.yaml'))}",
         "#",
         f"# {chosen.name}: {human_bytes(chosen.bytes_on_disk)}, {chosen.bytes_on_disk / found.full_bytes:.2f} of the 16-bit size",
         f"# expected: KL {chosen.kl:.4f} nats a token, perplexity {chosen.perplexity_ratio:.3f}x the base's, decoding {chosen.decode_speedup:.2f}x",
@@ -232,17 +236,11 @@ def _yaml(recipe: Recipe, found: Shrunk) -> str:
     return "\n".join(head) + "\n\n" + to_yaml({**mapping, "steps": [dict(step) for step in chosen.steps]})
 
 
-def _run(recipe: Recipe, chosen: Candidate, folder: Path) -> Report:
-    """Run the choice into ``result/``, or ``result-2/`` and so on where the results of other choices lie."""
-    from llmlite.html.page import write_page
-
+def _asked(recipe: Recipe, chosen: Candidate, folder: Path) -> Recipe:
+    """The choice, to be run into ``result/``, or ``result-2/`` and so on where the results of other choices lie."""
+    expected = Expected(kl=chosen.kl, perplexity_ratio=chosen.perplexity_ratio, bytes_on_disk=chosen.bytes_on_disk)
     for number in itertools.count(1):
         asked = recipe_of(recipe, chosen.steps, folder / ("result" if number == 1 else f"result-{number}"))
         if not (asked.folder / "recipe.yaml").is_file() or read_yaml(asked.folder / "recipe.yaml") == asked.identity():
             break
-    report = asked.run()
-    base = report.rows[0].perplexity
-    report.expected = {"kl": chosen.kl, "perplexity": base * chosen.perplexity_ratio, "bytes_on_disk": chosen.bytes_on_disk}
-    report.save()
-    write_page(report)
-    return report
+    return dataclasses.replace(asked, expected=expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import llmlite
 from llmlite.cli import main
 from llmlite.errors import ConfigError, RunError
 from llmlite.recipe import Recipe
+from llmlite.report import Report, Row
+from llmlite.shrink.expected import Expected
 from llmlite.shrink.options import store_options
 from llmlite.shrink.search import Candidate, Limits, Option
 from llmlite.shrink.shrink import Shrunk, shrink
@@ -89,13 +92,32 @@ def test_the_command_line_ends_with_the_table_and_with_run_with_what_was_obtaine
     assert "* is the choice" in told
     assert "keep 0.6" in told
     assert "nf4, 16-bit rest" in told
-    assert f"llmlite run {tmp_path / 'out' / 'shrink.yaml'}" in told
+    printed = next(line for line in told.splitlines() if line.startswith("  llmlite run "))
+    assert printed == f"  llmlite run {tmp_path / 'out' / 'shrink.yaml'}"
+    quick.chdir(tmp_path)
+    main(shlex.split(printed)[1:])  # the command, word for word
+    report = Report.read(tmp_path / "out" / "result")
+    assert report.expected["bytes_on_disk"] == pytest.approx(report.rows[-1].bytes_on_disk, rel=0.02)
+    assert set(report.expected) == {"kl", "perplexity", "bytes_on_disk"}
+    assert report.expectation() in capsys.readouterr().out
+    assert report.expectation() in (tmp_path / "out" / "result" / "report.html").read_text()
+    quick.setattr("llmlite.pipeline._Pipeline._step", lambda *_: pytest.fail("the same result, made again"))
     main([*asked, "--run"])
     told = capsys.readouterr().out
     assert "Size against expected quality" in told
     assert "Expected KL" in told
     assert "obtained" in told
     assert (tmp_path / "out" / "result" / "model.safetensors").is_file()
+
+
+def test_a_recipe_says_what_is_expected_and_it_changes_nothing() -> None:
+    recipe = Recipe.from_options(("flags", {"steps": ["quantize"], "expected": {"kl": 0.1}, "expected.perplexity_ratio": 1.5}))
+    assert recipe.expected == Expected(kl=0.1, perplexity_ratio=1.5)
+    assert recipe.identity() == Recipe.from_options(("flags", {"steps": ["quantize"]})).identity()
+    report = Report(Path(), {}, {}, {}, [Row("base", 1, 1, 20.0), Row("quantize", 1, 1, 28.0, 0.12)], expected=recipe.expected.of_base(20.0))
+    assert report.expectation() == "Expected KL 0.1000, obtained 0.1200; perplexity 30, obtained 28."
+    with pytest.raises(ConfigError, match=r"no option 'perplexity_rati'\. Did you mean 'perplexity_ratio'"):
+        Recipe.from_options(("flags", {"steps": ["quantize"], "expected": {"perplexity_rati": 1.5}}))
 
 
 def test_a_choice_that_something_beats_is_in_the_table_too() -> None:
