@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmlite.config import read_yaml, to_yaml
 from llmlite.errors import ConfigError, RunError
@@ -17,11 +17,11 @@ from llmlite.plan import plan_of_base
 from llmlite.recipe import Recipe
 from llmlite.report import Report, human_bytes
 from llmlite.shrink.expected import Expected
-from llmlite.shrink.measure import layer_costs, measured, plan_after, recipe_of, sizes_of
+from llmlite.shrink.measure import evidence_of, layer_costs, measured, plan_after, recipe_of, sizes_of
 from llmlite.shrink.options import VOCABULARY, mixed_options, prune_options, store_options
 from llmlite.shrink.search import NOTHING, Candidate, Limits, Option, best, combinations, frontier
 from llmlite.step import ModelPlan
-from llmlite.storage import locked, telling, write_text
+from llmlite.storage import locked, read_object, telling, write_json, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -136,14 +136,15 @@ def shrink(
         (folder / "measured").mkdir(parents=True, exist_ok=True)
     with locked(folder):
         found_in = folder / "measured"
-        known = [measured(recipe, [option for option in group if _fits(option.name, sizes)], found_in) for group in groups]
-        mixed = _mixed(known[-1], recipe, context, found_in)
+        evidence = evidence_of(context)
+        known = [measured(recipe, [option for option in group if _fits(option.name, sizes)], found_in, evidence) for group in groups]
+        mixed = _mixed(known[-1], context, found_in, evidence)
         candidates = combinations(known, sizes) + combinations([*known[:-1], mixed], _sizes([*known[:-1], mixed], context))
         chosen = best(candidates, limits)
         if chosen is None:
             raise RunError(_nothing_fits(candidates, limits))
         found = Shrunk(folder, full, chosen, frontier(candidates), limits)
-        asked = _asked(recipe, chosen, folder)
+        asked = _asked(recipe, chosen, folder, evidence)
         write_text(folder / "shrink.yaml", _yaml(asked, found))
     if run and chosen.steps:
         found.report = asked.run()
@@ -174,7 +175,7 @@ def _extended(plans: dict[tuple[str, ...], ModelPlan], group: Sequence[Option], 
                 log.info("left out: %s: %s", " + ".join(filter(None, (*before, option.name))), error.problems[0])
 
 
-def _mixed(stores: Sequence[Option], recipe: Recipe, context: Run, folder: Path) -> list[Option]:
+def _mixed(stores: Sequence[Option], context: Run, folder: Path, evidence: str) -> list[Option]:
     """Formats of 4 and 16 bit side by side, where 4 bits were measured with what is not quantized in 16 bit. One of them is measured, the others computed."""
     import torch
 
@@ -185,11 +186,11 @@ def _mixed(stores: Sequence[Option], recipe: Recipe, context: Run, folder: Path)
     from llmlite.models.size import linear_shapes
 
     weights = {name: outputs * inputs for name, (outputs, inputs) in linear_shapes(context.config).items()}
-    found = mixed_options(nf4, layer_costs(context, folder), weights)
+    found = mixed_options(nf4, layer_costs(context, folder, evidence), weights)
     if not found:
         return []
     middle = min(found, key=lambda mixed: abs(mixed.weights_left - (1 - _MEASURED_SHARE)))
-    known = measured(recipe, [middle.option], folder)[0]
+    known = measured(context.recipe, [middle.option], folder, evidence)[0]
     trust = middle.trust_by(nf4, known)
     log.info("the layers' costs foretell %.0f %% of what their place in 16 bit gives", 100 * trust)
     return [known if mixed is middle else mixed.expected(nf4, trust) for mixed in found]
@@ -236,11 +237,16 @@ def _yaml(asked: Recipe, found: Shrunk) -> str:
     return "\n".join(head) + "\n\n" + to_yaml({**mapping, "steps": [dict(step) for step in chosen.steps]})
 
 
-def _asked(recipe: Recipe, chosen: Candidate, folder: Path) -> Recipe:
-    """The choice, to be run into ``result/``, or ``result-2/`` and so on where the results of other choices lie."""
+def _asked(recipe: Recipe, chosen: Candidate, folder: Path, evidence: str) -> Recipe:
+    """The choice, to be run into ``result/``, or ``result-2/`` and so on where the results of other choices lie, or of other weights and texts."""
     expected = Expected(kl=chosen.kl, perplexity_ratio=chosen.perplexity_ratio, bytes_on_disk=chosen.bytes_on_disk)
+    note = folder / "measured" / "results.json"
+    made_of: dict[str, Any] = read_object(note) if note.is_file() else {}
     for number in itertools.count(1):
-        asked = recipe_of(recipe, chosen.steps, folder / ("result" if number == 1 else f"result-{number}"))
-        if not (asked.folder / "recipe.yaml").is_file() or read_yaml(asked.folder / "recipe.yaml") == asked.identity():
+        name = "result" if number == 1 else f"result-{number}"
+        asked = recipe_of(recipe, chosen.steps, folder / name)
+        place = asked.folder / "recipe.yaml"
+        if not place.is_file() or (made_of.get(name) == evidence and read_yaml(place) == asked.identity()):
             break
+    write_json(note, made_of | {name: evidence})
     return dataclasses.replace(asked, expected=expected)

@@ -12,14 +12,17 @@ from transformers import AutoConfig
 
 import llmlite
 from llmlite.cli import main
+from llmlite.config import to_yaml
+from llmlite.context import Run
 from llmlite.errors import ConfigError, RunError
+from llmlite.models.size import linear_shapes
 from llmlite.recipe import Recipe
 from llmlite.report import Report, Row
 from llmlite.shrink.expected import Expected
 from llmlite.shrink.options import store_options
 from llmlite.shrink.search import Candidate, Limits, Option
 from llmlite.shrink.shrink import Shrunk, shrink
-from tests.conftest import save_tiny
+from tests.conftest import save_noisy, save_sums, save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +130,50 @@ def test_a_choice_that_something_beats_is_in_the_table_too() -> None:
         table = Shrunk(Path(), 100, chosen, front, Limits()).table()
         assert list(table.columns[1].cells) == names
         assert [name for name, star in zip(names, table.columns[0].cells, strict=True) if star] == [chosen.name]
+
+
+@pytest.mark.parametrize("changed", ["weights", "train", "evaluation", "calibration"])
+def test_other_weights_or_texts_under_the_same_names_are_measured_anew(
+    folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    places = {name: Path(shutil.copy(pairs_file, tmp_path / f"{name}.jsonl")) for name in ("train", "evaluation", "calibration")}
+    model = shutil.copytree(folder, tmp_path / "model")
+    about = {**{name: str(place) for name, place in places.items() if name != "train"}, "max_length": 64, "evaluation_rows": 4}
+    asked = Recipe.from_options(
+        ("test", {"model": str(model), "data": str(places["train"]), "output_dir": str(tmp_path / "out"), "steps": ["quantize"], **about})
+    )
+    ran: list[str] = []
+
+    def run(recipe: Recipe) -> Report:
+        ran.append(type(recipe.steps[0]).__name__)
+        if recipe.folder.parent.name == "measured":
+            recipe.folder.mkdir()
+        else:
+            recipe.folder.mkdir(exist_ok=True)
+            (recipe.folder / "recipe.yaml").write_text(to_yaml(recipe.identity()))
+        return Report(recipe.folder, {}, {}, {}, [Row("base", 1, 1, 20.0), *(Row("", 1, 1, 22.0, 0.1) for _ in recipe.steps)])
+
+    def costs(context: Run) -> dict[str, float]:
+        ran.append("costs")
+        return {name: 1.0 + place for place, name in enumerate(linear_shapes(context.config))}
+
+    monkeypatch.setattr("llmlite.pipeline.run", run)
+    monkeypatch.setattr("llmlite.shrink.measure._measured_costs", costs)
+    monkeypatch.setattr("llmlite.shrink.shrink.store_options", lambda _: store_options(["bfloat16"])[1:2])
+    everything = ["PruneStructured", "Quantize", "costs", "Quantize"]  # the last one with layers in 16 bit
+    for result in ("result", "result-2"):
+        ran.clear()
+        shrink(asked, target=0.75, keeps=(0.6,), heal_steps=0)
+        assert ran == everything
+        ran.clear()
+        found = shrink(asked, target=0.75, keeps=(0.6,), heal_steps=0, run=True)
+        assert len(ran) == 1  # the result; nothing is measured twice
+        assert found.report is not None
+        assert found.report.path.name == result
+        if changed == "weights":
+            save_noisy(folder, model)
+        else:
+            save_sums(places[changed], 61)
 
 
 def test_what_cannot_be_is_said_before_anything_is_measured(folder: Path, pairs_file: Path, tmp_path: Path) -> None:
