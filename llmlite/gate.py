@@ -15,7 +15,7 @@ import pydantic
 
 from llmlite.config import settings, validate
 
-__all__ = ["COLLAPSE", "Gate", "GateSettings"]
+__all__ = ["COLLAPSE", "Gate", "GateSettings", "collapse_warning"]
 
 
 @settings
@@ -34,7 +34,7 @@ class Gate:
         found = []
         increase = perplexity / base_perplexity - 1
         if self.perplexity_increase is not None and not increase <= self.perplexity_increase:
-            shown = f"{increase:+.1%}" if math.isfinite(increase) else "without bound"
+            shown = "without bound" if not math.isfinite(increase) else f"{increase:+.1%}" if increase < 100 else f"{increase + 1:.3g} times"
             found.append(f"perplexity {base_perplexity:.4g} -> {perplexity:.4g} ({shown}; limit {self.perplexity_increase:+.1%})")
         if self.kl is not None and kl is not None and not kl <= self.kl:
             found.append(f"KL to the base {kl:.4g} nats a token (limit {self.kl:.4g})")
@@ -49,6 +49,12 @@ class Gate:
 
 COLLAPSE = Gate(perplexity_increase=1.0, kl=1.0, agreement=0.5)
 """What is warned of when no gate was set: a model this far from its base has hardly survived."""
+
+
+def collapse_warning(base_perplexity: float, perplexity: float, kl: float | None, agreement: float | None) -> str:
+    """A sentence for a model that is so far from its base, empty for any other: wherever a model's figures are shown, this stands beside them."""
+    crossed = COLLAPSE.crossed(base_perplexity, perplexity, kl, agreement)
+    return f"This model is far from its base: {'; '.join(crossed)}." if crossed else ""
 
 
 def _gate_of(value: Any) -> Any:

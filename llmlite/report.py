@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmlite.errors import LoadError
+from llmlite.gate import collapse_warning
 from llmlite.storage import read_object, write_json
 
 if TYPE_CHECKING:
@@ -124,6 +125,13 @@ class Report:
             "bytes_on_disk": lambda value: f"{human_bytes(value)} on disk, obtained {human_bytes(last.bytes_on_disk)}",
         }
         return f"Expected {'; '.join(tell(self.expected[name]) for name, tell in told.items() if name in self.expected)}."
+
+    def warning(self) -> str:
+        """That the result is far from its base, in a sentence; empty where it is not."""
+        if len(self.rows) < 2:
+            return ""
+        base, this = self.rows[0], self.rows[-1]
+        return collapse_warning(base.perplexity, this.perplexity, this.kl, this.top1_agreement)
 
     def table(self) -> Table:
         """`lines` for a terminal: a column for the base and for each step, a row for each figure."""

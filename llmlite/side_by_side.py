@@ -96,6 +96,8 @@ def evaluate(
     if not context.is_main:
         return found
     found.save()
+    if warning := found.warning():
+        log.warning("%s", warning)
     if report is not None:
         from llmlite.html.page import write_page
         from llmlite.hub.card import write_card

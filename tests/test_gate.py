@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 
 import llmlite
+from llmlite.cli import main
+from llmlite.context import Run
 from llmlite.errors import ConfigError, GateFailed
-from llmlite.gate import COLLAPSE, Gate
+from llmlite.gate import COLLAPSE, Gate, collapse_warning
+from llmlite.pipeline import _Pipeline
+from llmlite.report import Report, Row
 
 SMALL: dict[str, Any] = {"max_length": 64, "evaluation_rows": 6}
 
@@ -33,6 +37,37 @@ def test_each_limit_is_named_with_the_figure_that_crosses_it() -> None:
 def test_a_figure_that_is_no_number_crosses() -> None:
     assert len(COLLAPSE.crossed(20.0, math.nan, math.nan, math.nan)) == 3
     assert "without bound" in COLLAPSE.crossed(20.0, math.inf, None, None)[0]
+
+
+def test_a_collapse_is_one_sentence_and_what_is_near_its_base_none() -> None:
+    assert collapse_warning(20.0, 22.0, 0.2, 0.9) == ""
+    assert collapse_warning(20.0, 22.0, None, None) == ""
+    assert collapse_warning(328.0, 3.4e33, 80.0, 0.0) == (
+        "This model is far from its base: perplexity 328 -> 3.4e+33 (1.04e+31 times; limit +100.0%); KL to the base 80 nats a token (limit 1); "
+        "top-1 agreement with the base 0.0% (limit 50.0%)."
+    )
+
+
+def test_a_run_without_a_gate_warns_of_a_collapse_and_goes_on(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    recipe = llmlite.Recipe(steps=(llmlite.Quantize(),), output_dir=str(tmp_path / "out"))
+    pipeline = _Pipeline(recipe, Run(recipe), tmp_path / "out")
+    pipeline.report.rows = [Row("base", 1, 1, 20.0)]
+    pipeline._gate(0, Row("quantize", 1, 1, 21.0, 0.1, 0.9))
+    assert caplog.messages == []
+    pipeline._gate(0, Row("quantize", 1, 1, 90.0, 0.1, 0.9))
+    assert caplog.messages == [
+        "quantize: the model is far from its base: perplexity 20 -> 90 (+350.0%; limit +100.0%). To stop at such a step, set a gate.",
+    ]
+
+
+def test_compare_says_which_run_collapsed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for name, perplexity in (("good", 21.0), ("bad", 3e5)):
+        (tmp_path / name).mkdir()
+        Report(tmp_path / name, {}, {}, {}, [Row("base", 1, 9, 20.0), Row("quantize", 1, 5, perplexity, 0.1, 0.9)]).save()
+    main(["compare", str(tmp_path / "good"), str(tmp_path / "bad"), "--html", str(tmp_path / "page.html")])
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Note: ")]
+    assert note.startswith("Note: bad: This model is far from its base: perplexity 20 -> 3e+05")
+    assert "bad: This model is far from its base" in (tmp_path / "page.html").read_text()
 
 
 def test_an_empty_gate_is_false_and_checks_nothing() -> None:

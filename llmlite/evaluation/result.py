@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmlite.gate import collapse_warning
 from llmlite.report import human_bytes
 from llmlite.storage import write_json
 
@@ -83,6 +84,11 @@ class Evaluation:
             grams = [model.get("grams_co2_per_1000_tokens") for model in models]
             rows["g CO2 per 1,000 tokens"] = ["" if one is None else f"{one:.3g}" for one in grams]
         return rows
+
+    def warning(self) -> str:
+        """That the result is far from its base, in a sentence; empty where it is not."""
+        base, this = self.models["base"], self.models["this"]
+        return collapse_warning(base["perplexity"], this["perplexity"], this["kl"], this["top1_agreement"])
 
     def table(self) -> Table:
         """`lines` for a terminal."""

@@ -41,11 +41,11 @@ def model_card(report: Report | None, folder: Path, repo_id: str | None = None, 
     place = repo_id or folder.absolute().name
     title = place.rpartition("/")[2]
     snippet = loading_snippet(place, _adapter_base(report, folder) if is_adapter else None, base_model)
-    parts = [_metadata(report, folder, title, is_adapter, base_model), f"# {title}", _sentence(report, is_adapter, base_model)]
+    parts = [_metadata(report, folder, title, is_adapter, base_model), f"# {title}", _sentence(report, is_adapter, base_model), _warning(report)]
     if report is not None and report.rows:
         parts += ["## The base against this", _table(report), _pictures(report), _conditions(report)]
     if evaluation is not None:
-        parts += ["## Measured afterwards, both loaded from disk", _evaluated(evaluation)]
+        parts += ["## Measured afterwards, both loaded from disk", _warning(evaluation), _evaluated(evaluation)]
     parts += ["## Load it", f"```python\n{snippet}\n```", _loading_note(report, is_adapter, base_model)]
     if report is not None:
         parts += [
@@ -250,6 +250,12 @@ def _outcome(row: Row | None) -> str:
     steps = row.details.get("optimizer_steps")
     trained = f" ({steps} optimizer steps, {row.details['trained_tokens']:,} trained tokens)" if steps and row.details.get("trained_tokens") else ""
     return f"{trained}; perplexity then {row.perplexity:.4g}"
+
+
+def _warning(measured: Report | Evaluation | None) -> str:
+    """A collapse is the first thing that a reader of figures is told."""
+    text = measured.warning() if measured is not None else ""
+    return text and f"**{plain(text)}**"
 
 
 def _evaluated(evaluation: Evaluation) -> str:

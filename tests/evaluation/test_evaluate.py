@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 import llmlite
 from llmlite.cli import main
@@ -14,6 +16,7 @@ from llmlite.data.text import Rows
 from llmlite.errors import ConfigError, LoadError
 from llmlite.evaluation.sample import sample
 from llmlite.evaluation.tasks import TaskResult, check_tasks, flips
+from llmlite.hub.card import model_card
 from llmlite.report import Report
 from tests.conftest import build_tiny, build_tokenizer
 
@@ -75,6 +78,20 @@ def test_a_text_is_measured_by_a_stated_window(run: Report, tmp_path: Path) -> N
     found = llmlite.evaluate(run.path, text=str(tmp_path / "text.txt"), window=32, batch_sizes=(1,), repeats=1, answers=0)
     assert "sliding window of 32, stride 16" in found.about["quality_on"]
     assert found.models["this"]["tokens"] == found.models["base"]["tokens"] > 100
+
+
+def test_a_collapse_is_said_when_it_is_measured_and_stands_in_the_card(
+    model_folder: Path, pairs_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    model.lm_head.weight.data *= -200
+    model.save_pretrained(tmp_path)
+    found = llmlite.evaluate(tmp_path, base=str(model_folder), data=str(pairs_file), batch_sizes=(1,), repeats=1, answers=0)
+    (told,) = [message for message in caplog.messages if "far from its base" in message]
+    assert told == found.warning()
+    assert "top-1 agreement with the base" in told
+    assert "**This model is far from its base: perplexity" in model_card(None, tmp_path)
+    assert dataclasses.replace(found, models=found.models | {"this": found.models["base"]}).warning() == ""
 
 
 def test_a_folder_that_is_no_run_needs_its_base_named(model_folder: Path, run: Report, tmp_path: Path) -> None:

@@ -75,6 +75,15 @@ def test_figures_and_changes_stand_in_the_table_and_missing_ones_are_named_as_no
     assert "- speed\n- peak memory\n- anything on a GPU" in card
 
 
+def test_a_collapse_stands_above_the_figures(tmp_path: Path) -> None:
+    report = report_of(tmp_path, [{"step": "finetune"}])
+    assert "far from its base" not in model_card(report, tmp_path, "me/x")
+    report.rows[-1] = dataclasses.replace(report.rows[-1], perplexity=3e33, kl=80.0)
+    text = model_card(report, tmp_path, "me/x").partition("## The base against this")[0]
+    assert "**This model is far from its base: perplexity 10 -\\> 3e+33" in text
+    assert "KL to the base 80 nats a token (limit 1)" in text
+
+
 def test_only_a_data_set_of_the_hub_is_named_as_one(tmp_path: Path) -> None:
     steps = [{"step": "finetune", "learning_rate": 1e-4}]
     assert metadata(model_card(report_of(tmp_path, steps, train="team/chats"), tmp_path))["datasets"] == ["team/chats"]
