@@ -111,6 +111,31 @@ def test_tasks_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
             check_tasks([name])
 
 
+def test_tasks_of_both_kinds_are_refused_before_anything_is_loaded(task: Path) -> None:
+    with pytest.raises(ConfigError, match="go into two calls"):
+        check_tasks([str(task), "hellaswag"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stride": 70}, r"stride=70 should be at least 1 and below the window of 64 tokens, the data's max_length\. Lower --stride"),
+        ({"stride": 32, "window": 32}, "stride=32 should be at least 1 and below window=32"),
+        ({"stride": 128, "window": 4096}, "below the window of 128 tokens, all that .*tiny-llama reads at a time"),
+        ({"stride": 0}, "stride=0 should be at least 1"),
+        ({"text": None, "window": 32}, "window=32: the sliding window is for a text. Add --text FILE"),
+        ({"text": None, "stride": 8, "window": 32}, "window=32 and stride=8: the sliding window is for a text"),
+    ],
+)
+def test_a_window_that_cannot_slide_is_refused_before_anything_is_loaded(
+    run: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "text.txt").write_text("What is the answer? It is the answer of the question. " * 40)
+    monkeypatch.setattr("llmlite.context.Run.load_base", lambda _: pytest.fail("loaded"))
+    with pytest.raises(ConfigError, match=message):
+        llmlite.evaluate(run.path, **{"text": str(tmp_path / "text.txt"), **options})
+
+
 def test_flips_count_changes_in_both_directions() -> None:
     def result(*correct: bool) -> TaskResult:
         return TaskResult("t", "acc", 0.5, None, {str(index): value for index, value in enumerate(correct)})
