@@ -1,7 +1,7 @@
 """Quality gates: how far a step's result may be from the base before the run stops.
 
-A gate is checked on the held-out text after each step. Perplexity alone can look healthy while the model answers differently, so divergence and
-agreement have limits of their own (Dutta et al. 2024, arXiv:2407.09141).
+A gate is checked on the held-out text after each step, or where it says so at the end only, for steps that mend what others break. Perplexity alone can
+look healthy while the model answers differently, so divergence and agreement have limits of their own (Dutta et al. 2024, arXiv:2407.09141).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -28,6 +28,8 @@ class Gate:
     """Most that the KL divergence from the base may be, in nats a token."""
     agreement: Annotated[float, pydantic.Field(ge=0, le=1)] | None = None
     """Least share of tokens whose most likely next token is the base's."""
+    when: Literal["step", "end"] = "step"
+    """step: after every step. end: after the last one, so that a later step may heal what an earlier one broke; of a recipe's gate only."""
 
     def crossed(self, base_perplexity: float, perplexity: float, kl: float | None, agreement: float | None) -> list[str]:
         """A phrase for each limit that these figures cross; none when all hold. What is no number crosses every limit on it."""
@@ -44,7 +46,7 @@ class Gate:
 
     def __bool__(self) -> bool:
         """Whether anything is checked."""
-        return any(getattr(self, field.name) is not None for field in dataclasses.fields(self))
+        return any(getattr(self, field.name) is not None for field in dataclasses.fields(self) if field.name != "when")
 
 
 COLLAPSE = Gate(perplexity_increase=1.0, kl=1.0, agreement=0.5)

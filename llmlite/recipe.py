@@ -79,8 +79,8 @@ class Recipe:
     max_steps: Annotated[int, pydantic.Field(ge=1)] | None = None
     """Optimizer steps of every training step, instead of what the steps say."""
     gate: GateSettings = Gate()
-    """Limits that stop the run (exit code 3) when a step's result crosses one, for instance {perplexity_increase: 0.05, kl: 0.1, agreement: 0.9}. A step's
-    own gate replaces it. It may be changed when a stopped run is continued."""
+    """Limits that stop the run (exit code 3) when a step's result crosses one, for instance {perplexity_increase: 0.05, kl: 0.1, agreement: 0.9}. With
+    {when: end} only the last step's result is held against them. A step's own gate replaces it. It may be changed when a stopped run is continued."""
     expected: ExpectedSettings = Expected()
     """Figures that `llmlite shrink` foretold of the result; the report has them beside what was obtained. They change nothing."""
     estimate_energy: bool = False
@@ -168,6 +168,11 @@ class Recipe:
         for _, more in parsed:
             problems += more
         values["steps"] = tuple(step for step, _ in parsed if step is not None)
+        problems += [
+            f"steps[{index}].gate: when=end is of the recipe's gate; a step's own is for its own result. Leave 'when' out, or move it to the recipe's."
+            for index, (step, _) in enumerate(parsed)
+            if step is not None and step.gate.when == "end"
+        ]
         recipe, more = validate(cls, values, "")
         return recipe, problems + more
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 import llmlite
 from llmlite.cli import main
+from llmlite.config import to_yaml
 from llmlite.context import Run
 from llmlite.errors import ConfigError, GateFailed
 from llmlite.gate import COLLAPSE, Gate, collapse_warning
 from llmlite.pipeline import _Pipeline
 from llmlite.report import Report, Row
+from tests.conftest import logits_of
 
 SMALL: dict[str, Any] = {"max_length": 64, "evaluation_rows": 6}
 
@@ -106,6 +110,58 @@ def test_a_crossed_gate_stops_with_exit_code_3_and_a_looser_one_continues_withou
     with pytest.raises(GateFailed):
         ffn_recipe(model_folder, pairs_file, out, Gate(kl=1e-9)).run()
     assert report.rows[-1].kl is not None
+
+
+def test_a_gate_for_the_end_lets_a_step_heal_what_one_before_it_broke(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    recipe = llmlite.Recipe.from_options(
+        ("flags", {"steps": ["prune.ffn", "finetune", "quantize"], "gate": {"perplexity_increase": 0.1, "when": "end"}, "output_dir": str(tmp_path / "out")})
+    )
+    pipeline = _Pipeline(recipe, Run(recipe), tmp_path / "out")
+
+    def gate(*perplexities: float) -> None:
+        pipeline.report.rows = [Row("base", 1, 1, 20.0)]
+        for index, perplexity in enumerate(perplexities):
+            pipeline.report.rows.append(Row(f"step {index + 1}", 1, 1, perplexity, 0.1, 0.9))
+            pipeline._gate(index, pipeline.report.rows[-1])
+
+    gate(90.0, 21.0, 21.5)
+    assert [message.rpartition(". ")[2] for message in caplog.messages] == ["The gate is for the end, so the steps behind may heal it."]
+    with pytest.raises(GateFailed, match=r"(?s)the result, behind step 3, step 3, is too far from the base: perplexity 20 -> 90.*model is in .*02-finetune"):
+        gate(90.0, 21.0, 90.0)
+    with pytest.raises(GateFailed, match="The last good model is the base"):
+        gate(90.0, 30.0, 25.0)
+
+
+def test_when_is_a_word_for_the_recipes_gate_and_no_limit() -> None:
+    assert not Gate(when="end")
+    assert llmlite.Recipe.from_options(("flags", {"steps": ["quantize"], "gate": {"kl": 0.1}, "gate.when": "end"})).gate == Gate(kl=0.1, when="end")
+    with pytest.raises(ConfigError, match=r"steps\[0\]\.gate: when=end is of the recipe's gate"):
+        llmlite.Recipe.from_options(("flags", {"steps": [{"step": "quantize", "gate": {"kl": 0.1, "when": "end"}}]}))
+    with pytest.raises(ConfigError, match="when='later'"):
+        llmlite.Recipe.from_options(("flags", {"steps": ["quantize"], "gate": {"kl": 0.1, "when": "later"}}))
+
+
+def test_the_command_ends_with_3_and_the_last_good_model_of_a_later_step_loads(
+    model_folder: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, file = tmp_path / "out", tmp_path / "recipe.yaml"
+    step = {"step": "prune.ffn", "keep": 0.5, "multiple_of": 1, "score": "magnitude", "reconstruct": False}
+    recipe = {"model": str(model_folder), "data": {"train": str(pairs_file), **SMALL}, "output_dir": str(out)}
+    file.write_text(to_yaml({**recipe, "steps": [step, step], "gate": {"kl": 1e-9, "when": "end"}}))
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(file)])
+    assert ended.value.code == 3
+    assert "GateFailed: gate: the result, behind step 2, prune.ffn, is too far from the base" in capsys.readouterr().err
+    file.write_text(to_yaml({**recipe, "steps": [step, step | {"gate": {"kl": 1e-9}}]}))
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(file)])
+    assert ended.value.code == 3
+    good = out / "steps" / "01-prune.ffn"
+    assert f"The last good model is in {good}. Try: keep more" in capsys.readouterr().err
+    row = json.loads((good / "row.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(good)
+    assert model.num_parameters() == row["parameters"] < AutoModelForCausalLM.from_pretrained(model_folder).num_parameters()
+    assert logits_of(model).isfinite().all()
 
 
 def test_a_steps_own_gate_replaces_the_recipes(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
