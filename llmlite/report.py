@@ -19,7 +19,14 @@ from llmlite.storage import read_object, write_json
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Report", "Row", "environment", "human_bytes", "human_count", "plan_table"]
+__all__ = ["SPEED_OF_STEPS", "Report", "Row", "environment", "human_bytes", "human_count", "plan_table"]
+
+
+SPEED_OF_STEPS = (
+    "Speed is that of the model in memory as each step left it: batch 1, a prompt of at most 256 tokens and 16 more, the median of 3 repeats after one that "
+    "warms up, without spread. `llmlite evaluate` measures the reloaded result with its spread."
+)
+"""What the rows' speed is, for wherever it is shown: the defaults of `llmlite.evaluation.speed.measure_speed`, said without torch."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class Row:
         perplexity: exp of the mean negative log-likelihood of the held-out trained tokens.
         kl: mean KL divergence from the base's distribution on the same tokens, nats a token.
         top1_agreement: share of these tokens on which the most likely token is the base's.
-        prefill_tokens_per_second, decode_tokens_per_second: batch 1; see `llmlite.evaluation.speed`.
+        prefill_tokens_per_second, decode_tokens_per_second: of the model in memory; see `SPEED_OF_STEPS`.
         peak_memory_bytes: peak of the step's work.
         seconds: the step's work, without its evaluation.
         details: what the step itself reports.
@@ -137,7 +144,8 @@ class Report:
         """`lines` for a terminal: a column for the base and for each step, a row for each figure."""
         from rich.table import Table
 
-        table = Table(title=f"{self.path}", title_justify="left")
+        timed = any(row.decode_tokens_per_second for row in self.rows)
+        table = Table(title=f"{self.path}", title_justify="left", caption=SPEED_OF_STEPS if timed else None, caption_justify="left")
         table.add_column("")
         for row in self.rows:
             table.add_column(row.name, justify="right", no_wrap=True)

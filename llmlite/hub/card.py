@@ -17,7 +17,7 @@ from llmlite.html.images import CURVE, OVERVIEW, card_images
 from llmlite.hub.base import base_of
 from llmlite.hub.lines import adapter_loader, loading_snippet
 from llmlite.hub.published import hub_dataset, public_evaluation, published
-from llmlite.report import Report, Row, human_bytes
+from llmlite.report import SPEED_OF_STEPS, Report, Row, human_bytes
 from llmlite.storage import read_object
 
 __all__ = ["LAST_LINE", "fenced", "is_ours", "model_card", "plain", "write_card"]
@@ -211,9 +211,10 @@ def _conditions(report: Report) -> str:
     versions = ", ".join(f"{name} {about[name]}" for name in ("llmlite", "torch", "transformers", "peft", "bitsandbytes") if about.get(name))
     source = plain(str(text.get("text", "held-out text")))
     machine = f"{about.get('device', '?')} ({about.get('cpu', '?')}, {about.get('cores', '?')} cores)"
+    speed = f" {SPEED_OF_STEPS}" if report.rows[-1].decode_tokens_per_second else ""
     return (
         f"Perplexity, KL and agreement on {text.get('tokens', '?')} tokens ({text.get('examples', '?')} examples) of {source}. "
-        f"Speed and memory on {machine}, batch 1. {versions}. {about.get('date', '')}."
+        f"Speed and memory on {machine}, batch 1.{speed} {versions}. {about.get('date', '')}."
     )
 
 
@@ -264,7 +265,8 @@ def _evaluated(evaluation: Evaluation) -> str:
     machine = f"{about.get('cpu', '?')}, {about.get('cores', '?')} cores; torch {about.get('torch', '?')}, transformers {about.get('transformers', '?')}"
     grid = evaluation.models["this"].get("grid_grams_per_kwh")
     stated = f" CO2 at a stated {grid:g} g per kWh." if grid is not None else ""
-    return "\n".join(lines) + f"\n\n{plain(str(about.get('quality_on', '')))} {machine}; {about.get('date', '')}.{stated}"
+    how = " ".join(filter(None, (plain(str(about.get("quality_on", ""))), evaluation.speed_on())))
+    return "\n".join(lines) + f"\n\n{how} {machine}; {about.get('date', '')}.{stated}"
 
 
 def _not_measured(report: Report, evaluation: Evaluation | None) -> str:

@@ -90,7 +90,11 @@ def test_a_collapse_is_said_when_it_is_measured_and_stands_in_the_card(
     (told,) = [message for message in caplog.messages if "far from its base" in message]
     assert told == found.warning()
     assert "top-1 agreement with the base" in told
-    assert "**This model is far from its base: perplexity" in model_card(None, tmp_path)
+    card = model_card(None, tmp_path)
+    assert "**This model is far from its base: perplexity" in card
+    how = "Speed of the reloaded models: 1 repeats after one that warms up, prompts of 112 random tokens and 16 more"
+    assert how in card
+    assert how in str(found.table().caption)
     assert dataclasses.replace(found, models=found.models | {"this": found.models["base"]}).warning() == ""
 
 
