@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 from transformers import AutoConfig
 
 import llmlite
@@ -23,6 +25,7 @@ from llmlite.shrink.options import store_options
 from llmlite.shrink.search import Candidate, Limits, Option
 from llmlite.shrink.shrink import Shrunk, shrink
 from tests.conftest import save_noisy, save_sums, save_tiny
+from tests.pipeline.kills import run_killed
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +114,59 @@ def test_the_command_line_ends_with_the_table_and_with_run_with_what_was_obtaine
     assert "Expected KL" in told
     assert "obtained" in told
     assert (tmp_path / "out" / "result" / "model.safetensors").is_file()
+
+
+def test_a_small_mixture_is_measured_and_the_chosen_layers_are_in_4_and_16_bit(pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_tiny(tmp_path / "tiny", num_hidden_layers=1, intermediate_size=256)
+    monkeypatch.setattr("llmlite.shrink.shrink.store_options", lambda _: store_options(["bfloat16"])[1:2])
+    monkeypatch.setattr("llmlite.evaluation.reload.require_reload", lambda *_: 0.0)
+    found = shrink(recipe(folder, pairs_file, tmp_path / "out"), target=0.75, keeps=(), run=True)
+    (step,) = found.chosen.steps
+    assert step["skip"]
+    (nf4,) = [candidate for candidate in found.front if candidate.name == "nf4, 16-bit rest"]
+    assert found.chosen.kl < nf4.kl
+    assert found.report is not None
+    assert found.report.rows[-1].bytes_on_disk <= 0.75 * found.full_bytes * 1.01
+    with safe_open(tmp_path / "out" / "result" / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    layers = linear_shapes(AutoConfig.from_pretrained(folder))
+    assert {layer for layer in layers if f"{layer}.weight.absmax" not in names} == set(step["skip"])
+
+
+# The command in a process of its own, quick as above.
+_PATCHED = """
+import sys
+import llmlite.evaluation.reload as reload, llmlite.shrink.shrink as shrink
+from llmlite.cli import main
+options = shrink.store_options
+shrink.store_options = lambda _: options(["bfloat16"])[1:2]
+shrink._mixed = lambda *_: []
+reload.require_reload = lambda *_: 0.0
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_in_a_measurement_loses_no_other_and_the_same_command_ends_with_the_same_choice(
+    folder: Path, pairs_file: Path, tmp_path: Path, quick: pytest.MonkeyPatch
+) -> None:
+    asked = command(folder, pairs_file, tmp_path / "out")
+    assert run_killed([sys.executable, "-c", _PATCHED, *asked], "step 1 of 1: quantize", 0.1) == "killed"
+    measured = tmp_path / "out" / "measured"
+    (first,) = measured.glob("*.json")
+    (work,) = measured.glob("*.run")
+    assert (work / "steps" / "00-base" / "row.json").is_file()
+    assert not (tmp_path / "out" / "shrink.yaml").exists()
+    before = first.stat().st_mtime_ns
+    main(asked)
+    assert first.stat().st_mtime_ns == before
+    assert not list(measured.glob("*.run"))
+    main(command(folder, pairs_file, tmp_path / "whole"))
+    killed, whole = (Recipe.from_file(tmp_path / name / "shrink.yaml") for name in ("out", "whole"))
+    assert killed.steps == whole.steps
+    assert killed.expected.kl == pytest.approx(whole.expected.kl)
+    assert killed.expected.perplexity_ratio == pytest.approx(whole.expected.perplexity_ratio)
+    assert killed.expected.bytes_on_disk == whole.expected.bytes_on_disk
 
 
 def test_a_recipe_says_what_is_expected_and_it_changes_nothing() -> None:
