@@ -142,7 +142,7 @@ class _Bytes(click.ParamType[float]):
 @click.argument("model", required=False)
 @click.option("--target", type=float, help="Share of the 16-bit size that the files may have: 0.5 is half.")
 @click.option("--max_bytes", type=_Bytes(), help="Bytes that the files may have: 60MB.")
-@click.option("--max_memory", type=_Bytes(), help="Bytes that the weights may need in memory.")
+@click.option("--max_memory", type=_Bytes(), help="Bytes that the weights may need in memory; the cache and activations come on top.")
 @click.option("--min_speedup", type=float, help="Decoding speed wanted, against the base's on this machine: 1.5.")
 @click.option("--max_perplexity_increase", type=click.FloatRange(0), help="Most that perplexity may rise, as a share: 0.2.")
 @click.option("--data", metavar="DATA", help="Text to measure, calibrate and heal on. Left out: the Python documentation, offline.")
