@@ -30,7 +30,7 @@ from llmlite.step import name_of_step
 
 __all__ = ["main", "recipe_main"]
 
-_HIDDEN = frozenset({"steps"})
+_HIDDEN = frozenset({"steps", "expected"})
 # torchrun takes every option that begins like one of its own, even behind the module's name: `--r` would be its --role or --redirects.
 _ALIASES = {"r": ("--lora_r",)}
 Section = tuple[str, list[click.Option]]
@@ -225,6 +225,8 @@ def run_recipe(recipe: Recipe) -> None:
         return
     _show_samples(console, report)
     console.print(report.table())
+    if expectation := report.expectation():
+        console.print(expectation, markup=False, soft_wrap=True)
     for reason in dict.fromkeys(row.details["not_measured"] for row in report.rows if row.details.get("not_measured")):
         console.print(f"Not measured: {reason}.", soft_wrap=True)
     merged = report.rows[-1].details.get("perplexity_merged")

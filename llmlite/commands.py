@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,7 +142,7 @@ class _Bytes(click.ParamType[float]):
 @click.argument("model", required=False)
 @click.option("--target", type=float, help="Share of the 16-bit size that the files may have: 0.5 is half.")
 @click.option("--max_bytes", type=_Bytes(), help="Bytes that the files may have: 60MB.")
-@click.option("--max_memory", type=_Bytes(), help="Bytes that the weights may need in memory.")
+@click.option("--max_memory", type=_Bytes(), help="Bytes that the weights may need in memory; the cache and activations come on top.")
 @click.option("--min_speedup", type=float, help="Decoding speed wanted, against the base's on this machine: 1.5.")
 @click.option("--max_perplexity_increase", type=click.FloatRange(0), help="Most that perplexity may rise, as a share: 0.2.")
 @click.option("--data", metavar="DATA", help="Text to measure, calibrate and heal on. Left out: the Python documentation, offline.")
@@ -182,10 +183,11 @@ def _shrink_command(model: str | None, keeps: str, run_it: bool, output_dir: str
     console.print(found.table())
     if found.report is not None:
         console.print(found.report.table())
-        console.print(found.report.expectation(), markup=False)
-        console.print(f"\nThe result is in {found.report.path}:\n\n{found.report.loading}", markup=False)
+        console.print(found.report.expectation(), markup=False, soft_wrap=True)
+        console.print(f"\nThe result is in {found.report.path}:\n\n{found.report.loading}", markup=False, soft_wrap=True)
     elif found.chosen.steps:
-        console.print(f"\nThe recipe: {found.folder / 'shrink.yaml'}. To run it:\n  llmlite run {found.folder / 'shrink.yaml'}", markup=False)
+        place = found.folder / "shrink.yaml"
+        console.print(f"\nThe recipe: {place}. To run it:\n  llmlite run {shlex.quote(str(place))}", markup=False, soft_wrap=True)
     else:
         console.print("\nThe model is small enough as it is.", markup=False)
 
@@ -201,9 +203,11 @@ def _compare_command(folders: tuple[str, ...], html: str | None) -> None:
     from llmlite.storage import write_text
 
     found = compare(folders)
+    far = [f"{name}: {text}" for name, report in zip(found.names[1:], found.reports, strict=True) if (text := report.warning())]
+    found = dataclasses.replace(found, warnings=[*found.warnings, *far])
     console = Console(highlight=False)
     for warning in found.warnings:
-        console.print(f"Note: {warning}", markup=False)
+        console.print(f"Note: {warning}", markup=False, soft_wrap=True)
     console.print(found.table())
     if html:
         write_text(Path(html), found.page())

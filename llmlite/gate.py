@@ -1,7 +1,7 @@
 """Quality gates: how far a step's result may be from the base before the run stops.
 
-A gate is checked on the held-out text after each step. Perplexity alone can look healthy while the model answers differently, so divergence and
-agreement have limits of their own (Dutta et al. 2024, arXiv:2407.09141).
+A gate is checked on the held-out text after each step, or where it says so at the end only, for steps that mend what others break. Perplexity alone can
+look healthy while the model answers differently, so divergence and agreement have limits of their own (Dutta et al. 2024, arXiv:2407.09141).
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 
 from llmlite.config import settings, validate
 
-__all__ = ["COLLAPSE", "Gate", "GateSettings"]
+__all__ = ["COLLAPSE", "Gate", "GateSettings", "collapse_warning"]
 
 
 @settings
@@ -28,13 +28,15 @@ class Gate:
     """Most that the KL divergence from the base may be, in nats a token."""
     agreement: Annotated[float, pydantic.Field(ge=0, le=1)] | None = None
     """Least share of tokens whose most likely next token is the base's."""
+    when: Literal["step", "end"] = "step"
+    """step: after every step. end: after the last one, so that a later step may heal what an earlier one broke; of a recipe's gate only."""
 
     def crossed(self, base_perplexity: float, perplexity: float, kl: float | None, agreement: float | None) -> list[str]:
         """A phrase for each limit that these figures cross; none when all hold. What is no number crosses every limit on it."""
         found = []
         increase = perplexity / base_perplexity - 1
         if self.perplexity_increase is not None and not increase <= self.perplexity_increase:
-            shown = f"{increase:+.1%}" if math.isfinite(increase) else "without bound"
+            shown = "without bound" if not math.isfinite(increase) else f"{increase:+.1%}" if increase < 100 else f"{increase + 1:.3g} times"
             found.append(f"perplexity {base_perplexity:.4g} -> {perplexity:.4g} ({shown}; limit {self.perplexity_increase:+.1%})")
         if self.kl is not None and kl is not None and not kl <= self.kl:
             found.append(f"KL to the base {kl:.4g} nats a token (limit {self.kl:.4g})")
@@ -44,11 +46,17 @@ class Gate:
 
     def __bool__(self) -> bool:
         """Whether anything is checked."""
-        return any(getattr(self, field.name) is not None for field in dataclasses.fields(self))
+        return any(getattr(self, field.name) is not None for field in dataclasses.fields(self) if field.name != "when")
 
 
 COLLAPSE = Gate(perplexity_increase=1.0, kl=1.0, agreement=0.5)
 """What is warned of when no gate was set: a model this far from its base has hardly survived."""
+
+
+def collapse_warning(base_perplexity: float, perplexity: float, kl: float | None, agreement: float | None) -> str:
+    """A sentence for a model that is so far from its base, empty for any other: wherever a model's figures are shown, this stands beside them."""
+    crossed = COLLAPSE.crossed(base_perplexity, perplexity, kl, agreement)
+    return f"This model is far from its base: {'; '.join(crossed)}." if crossed else ""
 
 
 def _gate_of(value: Any) -> Any:

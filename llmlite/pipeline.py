@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmlite.context import Run
 from llmlite.errors import GateFailed, LlmliteError, OutputError, ResourceError, RunError
-from llmlite.gate import COLLAPSE
+from llmlite.gate import COLLAPSE, Gate
 from llmlite.kept import Kept, write_row
 from llmlite.models.adapted import adapter_parameters, is_adapted
 from llmlite.models.find import find, weight_bytes, weights_fingerprint
@@ -118,6 +118,7 @@ class _Pipeline:
             for index, row in enumerate(self.report.rows[1:]):
                 self._gate(index, row)
             if self.context.is_main:
+                self._expect()
                 self.kept.link_result()
                 self._push()
             self.context.wait()
@@ -278,25 +279,38 @@ class _Pipeline:
         return {"sample": sample(model, self.context.tokenizer, self.context.evaluation_data.rows)}
 
     def _gate(self, index: int, row: Row) -> None:
-        """Stop when a step's figures cross its gate; without a gate, warn of a collapse.
+        """Stop when a step's figures cross its gate; where no gate is for this step, warn of a collapse.
 
         Raises:
             GateFailed: the step's folder stays, so that a looser gate continues behind it.
         """
-        step, base = self.recipe.steps[index], self.report.rows[0]
-        gate = step.gate or self.recipe.gate
-        crossed = (gate or COLLAPSE).crossed(base.perplexity, row.perplexity, row.kl, row.top1_agreement)
+        step, whole = self.recipe.steps[index], self.recipe.gate
+        at_end = whole and whole.when == "end" and not step.gate
+        gate = Gate() if at_end and index < len(self.recipe.steps) - 1 else step.gate or whole
+        crossed = self._crossed(gate or COLLAPSE, row)
         if not crossed:
             return
         if not gate:
-            log.warning("%s: the model is far from its base: %s. To stop at such a step, set a gate.", row.name, "; ".join(crossed))
+            advice = "The gate is for the end, so the steps behind may heal it." if at_end else "To stop at such a step, set a gate."
+            log.warning("%s: the model is far from its base: %s. %s", row.name, "; ".join(crossed), advice)
             return
-        good = self.kept.folder(index - 1) if index else None
+        good = self._last_good(index)
         raise GateFailed(
-            f"gate: step {index + 1}, {row.name}, went too far: {'; '.join(crossed)}.\n"
+            (f"gate: the result, behind step {index + 1}, {row.name}, is" if at_end else f"gate: step {index + 1}, {row.name}, went")
+            + f" too far{' from the base' if at_end else ''}: {'; '.join(crossed)}.\n"
             + (f"The last good model is in {good}. " if good else f"The last good model is the base, {self.recipe.model.name}. ")
             + f"Try: {step.advice}. Or loosen the gate: the same command then continues behind this step."
         )
+
+    def _crossed(self, gate: Gate, row: Row) -> list[str]:
+        return gate.crossed(self.report.rows[0].perplexity, row.perplexity, row.kl, row.top1_agreement)
+
+    def _last_good(self, index: int) -> Path | None:
+        """The folder of the last step before `index` that keeps its own gate's limits, or the recipe's, also where those are for the end. None for the base."""
+        for before in range(index - 1, -1, -1):
+            if not self._crossed(self.recipe.steps[before].gate or self.recipe.gate, self.report.rows[before + 1]):
+                return self.kept.folder(before)
+        return None
 
     def _apply(self, index: int, step: Step) -> PreTrainedModel:
         if index == 0:
@@ -333,9 +347,20 @@ class _Pipeline:
         self.report.reload_difference = require_reload(self.model, lines)
         made_by = made_before_adapter(self.recipe) if adapter else None
         self.report.base = describe_base(self.context.source, self.model.config if adapter else None, made_by, vocabulary)
+        self.report.expected = self.recipe.expected.of_base(self.report.rows[0].perplexity)
         self.report.save()
         write_card(self.report)
         write_page(self.report)
+
+    def _expect(self) -> None:
+        """Put what the recipe expects into the report of a run that was complete already, where something else stands there."""
+        from llmlite.html.page import write_page
+
+        expected = self.recipe.expected.of_base(self.report.rows[0].perplexity)
+        if expected and expected != self.report.expected:
+            self.report.expected = expected
+            self.report.save()
+            write_page(self.report)
 
     def _push(self) -> None:
         """Upload the result where that was asked for. A failed upload loses nothing: the run stays complete."""

@@ -18,6 +18,7 @@ from llmlite.data.settings import Data
 from llmlite.errors import ConfigError
 from llmlite.gate import Gate, GateSettings
 from llmlite.models.settings import Model
+from llmlite.shrink.expected import Expected, ExpectedSettings
 from llmlite.step import Step, name_of_step, parse_step, step_class
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ _PARTS: dict[str, tuple[type[Any], str]] = {"model": (Model, "name"), "data": (D
 
 # What may change between a run and its continuation without changing what comes out.
 NOT_IN_IDENTITY = frozenset(
-    {"gate", "estimate_energy", "grid_grams_per_kwh", "dry_run", "overwrite_output_dir", "output_dir"}
+    {"gate", "expected", "estimate_energy", "grid_grams_per_kwh", "dry_run", "overwrite_output_dir", "output_dir"}
     | {"push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_accept_license"}
     | {"api_key_env", "concurrency", "max_retries", "request_timeout"}  # how a teacher's API is asked, not what
     | {"device_map", "max_memory", "teacher_device_map", "teacher_max_memory", "teacher_tp_plan"}  # where weights lie
@@ -78,8 +79,10 @@ class Recipe:
     max_steps: Annotated[int, pydantic.Field(ge=1)] | None = None
     """Optimizer steps of every training step, instead of what the steps say."""
     gate: GateSettings = Gate()
-    """Limits that stop the run (exit code 3) when a step's result crosses one, for instance {perplexity_increase: 0.05, kl: 0.1, agreement: 0.9}. A step's
-    own gate replaces it. It may be changed when a stopped run is continued."""
+    """Limits that stop the run (exit code 3) when a step's result crosses one, for instance {perplexity_increase: 0.05, kl: 0.1, agreement: 0.9}. With
+    {when: end} only the last step's result is held against them. A step's own gate replaces it. It may be changed when a stopped run is continued."""
+    expected: ExpectedSettings = Expected()
+    """Figures that `llmlite shrink` foretold of the result; the report has them beside what was obtained. They change nothing."""
     estimate_energy: bool = False
     """Let codecarbon estimate the energy of each step where the machine has no counter (llmlite[energy]). Counters are read anyway."""
     grid_grams_per_kwh: Annotated[float, pydantic.Field(ge=0)] | None = None
@@ -165,6 +168,11 @@ class Recipe:
         for _, more in parsed:
             problems += more
         values["steps"] = tuple(step for step, _ in parsed if step is not None)
+        problems += [
+            f"steps[{index}].gate: when=end is of the recipe's gate; a step's own is for its own result. Leave 'when' out, or move it to the recipe's."
+            for index, (step, _) in enumerate(parsed)
+            if step is not None and step.gate.when == "end"
+        ]
         recipe, more = validate(cls, values, "")
         return recipe, problems + more
 

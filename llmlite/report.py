@@ -7,18 +7,26 @@ import datetime
 import importlib.metadata
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmlite.errors import LoadError
+from llmlite.gate import collapse_warning
 from llmlite.storage import read_object, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Report", "Row", "environment", "human_bytes", "human_count", "plan_table"]
+__all__ = ["SPEED_OF_STEPS", "Report", "Row", "environment", "human_bytes", "human_count", "plan_table"]
+
+
+SPEED_OF_STEPS = (
+    "Speed is that of the model in memory as each step left it: batch 1, a prompt of at most 256 tokens and 16 more, the median of 3 repeats after one that "
+    "warms up, without spread. `llmlite evaluate` measures the reloaded result with its spread."
+)
+"""What the rows' speed is, for wherever it is shown: the defaults of `llmlite.evaluation.speed.measure_speed`, said without torch."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class Row:
         perplexity: exp of the mean negative log-likelihood of the held-out trained tokens.
         kl: mean KL divergence from the base's distribution on the same tokens, nats a token.
         top1_agreement: share of these tokens on which the most likely token is the base's.
-        prefill_tokens_per_second, decode_tokens_per_second: batch 1; see `llmlite.evaluation.speed`.
+        prefill_tokens_per_second, decode_tokens_per_second: of the model in memory; see `SPEED_OF_STEPS`.
         peak_memory_bytes: peak of the step's work.
         seconds: the step's work, without its evaluation.
         details: what the step itself reports.
@@ -65,7 +73,7 @@ class Report:
     """What the model card says of the base model. See `llmlite.hub.base.describe_base`."""
     reload_difference: float | None = None
     expected: dict[str, float] = field(default_factory=dict)
-    """What `llmlite shrink` expected of the result: kl, perplexity, bytes_on_disk."""
+    """What was expected of the result: kl, perplexity, bytes_on_disk. See `llmlite.shrink.expected`."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, without the folder's place."""
@@ -118,17 +126,26 @@ class Report:
         if not self.expected or not self.rows:
             return ""
         last = self.rows[-1]
-        return (
-            f"Expected KL {self.expected['kl']:.4f}, obtained {last.kl or 0:.4f}; "
-            f"perplexity {self.expected['perplexity']:.4g}, obtained {last.perplexity:.4g}; "
-            f"{human_bytes(self.expected['bytes_on_disk'])} on disk, obtained {human_bytes(last.bytes_on_disk)}."
-        )
+        told: dict[str, Callable[[float], str]] = {
+            "kl": lambda value: f"KL {value:.4f}, obtained {last.kl or 0:.4f}",
+            "perplexity": lambda value: f"perplexity {value:.4g}, obtained {last.perplexity:.4g}",
+            "bytes_on_disk": lambda value: f"{human_bytes(value)} on disk, obtained {human_bytes(last.bytes_on_disk)}",
+        }
+        return f"Expected {'; '.join(tell(self.expected[name]) for name, tell in told.items() if name in self.expected)}."
+
+    def warning(self) -> str:
+        """That the result is far from its base, in a sentence; empty where it is not."""
+        if len(self.rows) < 2:
+            return ""
+        base, this = self.rows[0], self.rows[-1]
+        return collapse_warning(base.perplexity, this.perplexity, this.kl, this.top1_agreement)
 
     def table(self) -> Table:
         """`lines` for a terminal: a column for the base and for each step, a row for each figure."""
         from rich.table import Table
 
-        table = Table(title=f"{self.path}", title_justify="left")
+        timed = any(row.decode_tokens_per_second for row in self.rows)
+        table = Table(title=f"{self.path}", title_justify="left", caption=SPEED_OF_STEPS if timed else None, caption_justify="left")
         table.add_column("")
         for row in self.rows:
             table.add_column(row.name, justify="right", no_wrap=True)

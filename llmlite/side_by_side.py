@@ -78,8 +78,8 @@ def evaluate(
         LlmliteError: whatever is not there or cannot be measured, before anything is loaded where possible.
     """
     folder = Path(folder)
-    if window is not None and stride is not None and not 1 <= stride < window:
-        raise ConfigError("evaluate", [f"stride={stride} should be at least 1 and below window={window}."])
+    if text is None and (given := [f"{name}={value}" for name, value in (("window", window), ("stride", stride)) if value is not None]):
+        raise ConfigError("evaluate", [f"{' and '.join(given)}: the sliding window is for a text. Add --text FILE, or leave it out: rows are read whole."])
     if tasks:
         from llmlite.evaluation.tasks import check_tasks
 
@@ -96,6 +96,8 @@ def evaluate(
     if not context.is_main:
         return found
     found.save()
+    if warning := found.warning():
+        log.warning("%s", warning)
     if report is not None:
         from llmlite.html.page import write_page
         from llmlite.hub.card import write_card
@@ -196,15 +198,30 @@ def _batches(context: Run, text: str | None, window: int | None, stride: int | N
         return context.evaluation_batches, f"Quality on the trained tokens of {data.counts.examples} held-out rows of {source}."
     from llmlite.evaluation.windows import sliding_batches, text_ids
 
-    longest = getattr(context.config, "max_position_embeddings", None)
-    window = window or context.recipe.data.max_length
-    window = min(window, int(longest)) if longest else window
-    stride = stride or max(1, window // 2)
+    window, stride = _window(context, window, stride)
     ids_T = text_ids(text, context.tokenizer, most)
     batches = sliding_batches(ids_T, window, stride)
     return lambda: context.in_present_tokens(
         batches
     ), f"Quality on {len(ids_T) - 1:,} tokens of {Path(text).name}, sliding window of {window}, stride {stride}."
+
+
+def _window(context: Run, window: int | None, stride: int | None) -> tuple[int, int]:
+    """Tokens of the sliding window and of its steps, with what was left out and at most what the model reads.
+
+    Raises:
+        ConfigError: the stride does not go with that window.
+    """
+    longest = getattr(context.config, "max_position_embeddings", None)
+    asked = window or context.recipe.data.max_length
+    whose = f"window={asked}" if window else f"the window of {asked} tokens, the data's max_length"
+    width = min(asked, int(longest)) if longest else asked
+    if width < asked:
+        whose = f"the window of {width} tokens, all that {context.recipe.model.name} reads at a time"
+    step = max(1, width // 2) if stride is None else stride
+    if not 1 <= step < width:
+        raise ConfigError("evaluate", [f"stride={step} should be at least 1 and below {whose}. Lower --stride, or leave it out for half a window."])
+    return width, step
 
 
 def _bytes(folder: Path, context: Run) -> int:

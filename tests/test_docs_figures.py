@@ -1,4 +1,7 @@
-"""The tables under "Measured" in the documentation say what `benchmarks/results/*.json` says. A new measurement fails here with the rows to copy."""
+"""The tables under "Measured" in the documentation, and shrink's in the benchmarks, say what `benchmarks/results/*.json` says.
+
+A new measurement fails here with the rows to copy.
+"""
 
 from __future__ import annotations
 
@@ -98,6 +101,38 @@ def adapters() -> list[str]:
         *(row(kind, f"{one['numbers']:,}", f"{one['perplexity']:.2f}", f"{one['cpu_ratio']:.2f}", f"{one['memory_ratio']:.2f}") for kind, one in kinds),
         *(row(one["seed"], starts[one["start"]], f"{one['kl_before_to_nf4']:.3f}", f"{one['after']['loss']:.3f}") for one in results("lora_start")["rows"]),
     ]
+
+
+def shrink() -> list[str]:
+    found = results("shrink")
+    choices = {"int8": "int8", "nf4, 53 layers in 16 bit": "NF4, 53 of 210 layers in 16 bit", "keep 0.65, healed + nf4": "decoder to 65 %, healed, then NF4"}
+    single = {"only pruning": "decoder to {} %", "only layers": "layers to {} % (greedy)"}
+    alone = {"nf4": "NF4", "nf4 + rank 16": "NF4 + rank 16", "keep 0.65, healed": "decoder to 65 %, 16 steps of healing"}
+
+    def digits(kl: float) -> str:
+        return f"{kl:.4f}" if kl < 0.1 else f"{kl:.3f}"
+
+    def ratio(perplexity: float) -> str:
+        return f"{perplexity:.3f}x" if perplexity < 10 else f"{perplexity:.1f}x"
+
+    def row_of(one: dict[str, Any]) -> str:
+        size, ours = f"{one['of_16_bit']:.3f}", one["method"] == "shrink"
+        how = choices[one["choice"]] if ours else f"{single[one['method']].format(round(100 * one['keep']))}, {found['heal_steps']} steps of healing"
+        expected = (digits(one["expected_kl"]), ratio(one["expected_perplexity_ratio"])) if ours else ("", "")
+        target = one["target"] if ours else "alone"
+        return row(target, how, size, expected[0], digits(one["kl"]), expected[1], ratio(one["perplexity_ratio"]))
+
+    options = [(how, *found["measured"][name]) for name, how in alone.items()]
+    measured = [row("alone", how, "" if size is None else f"{size:.3f}", "", digits(kl), "", ratio(perplexity)) for how, kl, perplexity, size in options]
+    ours, others = ([one for one in found["rows"] if (one["method"] == "shrink") == wanted] for wanted in (True, False))
+    return [*map(row_of, ours), *measured, *map(row_of, others)]
+
+
+def test_what_shrink_expected_and_obtained_stands_in_the_benchmarks() -> None:
+    page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    section = page.partition("\n## `llmlite shrink`")[2].partition("\n## ")[0]
+    _, _, *rows = [" ".join(line.split()) for line in section.splitlines() if line.startswith("|")]
+    assert rows == [" ".join(line.split()) for line in shrink()]
 
 
 @pytest.mark.parametrize("rows", [pruning, quantization, distillation, adapters], ids=lambda rows: rows.__name__)

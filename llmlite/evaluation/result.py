@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmlite.gate import collapse_warning
 from llmlite.report import human_bytes
 from llmlite.storage import write_json
 
@@ -84,11 +85,27 @@ class Evaluation:
             rows["g CO2 per 1,000 tokens"] = ["" if one is None else f"{one:.3g}" for one in grams]
         return rows
 
+    def warning(self) -> str:
+        """That the result is far from its base, in a sentence; empty where it is not."""
+        base, this = self.models["base"], self.models["this"]
+        return collapse_warning(base["perplexity"], this["perplexity"], this["kl"], this["top1_agreement"])
+
+    def speed_on(self) -> str:
+        """How speed was measured, in a sentence; empty where it was not."""
+        timed = next((model["latency"][0] for model in self.models.values() if model["latency"]), None)
+        if timed is None:
+            return ""
+        return (
+            f"Speed of the reloaded models: {timed['repeats']} repeats after one that warms up, prompts of {timed['prompt_tokens']} random tokens and "
+            f"{timed['new_tokens']} more; p50 is the median over them, p95 the 95th percentile."
+        )
+
     def table(self) -> Table:
         """`lines` for a terminal."""
         from rich.table import Table
 
-        table = Table(title=f"{self.path}", title_justify="left", caption=self.about["quality_on"], caption_justify="left")
+        how = "\n".join(filter(None, (self.about["quality_on"], self.speed_on())))
+        table = Table(title=f"{self.path}", title_justify="left", caption=how, caption_justify="left")
         table.add_column("")
         for name in self.models:
             table.add_column(name, justify="right", no_wrap=True)

@@ -50,7 +50,7 @@ def check_tasks(tasks: Sequence[str]) -> None:
     """Say now what would fail after the weights are loaded.
 
     Raises:
-        ConfigError: lm-eval is not installed, a YAML file is missing or names no task, or nobody knows a task of that name.
+        ConfigError: lm-eval is not installed, a YAML file is missing or names no task, nobody knows a task of that name, or both kinds are mixed.
     """
     try:
         import lm_eval.tasks  # noqa: F401
@@ -84,8 +84,6 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     names, folders = _named(tasks)
-    if folders and any(not task.endswith((".yaml", ".yml")) for task in tasks):
-        raise ConfigError("tasks", ["tasks of your own (YAML) and tasks that lm-eval knows by name go into two calls."])
     longest = getattr(model.config, "max_position_embeddings", None)
     try:
         found = simple_evaluate(
@@ -141,6 +139,8 @@ def _named(tasks: Sequence[str]) -> tuple[list[str], list[str]]:
             continue
         names.append(name)
         folders.append(str(path.parent.absolute()))
+    if folders and len(folders) < len(names):
+        problems.append("tasks of your own (YAML) and tasks that lm-eval knows by name go into two calls.")
     if problems:
         raise ConfigError("tasks", problems)
     return names, folders

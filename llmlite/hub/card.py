@@ -17,7 +17,7 @@ from llmlite.html.images import CURVE, OVERVIEW, card_images
 from llmlite.hub.base import base_of
 from llmlite.hub.lines import adapter_loader, loading_snippet
 from llmlite.hub.published import hub_dataset, public_evaluation, published
-from llmlite.report import Report, Row, human_bytes
+from llmlite.report import SPEED_OF_STEPS, Report, Row, human_bytes
 from llmlite.storage import read_object
 
 __all__ = ["LAST_LINE", "fenced", "is_ours", "model_card", "plain", "write_card"]
@@ -41,11 +41,11 @@ def model_card(report: Report | None, folder: Path, repo_id: str | None = None, 
     place = repo_id or folder.absolute().name
     title = place.rpartition("/")[2]
     snippet = loading_snippet(place, _adapter_base(report, folder) if is_adapter else None, base_model)
-    parts = [_metadata(report, folder, title, is_adapter, base_model), f"# {title}", _sentence(report, is_adapter, base_model)]
+    parts = [_metadata(report, folder, title, is_adapter, base_model), f"# {title}", _sentence(report, is_adapter, base_model), _warning(report)]
     if report is not None and report.rows:
         parts += ["## The base against this", _table(report), _pictures(report), _conditions(report)]
     if evaluation is not None:
-        parts += ["## Measured afterwards, both loaded from disk", _evaluated(evaluation)]
+        parts += ["## Measured afterwards, both loaded from disk", _warning(evaluation), _evaluated(evaluation)]
     parts += ["## Load it", f"```python\n{snippet}\n```", _loading_note(report, is_adapter, base_model)]
     if report is not None:
         parts += [
@@ -211,9 +211,10 @@ def _conditions(report: Report) -> str:
     versions = ", ".join(f"{name} {about[name]}" for name in ("llmlite", "torch", "transformers", "peft", "bitsandbytes") if about.get(name))
     source = plain(str(text.get("text", "held-out text")))
     machine = f"{about.get('device', '?')} ({about.get('cpu', '?')}, {about.get('cores', '?')} cores)"
+    speed = f" {SPEED_OF_STEPS}" if report.rows[-1].decode_tokens_per_second else ""
     return (
         f"Perplexity, KL and agreement on {text.get('tokens', '?')} tokens ({text.get('examples', '?')} examples) of {source}. "
-        f"Speed and memory on {machine}, batch 1. {versions}. {about.get('date', '')}."
+        f"Speed and memory on {machine}, batch 1.{speed} {versions}. {about.get('date', '')}."
     )
 
 
@@ -252,13 +253,20 @@ def _outcome(row: Row | None) -> str:
     return f"{trained}; perplexity then {row.perplexity:.4g}"
 
 
+def _warning(measured: Report | Evaluation | None) -> str:
+    """A collapse is the first thing that a reader of figures is told."""
+    text = measured.warning() if measured is not None else ""
+    return text and f"**{plain(text)}**"
+
+
 def _evaluated(evaluation: Evaluation) -> str:
     about = evaluation.about
     lines = ["| | base | this |", "|---|---:|---:|", *(f"| {plain(name)} | {' | '.join(map(plain, cells))} |" for name, cells in evaluation.lines().items())]
     machine = f"{about.get('cpu', '?')}, {about.get('cores', '?')} cores; torch {about.get('torch', '?')}, transformers {about.get('transformers', '?')}"
     grid = evaluation.models["this"].get("grid_grams_per_kwh")
     stated = f" CO2 at a stated {grid:g} g per kWh." if grid is not None else ""
-    return "\n".join(lines) + f"\n\n{plain(str(about.get('quality_on', '')))} {machine}; {about.get('date', '')}.{stated}"
+    how = " ".join(filter(None, (plain(str(about.get("quality_on", ""))), evaluation.speed_on())))
+    return "\n".join(lines) + f"\n\n{how} {machine}; {about.get('date', '')}.{stated}"
 
 
 def _not_measured(report: Report, evaluation: Evaluation | None) -> str:

@@ -1,12 +1,13 @@
 """Sensitivities: each option run alone on the model by the ordinary pipeline, each layer's cost of 4 bits, and the sizes of combinations. All remembered.
 
 A measurement is a recipe of its own, so it is resumed after a kill like any other; when it is complete only its figures are kept. A recipe measures every
-option that its first steps are, too.
+option that its first steps are, too. Figures are remembered under what they were measured on, weights and texts included: other ones are measured anew.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import shutil
@@ -26,7 +27,7 @@ from llmlite.storage import write_json
 if TYPE_CHECKING:
     from llmlite.context import Run
 
-__all__ = ["layer_costs", "measured", "plan_after", "recipe_of", "sizes_of"]
+__all__ = ["evidence_of", "layer_costs", "measured", "plan_after", "recipe_of", "sizes_of"]
 
 log = logging.getLogger(__name__)
 
@@ -47,20 +48,38 @@ def recipe_of(recipe: Recipe, steps: Sequence[dict[str, Any]], folder: Path) -> 
     return dataclasses.replace(recipe, steps=_steps_of(steps), output_dir=str(folder), overwrite_output_dir=False, dry_run=False)
 
 
-def measured(recipe: Recipe, options: Sequence[Option], folder: Path) -> list[Option]:
+def evidence_of(context: Run) -> str:
+    """What tells weights and texts under the same names apart: sixteen digits that change when the base's weights, a row of the training, held-out or
+    calibration text, or a token of the held-out text does. All texts are read; weights are there afterwards."""
+    from llmlite.calibration.mixture import SELF, parse_mixture
+    from llmlite.data.text import read_rows
+    from llmlite.models.find import find, weights_fingerprint
+
+    context.source = find(context.recipe.model, weights=True)
+    data = context.recipe.data
+    sources = [data.train, data.evaluation, *(source for _, source in parse_mixture(context.calibration) if source != SELF)]
+    seen = hashlib.sha256()
+    for source in dict.fromkeys(filter(None, sources)):
+        for row in read_rows(source, None, **context.columns()).rows:
+            seen.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return fingerprint(weights_fingerprint(context.source.folder), context.evaluation_data.fingerprint(), seen.hexdigest())
+
+
+def measured(recipe: Recipe, options: Sequence[Option], folder: Path, evidence: str) -> list[Option]:
     """The options with their figures: read from `folder` when they were measured before, else run, the longest first because it measures its beginnings too.
 
     Args:
         recipe: model, data and seed; its steps do not count.
         options: what to run.
         folder: where figures are remembered.
+        evidence: of weights and texts; see `evidence_of`.
 
     Raises:
         LlmliteError: a run cannot be made; what it has done is kept and continued.
     """
 
     def file_of(steps: Sequence[dict[str, Any]]) -> Path:
-        return folder / f"{fingerprint({**recipe.identity(), 'steps': list(steps)}, 1)}.json"
+        return folder / f"{fingerprint({**recipe.identity(), 'steps': list(steps)}, evidence, 2)}.json"
 
     for option in sorted(options, key=lambda option: -len(option.steps)):
         file = file_of(option.steps)
@@ -91,17 +110,18 @@ def _figures(report: Report, count: int) -> dict[str, float]:
     }
 
 
-def layer_costs(context: Run, folder: Path) -> dict[str, float]:
+def layer_costs(context: Run, folder: Path, evidence: str) -> dict[str, float]:
     """What rounding each projection alone to NF4 costs the prediction; layers that 4 bits cannot hold are left out.
 
     Args:
         context: of the model and the data.
         folder: where the figures are remembered.
+        evidence: of weights and texts; see `evidence_of`.
 
     Returns:
         Layer -> KL from the base in nats a token, to second order; see `llmlite.calibration.sensitivity.cost_of_changes`.
     """
-    file = folder / f"{fingerprint({**context.recipe.identity(), 'steps': ['layer costs']}, 1)}.json"
+    file = folder / f"{fingerprint({**context.recipe.identity(), 'steps': ['layer costs']}, evidence, 2)}.json"
     if not file.is_file():
         log.info("measuring: what 4 bits cost in each layer")
         write_json(file, _measured_costs(context))

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmlite.config import read_yaml, to_yaml
 from llmlite.errors import ConfigError, RunError
 from llmlite.plan import plan_of_base
 from llmlite.recipe import Recipe
 from llmlite.report import Report, human_bytes
-from llmlite.shrink.measure import layer_costs, measured, plan_after, recipe_of, sizes_of
+from llmlite.shrink.expected import Expected
+from llmlite.shrink.measure import evidence_of, layer_costs, measured, plan_after, recipe_of, sizes_of
 from llmlite.shrink.options import VOCABULARY, mixed_options, prune_options, store_options
 from llmlite.shrink.search import NOTHING, Candidate, Limits, Option, best, combinations, frontier
 from llmlite.step import ModelPlan
-from llmlite.storage import locked, telling, write_text
+from llmlite.storage import locked, read_object, telling, write_json, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,7 +63,7 @@ class Shrunk:
         table = Table(title="Size against expected quality", title_justify="left", caption="* is the choice", caption_justify="left")
         for name in ("", "how", "on disk", "of 16 bit", "KL", "perplexity", "decode"):
             table.add_column(name, justify="left" if name in {"", "how"} else "right", no_wrap=name != "how")
-        for candidate in dict.fromkeys([*self.front, self.chosen]):
+        for candidate in [*self.front, *([] if self.chosen in self.front else [self.chosen])]:
             table.add_row(
                 "*" if candidate == self.chosen else "",
                 candidate.name,
@@ -133,16 +136,18 @@ def shrink(
         (folder / "measured").mkdir(parents=True, exist_ok=True)
     with locked(folder):
         found_in = folder / "measured"
-        known = [measured(recipe, [option for option in group if _fits(option.name, sizes)], found_in) for group in groups]
-        mixed = _mixed(known[-1], recipe, context, found_in)
+        evidence = evidence_of(context)
+        known = [measured(recipe, [option for option in group if _fits(option.name, sizes)], found_in, evidence) for group in groups]
+        mixed = _mixed(known[-1], context, found_in, evidence)
         candidates = combinations(known, sizes) + combinations([*known[:-1], mixed], _sizes([*known[:-1], mixed], context))
         chosen = best(candidates, limits)
         if chosen is None:
             raise RunError(_nothing_fits(candidates, limits))
         found = Shrunk(folder, full, chosen, frontier(candidates), limits)
-        write_text(folder / "shrink.yaml", _yaml(recipe, found))
+        asked = _asked(recipe, chosen, folder, evidence)
+        write_text(folder / "shrink.yaml", _yaml(asked, found))
     if run and chosen.steps:
-        found.report = _run(recipe, chosen, folder)
+        found.report = asked.run()
     return found
 
 
@@ -170,7 +175,7 @@ def _extended(plans: dict[tuple[str, ...], ModelPlan], group: Sequence[Option], 
                 log.info("left out: %s: %s", " + ".join(filter(None, (*before, option.name))), error.problems[0])
 
 
-def _mixed(stores: Sequence[Option], recipe: Recipe, context: Run, folder: Path) -> list[Option]:
+def _mixed(stores: Sequence[Option], context: Run, folder: Path, evidence: str) -> list[Option]:
     """Formats of 4 and 16 bit side by side, where 4 bits were measured with what is not quantized in 16 bit. One of them is measured, the others computed."""
     import torch
 
@@ -181,11 +186,11 @@ def _mixed(stores: Sequence[Option], recipe: Recipe, context: Run, folder: Path)
     from llmlite.models.size import linear_shapes
 
     weights = {name: outputs * inputs for name, (outputs, inputs) in linear_shapes(context.config).items()}
-    found = mixed_options(nf4, layer_costs(context, folder), weights)
+    found = mixed_options(nf4, layer_costs(context, folder, evidence), weights)
     if not found:
         return []
     middle = min(found, key=lambda mixed: abs(mixed.weights_left - (1 - _MEASURED_SHARE)))
-    known = measured(recipe, [middle.option], folder)[0]
+    known = measured(context.recipe, [middle.option], folder, evidence)[0]
     trust = middle.trust_by(nf4, known)
     log.info("the layers' costs foretell %.0f %% of what their place in 16 bit gives", 100 * trust)
     return [known if mixed is middle else mixed.expected(nf4, trust) for mixed in found]
@@ -219,12 +224,12 @@ def _nothing_fits(candidates: Sequence[Candidate], limits: Limits) -> str:
     )
 
 
-def _yaml(recipe: Recipe, found: Shrunk) -> str:
-    """The chosen recipe, runnable by `llmlite run`, with what is expected of it."""
+def _yaml(asked: Recipe, found: Shrunk) -> str:
+    """The chosen recipe, runnable by `llmlite run`, with where it goes and what is expected of it."""
     chosen = found.chosen
-    mapping = {key: value for key, value in recipe.to_mapping(defaults=False).items() if key not in {"steps", "output_dir", "gate"}}
+    mapping = {key: value for key, value in asked.to_mapping(defaults=False).items() if key != "steps"}
     head = [
-        f"# llmlite run {found.folder / 'shrink.yaml'}",
+        f"# llmlite run {shlex.quote(str(found.folder / 'shrink.yaml'))}",
         "#",
         f"# {chosen.name}: {human_bytes(chosen.bytes_on_disk)}, {chosen.bytes_on_disk / found.full_bytes:.2f} of the 16-bit size",
         f"# expected: KL {chosen.kl:.4f} nats a token, perplexity {chosen.perplexity_ratio:.3f}x the base's, decoding {chosen.decode_speedup:.2f}x",
@@ -232,17 +237,16 @@ def _yaml(recipe: Recipe, found: Shrunk) -> str:
     return "\n".join(head) + "\n\n" + to_yaml({**mapping, "steps": [dict(step) for step in chosen.steps]})
 
 
-def _run(recipe: Recipe, chosen: Candidate, folder: Path) -> Report:
-    """Run the choice into ``result/``, or ``result-2/`` and so on where the results of other choices lie."""
-    from llmlite.html.page import write_page
-
+def _asked(recipe: Recipe, chosen: Candidate, folder: Path, evidence: str) -> Recipe:
+    """The choice, to be run into ``result/``, or ``result-2/`` and so on where the results of other choices lie, or of other weights and texts."""
+    expected = Expected(kl=chosen.kl, perplexity_ratio=chosen.perplexity_ratio, bytes_on_disk=chosen.bytes_on_disk)
+    note = folder / "measured" / "results.json"
+    made_of: dict[str, Any] = read_object(note) if note.is_file() else {}
     for number in itertools.count(1):
-        asked = recipe_of(recipe, chosen.steps, folder / ("result" if number == 1 else f"result-{number}"))
-        if not (asked.folder / "recipe.yaml").is_file() or read_yaml(asked.folder / "recipe.yaml") == asked.identity():
+        name = "result" if number == 1 else f"result-{number}"
+        asked = recipe_of(recipe, chosen.steps, folder / name)
+        place = asked.folder / "recipe.yaml"
+        if not place.is_file() or (made_of.get(name) == evidence and read_yaml(place) == asked.identity()):
             break
-    report = asked.run()
-    base = report.rows[0].perplexity
-    report.expected = {"kl": chosen.kl, "perplexity": base * chosen.perplexity_ratio, "bytes_on_disk": chosen.bytes_on_disk}
-    report.save()
-    write_page(report)
-    return report
+    write_json(note, made_of | {name: evidence})
+    return dataclasses.replace(asked, expected=expected)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 import llmlite
 from llmlite.cli import main
@@ -14,6 +16,7 @@ from llmlite.data.text import Rows
 from llmlite.errors import ConfigError, LoadError
 from llmlite.evaluation.sample import sample
 from llmlite.evaluation.tasks import TaskResult, check_tasks, flips
+from llmlite.hub.card import model_card
 from llmlite.report import Report
 from tests.conftest import build_tiny, build_tokenizer
 
@@ -77,6 +80,24 @@ def test_a_text_is_measured_by_a_stated_window(run: Report, tmp_path: Path) -> N
     assert found.models["this"]["tokens"] == found.models["base"]["tokens"] > 100
 
 
+def test_a_collapse_is_said_when_it_is_measured_and_stands_in_the_card(
+    model_folder: Path, pairs_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    model.lm_head.weight.data *= -200
+    model.save_pretrained(tmp_path)
+    found = llmlite.evaluate(tmp_path, base=str(model_folder), data=str(pairs_file), batch_sizes=(1,), repeats=1, answers=0)
+    (told,) = [message for message in caplog.messages if "far from its base" in message]
+    assert told == found.warning()
+    assert "top-1 agreement with the base" in told
+    card = model_card(None, tmp_path)
+    assert "**This model is far from its base: perplexity" in card
+    how = "Speed of the reloaded models: 1 repeats after one that warms up, prompts of 112 random tokens and 16 more"
+    assert how in card
+    assert how in str(found.table().caption)
+    assert dataclasses.replace(found, models=found.models | {"this": found.models["base"]}).warning() == ""
+
+
 def test_a_folder_that_is_no_run_needs_its_base_named(model_folder: Path, run: Report, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--base MODEL compares it with its base"):
         llmlite.evaluate(model_folder)
@@ -92,6 +113,31 @@ def test_tasks_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
     for name, message in wrong.items():
         with pytest.raises(ConfigError, match=message):
             check_tasks([name])
+
+
+def test_tasks_of_both_kinds_are_refused_before_anything_is_loaded(task: Path) -> None:
+    with pytest.raises(ConfigError, match="go into two calls"):
+        check_tasks([str(task), "hellaswag"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stride": 70}, r"stride=70 should be at least 1 and below the window of 64 tokens, the data's max_length\. Lower --stride"),
+        ({"stride": 32, "window": 32}, "stride=32 should be at least 1 and below window=32"),
+        ({"stride": 128, "window": 4096}, "below the window of 128 tokens, all that .*tiny-llama reads at a time"),
+        ({"stride": 0}, "stride=0 should be at least 1"),
+        ({"text": None, "window": 32}, "window=32: the sliding window is for a text. Add --text FILE"),
+        ({"text": None, "stride": 8, "window": 32}, "window=32 and stride=8: the sliding window is for a text"),
+    ],
+)
+def test_a_window_that_cannot_slide_is_refused_before_anything_is_loaded(
+    run: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "text.txt").write_text("What is the answer? It is the answer of the question. " * 40)
+    monkeypatch.setattr("llmlite.context.Run.load_base", lambda _: pytest.fail("loaded"))
+    with pytest.raises(ConfigError, match=message):
+        llmlite.evaluate(run.path, **{"text": str(tmp_path / "text.txt"), **options})
 
 
 def test_flips_count_changes_in_both_directions() -> None:

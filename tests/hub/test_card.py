@@ -20,7 +20,7 @@ from llmlite.hub.lines import loading_lines, loading_snippet
 from llmlite.hub.multi_adapter import Adapters
 from llmlite.hub.push import push, what_is_sent
 from llmlite.plan import made_before_adapter
-from llmlite.report import Report, Row
+from llmlite.report import SPEED_OF_STEPS, Report, Row
 
 
 def report_of(
@@ -73,6 +73,23 @@ def test_figures_and_changes_stand_in_the_table_and_missing_ones_are_named_as_no
     assert "| KL divergence from the base, nats a token |  | 0.2500 |  |" in card
     assert "decode, tokens a second" not in card
     assert "- speed\n- peak memory\n- anything on a GPU" in card
+
+
+def test_a_collapse_stands_above_the_figures(tmp_path: Path) -> None:
+    report = report_of(tmp_path, [{"step": "finetune"}])
+    assert "far from its base" not in model_card(report, tmp_path, "me/x")
+    report.rows[-1] = dataclasses.replace(report.rows[-1], perplexity=3e33, kl=80.0)
+    text = model_card(report, tmp_path, "me/x").partition("## The base against this")[0]
+    assert "**This model is far from its base: perplexity 10 -\\> 3e+33" in text
+    assert "KL to the base 80 nats a token (limit 1)" in text
+
+
+def test_the_card_says_of_which_model_the_speed_is(tmp_path: Path) -> None:
+    report = report_of(tmp_path, [{"step": "finetune"}])
+    assert SPEED_OF_STEPS not in model_card(report, tmp_path)
+    report.rows[-1] = dataclasses.replace(report.rows[-1], decode_tokens_per_second=9.0)
+    assert SPEED_OF_STEPS in model_card(report, tmp_path)
+    assert report.table().caption == SPEED_OF_STEPS
 
 
 def test_only_a_data_set_of_the_hub_is_named_as_one(tmp_path: Path) -> None:
@@ -221,6 +238,7 @@ def test_the_card_has_what_was_evaluated_and_states_co2_only_with_a_stated_grid(
     assert metadata(model_card(report, tmp_path, "me/x"))["co2_eq_emissions"]["emissions"] == pytest.approx(40)
     latency = {"batch": 1, "ttft_p50": 0.1, "ttft_p95": 0.2, "tpot_p50": 0.01, "tpot_p95": 0.02}
     latency |= {"prefill_tokens_per_second": 10.0, "decode_tokens_per_second": 5.0, "peak_memory_bytes": 10**9}
+    latency |= {"repeats": 5, "prompt_tokens": 256, "new_tokens": 16}
     task = {"task": "arc", "metric": "acc", "value": 0.5, "standard_error": 0.05, "flips": 0.125}
     figures = {"bytes_on_disk": 10, "perplexity": 9.0, "kl": 0.1, "top1_agreement": 0.9, "latency": [latency], "tasks": [task]}
     energy = {"joules_per_1000_tokens": None, "energy": {}, "grid_grams_per_kwh": None}
