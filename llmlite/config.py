@@ -222,8 +222,8 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
         raise ConfigError(str(path), ["no such file." + (f" Did you mean '{folder / guess}'?" if guess else "")]) from None
     except UnicodeDecodeError as error:
         raise ConfigError(str(path), [f"not UTF-8 text (byte {error.start}). Is it a YAML file?"]) from None
-    except OSError as error:
-        raise ConfigError(str(path), [f"cannot be read: {error.strerror}."]) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        raise ConfigError(shorten(repr(str(path)), 200), [f"cannot be read: {getattr(error, 'strerror', None) or error}."]) from None
     try:
         loaded = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:

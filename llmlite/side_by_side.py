@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from llmlite.errors import ConfigError, LoadError
 from llmlite.evaluation.result import Evaluation
 from llmlite.models.find import weight_bytes
+from llmlite.paths import require_path
 from llmlite.report import Report, environment
 from llmlite.storage import folder_bytes, read_object
 
@@ -77,7 +78,9 @@ def evaluate(
     Raises:
         LlmliteError: whatever is not there or cannot be measured, before anything is loaded where possible.
     """
-    folder = Path(folder)
+    folder = require_path(folder, "evaluate", "DIR")
+    if text is not None:
+        require_path(text, "evaluate", "text")
     if window is not None and stride is not None and not 1 <= stride < window:
         raise ConfigError("evaluate", [f"stride={stride} should be at least 1 and below window={window}."])
     if tasks:
