@@ -40,7 +40,9 @@ __all__ = [
 
 T = TypeVar("T")
 
-_CONFIG = pydantic.ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, validate_default=True, arbitrary_types_allowed=True)
+_CONFIG = pydantic.ConfigDict(
+    extra="forbid", strict=True, use_attribute_docstrings=True, validate_default=True, arbitrary_types_allowed=True, allow_inf_nan=False
+)
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -79,6 +80,8 @@ def evaluate(
         LlmliteError: whatever is not there or cannot be measured, before anything is loaded where possible.
     """
     folder = require_path(folder, "evaluate", "DIR")
+    if grid_grams_per_kwh is not None and not 0 <= grid_grams_per_kwh < math.inf:
+        raise ConfigError("evaluate", [f"grid_grams_per_kwh={grid_grams_per_kwh:g} should be a number of at least 0."])
     if text is not None:
         require_path(text, "evaluate", "text")
     if window is not None and stride is not None and not 1 <= stride < window:

@@ -134,6 +134,20 @@ def test_an_output_folder_inside_of_a_file_is_refused(
     assert "pairs.jsonl" in ended(command, words, capsys)
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999", "0.5x", ""])
+@pytest.mark.parametrize(
+    "command",
+    [f"shrink GOOD --{name}=VALUE" for name in ("target", "max_bytes", "max_memory", "min_speedup", "keeps")]
+    + ["shrink GOOD --target 0.5 --max_perplexity_increase=VALUE", "shrink GOOD --target 0.5 --heal_steps=VALUE", "evaluate GOOD --grid_grams_per_kwh=VALUE"]
+    + [
+        f"lora --model GOOD --{name}=VALUE --dry_run" for name in ("num_train_epochs", "learning_rate", "lora_alpha", "warmup_steps", "grid_grams_per_kwh", "r")
+    ],
+)
+def test_a_number_that_is_none_is_refused(command: str, value: str, here: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = command.replace("VALUE", value)
+    ended(command, {"GOOD": str(model_folder)}, capsys)
+
+
 def test_each_of_these_tests_has_a_time_limit(request: pytest.FixtureRequest) -> None:
     limit = request.node.get_closest_marker("timeout")
     assert limit is not None
