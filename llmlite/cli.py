@@ -299,6 +299,15 @@ def _hush() -> None:
     warnings.filterwarnings("ignore", module=r"(peft|transformers|bitsandbytes|torch)\.")
 
 
+def _printable(text: str) -> str:
+    """A message in which names that somebody gave us can neither fail to be printed nor command the terminal: what is no letter is escaped."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t\xa0" else ascii(letter)[1:-1] for letter in text)
+
+
+def _say(text: str) -> None:
+    click.echo(_printable(text), err=True)
+
+
 @contextmanager
 def _exits(command: str) -> Iterator[None]:
     """End the process as the errors say: one message and the exit code for ours, click's own for the command line, a traceback for bugs."""
@@ -307,24 +316,24 @@ def _exits(command: str) -> Iterator[None]:
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        click.echo(f"Error: {error.format_message()}", err=True)
+        _say(f"Error: {error.format_message()}")
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
-        click.echo(f"\nInterrupted. What was complete is kept. To continue:\n  {command}", err=True)
+        _say(f"\nInterrupted. What was complete is kept. To continue:\n  {command}")
         sys.exit(130)
     except LlmliteError as error:
         if error.exit_code == 2 and not is_main():
             time.sleep(3)  # the main process finds the same in the settings, says it, and the launcher then ends this one
-        click.echo(f"{_speaker()}{type(error).__name__}: {error}", err=True)
+        _say(f"{_speaker()}{type(error).__name__}: {error}")
         if isinstance(error, Interrupted):
-            click.echo(f"To continue:\n  {command}", err=True)
+            _say(f"To continue:\n  {command}")
         sys.exit(error.exit_code)
     except Exception as error:
         if _lost_another_process(error):
-            click.echo(f"{_speaker()}stopped, because another process of the launch has ended; the reason stands above. What was complete is kept.", err=True)
+            _say(f"{_speaker()}stopped, because another process of the launch has ended; the reason stands above. What was complete is kept.")
             sys.exit(1)
         traceback.print_exc()
-        click.echo(f"\n{_speaker()}This is a bug in llmlite {__version__}. What was complete is kept; the same command continues.", err=True)
+        _say(f"\n{_speaker()}This is a bug in llmlite {__version__}. What was complete is kept; the same command continues.")
         sys.exit(1)
 
 

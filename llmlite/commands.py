@@ -15,7 +15,7 @@ import click
 from llmlite import __version__
 from llmlite.cli import CONTEXT, dotted_options, hush_loggers, is_main, run_recipe, takes_text
 from llmlite.config import default_of, field_doc, parse_flag, read_yaml, to_mapping, to_yaml
-from llmlite.errors import ConfigError
+from llmlite.errors import ConfigError, OutputError
 from llmlite.models.device_map import SPREADING
 from llmlite.models.settings import Model
 from llmlite.recipe import Recipe
@@ -200,8 +200,10 @@ def _compare_command(folders: tuple[str, ...], html: str | None) -> None:
     from rich.console import Console
 
     from llmlite.html.compare import compare
+    from llmlite.paths import require_path
     from llmlite.storage import write_text
 
+    page = require_path(html, "compare", "--html") if html else None
     found = compare(folders)
     far = [f"{name}: {text}" for name, report in zip(found.names[1:], found.reports, strict=True) if (text := report.warning())]
     found = dataclasses.replace(found, warnings=[*found.warnings, *far])
@@ -209,8 +211,11 @@ def _compare_command(folders: tuple[str, ...], html: str | None) -> None:
     for warning in found.warnings:
         console.print(f"Note: {warning}", markup=False, soft_wrap=True)
     console.print(found.table())
-    if html:
-        write_text(Path(html), found.page())
+    if page is not None:
+        try:
+            write_text(page, found.page())
+        except OSError as error:
+            raise OutputError(f"compare: --html {page} cannot be written: {error.strerror}. Name a file in a folder that is there.") from None
         console.print(f"The page with plots: {html}", markup=False)
 
 

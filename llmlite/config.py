@@ -40,7 +40,9 @@ __all__ = [
 
 T = TypeVar("T")
 
-_CONFIG = pydantic.ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, validate_default=True, arbitrary_types_allowed=True)
+_CONFIG = pydantic.ConfigDict(
+    extra="forbid", strict=True, use_attribute_docstrings=True, validate_default=True, arbitrary_types_allowed=True, allow_inf_nan=False
+)
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -222,8 +224,8 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
         raise ConfigError(str(path), ["no such file." + (f" Did you mean '{folder / guess}'?" if guess else "")]) from None
     except UnicodeDecodeError as error:
         raise ConfigError(str(path), [f"not UTF-8 text (byte {error.start}). Is it a YAML file?"]) from None
-    except OSError as error:
-        raise ConfigError(str(path), [f"cannot be read: {error.strerror}."]) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        raise ConfigError(shorten(repr(str(path)), 200), [f"cannot be read: {getattr(error, 'strerror', None) or error}."]) from None
     try:
         loaded = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:

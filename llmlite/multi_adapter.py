@@ -20,6 +20,7 @@ from typing import Any
 from llmlite.errors import ConfigError, OutputError
 from llmlite.hub.multi_adapter import ADAPTERS, NAME, Adapters
 from llmlite.models.adapted import MARKS
+from llmlite.paths import require_path
 from llmlite.pipeline import base_of_result, load_result
 from llmlite.storage import MANIFEST, file_sums, read_object, writing_folder
 
@@ -64,9 +65,10 @@ def export(folders: Sequence[Path | str], output_dir: Path | str, names: Sequenc
     from llmlite.evaluation.reload import require_reload
     from llmlite.hub.lines import dtype_of, loading_lines
 
-    out = Path(output_dir)
+    out = require_path(output_dir, "llmlite export", "output_dir")
+    places = [require_path(folder, "llmlite export", "DIR") for folder in folders]
     _require_free(out)
-    named = _named([Path(folder) for folder in folders], names)
+    named = _named(places, names)
     base, context, vocabulary = _require_one_base(named)
     with writing_folder(out) as temporary:
         for name, folder in named.items():

@@ -290,8 +290,9 @@ def _refuse_other_contents(recipe: Recipe) -> None:
         OutputError: saying what is there and what to do; nothing was touched.
     """
     out = recipe.folder
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"output_dir: {out} is a file. Choose another --output_dir.")
+    for place in (out, *out.parents):
+        if place.exists() and not place.is_dir():
+            raise OutputError(f"output_dir: {place} is a file. Choose another --output_dir.")
     strangers = _contents(out)
     if not strangers:
         return

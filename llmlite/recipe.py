@@ -18,6 +18,7 @@ from llmlite.data.settings import Data
 from llmlite.errors import ConfigError
 from llmlite.gate import Gate, GateSettings
 from llmlite.models.settings import Model
+from llmlite.paths import PathText
 from llmlite.shrink.expected import Expected, ExpectedSettings
 from llmlite.step import Step, name_of_step, parse_step, step_class
 
@@ -72,7 +73,7 @@ class Recipe:
     """Hub id, JSON/JSONL/Parquet/CSV/TXT file or folder. Left out: the Python documentation inside every interpreter, offline."""
     steps: Steps = ()
     """What is done, in order."""
-    output_dir: str | None = None
+    output_dir: PathText | None = None
     """Folder for the result. Left out: outputs/ and the recipe's name."""
     seed: Annotated[int, pydantic.Field(ge=0)] = 0
     """Seed of everything random."""

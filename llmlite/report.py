@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import pydantic
+
+from llmlite.config import problems_of, shorten
 from llmlite.errors import LoadError
 from llmlite.gate import collapse_warning
+from llmlite.report_shape import BaseShape, Count, Details, EnvironmentShape, EvaluationShape, ExpectedShape, Number, Perplexity, RecipeShape
 from llmlite.storage import read_object, write_json
 
 if TYPE_CHECKING:
@@ -46,33 +51,37 @@ class Row:
         details: what the step itself reports.
     """
 
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
+
     name: str
-    parameters: int
-    bytes_on_disk: int
-    perplexity: float
-    kl: float | None = None
-    top1_agreement: float | None = None
-    prefill_tokens_per_second: float | None = None
-    decode_tokens_per_second: float | None = None
-    peak_memory_bytes: int | None = None
-    seconds: float = 0.0
-    details: dict[str, Any] = field(default_factory=dict)
+    parameters: Count
+    bytes_on_disk: Count
+    perplexity: Perplexity
+    kl: Number | None = None
+    top1_agreement: Number | None = None
+    prefill_tokens_per_second: Number | None = None
+    decode_tokens_per_second: Number | None = None
+    peak_memory_bytes: Count | None = None
+    seconds: Number = 0.0
+    details: Details = field(default_factory=dict)
 
 
 @dataclass
 class Report:
     """All rows of a run and how it was made. `path` is the folder of the result."""
 
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
+
     path: Path
-    recipe: dict[str, Any]
-    evaluation: dict[str, Any]
-    environment: dict[str, Any]
-    rows: list[Row] = field(default_factory=list)
+    recipe: RecipeShape
+    evaluation: EvaluationShape
+    environment: EnvironmentShape
+    rows: Annotated[list[Row], pydantic.Field(min_length=1)] = field(default_factory=list)
     loading: str = ""
-    base: dict[str, Any] = field(default_factory=dict)
+    base: BaseShape = field(default_factory=dict)
     """What the model card says of the base model. See `llmlite.hub.base.describe_base`."""
-    reload_difference: float | None = None
-    expected: dict[str, float] = field(default_factory=dict)
+    reload_difference: Number | None = None
+    expected: ExpectedShape = field(default_factory=dict)
     """What was expected of the result: kl, perplexity, bytes_on_disk. See `llmlite.shrink.expected`."""
 
     def to_json(self) -> dict[str, Any]:
@@ -93,17 +102,22 @@ class Report:
             LoadError: there is none, or it is not whole.
         """
         file = Path(folder) / "report.json"
+        values = read_object(file)
         try:
-            return cls.of(Path(folder), read_object(file))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise LoadError(
-                f"{file} is no report of llmlite's ({type(error).__name__}: {str(error)[:120]}). Run the recipe again, or give another folder."
-            ) from None
+            return cls.of(Path(folder), values)
+        except pydantic.ValidationError as error:
+            found = problems_of(error, cls)
+            shown = "\n".join(f"  {shorten(problem, 300)}" for problem in found[:3]) + (f"\n  and {len(found) - 3} more" if len(found) > 3 else "")
+            raise LoadError(f"{file} is no report of llmlite's. Run the recipe again, or give another folder.\n{shown}") from None
 
     @classmethod
     def of(cls, path: Path, values: dict[str, Any]) -> Report:
-        """A report from its plain values; `path` is the folder of the result."""
-        return cls(path=path, **(values | {"rows": [Row(**row) for row in values["rows"]]}))
+        """A report from its plain values; `path` is the folder of the result.
+
+        Raises:
+            pydantic.ValidationError: the values are of another kind; see `llmlite.report_shape`.
+        """
+        return _whole_report().validate_python({"rows": [], **values, "path": path})
 
     def lines(self) -> dict[str, list[str]]:
         """The figures as text: a name, then a cell for the base and for each step; changes are against the base."""
@@ -152,6 +166,11 @@ class Report:
         for name, cells in self.lines().items():
             table.add_row(name, *cells)
         return table
+
+
+@functools.cache
+def _whole_report() -> pydantic.TypeAdapter[Report]:
+    return pydantic.TypeAdapter(Report)
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from llmlite.errors import ConfigError, LoadError
 from llmlite.evaluation.result import Evaluation
 from llmlite.models.find import weight_bytes
+from llmlite.paths import require_path
 from llmlite.report import Report, environment
 from llmlite.storage import folder_bytes, read_object
 
@@ -77,8 +79,12 @@ def evaluate(
     Raises:
         LlmliteError: whatever is not there or cannot be measured, before anything is loaded where possible.
     """
-    folder = Path(folder)
-    if text is None and (given := [f"{name}={value}" for name, value in (("window", window), ("stride", stride)) if value is not None]):
+    folder = require_path(folder, "evaluate", "DIR")
+    if grid_grams_per_kwh is not None and not 0 <= grid_grams_per_kwh < math.inf:
+        raise ConfigError("evaluate", [f"grid_grams_per_kwh={grid_grams_per_kwh:g} should be a number of at least 0."])
+    if text is not None:
+        require_path(text, "evaluate", "text")
+    elif given := [f"{name}={value}" for name, value in (("window", window), ("stride", stride)) if value is not None]:
         raise ConfigError("evaluate", [f"{' and '.join(given)}: the sliding window is for a text. Add --text FILE, or leave it out: rows are read whole."])
     if tasks:
         from llmlite.evaluation.tasks import check_tasks

@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
+_NAME = 40  # characters of a name that its temporary stand-in repeats; more might make it longer than a name may be
 
 
 @contextmanager
@@ -53,14 +54,14 @@ def writing_folder(folder: Path) -> Iterator[Path]:
     """
     with telling(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name[:_NAME]}-"))
     try:
         with telling(folder):
             temporary.chmod(0o755)
             yield temporary
             seal(temporary)
             if folder.exists():
-                old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-old-"))
+                old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name[:_NAME]}-old-"))
                 folder.rename(old / folder.name)
                 temporary.rename(folder)
                 shutil.rmtree(old, ignore_errors=True)
@@ -78,7 +79,7 @@ def telling(path: Path) -> Iterator[None]:
         with telling_full(path):
             yield
     except OSError as error:
-        if error.errno in {errno.EACCES, errno.EROFS, errno.EPERM}:
+        if error.errno in {errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}:
             raise OutputError(f"{path}: cannot be written ({error.strerror}). Choose another --output_dir.") from error
         raise
 

@@ -16,12 +16,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llmlite.config import shorten
 from llmlite.data.builtin import PYTHON_DOCS, PYTHON_DOCS_PROSE, python_docs
 from llmlite.data.columns import ColumnNames, Kind, find_columns, normalise
 from llmlite.data.files import SUFFIXES, data_suffix, read_file
 from llmlite.data.hub import check_hub, hub_splits, saved_splits
 from llmlite.data.split import SPLITS, Split, row_key, split_by_content
 from llmlite.errors import DataError
+from llmlite.paths import path_problem
 
 __all__ = ["Rows", "SourceCheck", "check_source", "read_rows", "read_splits"]
 
@@ -33,6 +35,7 @@ _SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "calibration": ("calibration", "calib"),
     "test": ("test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev"),
 }
+_HUB_ID = 96  # characters of the longest
 _FIRST_ROWS = 20  # that check_source looks at in each file
 
 # What is named, and its records: ("chat.jsonl line 3", {"prompt": ...})
@@ -199,6 +202,8 @@ def _read_all(source: str | Path, *, config_name: str | None = None, revision: s
 def _locate(source: str | Path) -> str:
     """builtin, file, folder, saved (by `datasets`) or hub; an error for a path that is not there."""
     written = str(source)
+    if problem := path_problem(source):
+        raise DataError(f"data: {shorten(repr(written))} should {problem}.")
     if written.startswith("builtin:"):
         if written in _BUILTIN:
             return "builtin"
@@ -209,7 +214,7 @@ def _locate(source: str | Path) -> str:
         return "saved" if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file() else "folder"
     if path.exists():
         return "file"
-    looks_like_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", written) and not isinstance(source, Path)
+    looks_like_id = len(written) <= _HUB_ID and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", written) and not isinstance(source, Path)
     if not looks_like_id or data_suffix(path) or ("/" in written and path.parent.is_dir()):
         raise DataError(f"no file or folder {written}.{_near_names(path)}")
     return "hub"

@@ -27,6 +27,7 @@ from pydantic import Field
 from llmlite.config import settings
 from llmlite.distillation.student import StudentStep
 from llmlite.errors import ApiError, ConfigError
+from llmlite.paths import PathText
 from llmlite.step import ModelPlan
 from llmlite.training.settings import NonNegative, PositiveInt
 
@@ -57,7 +58,7 @@ class DistillBlackBox(StudentStep):
 
     learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Peak learning rate of AdamW. None: 5e-5 for all weights, by the model's width for an adapter."""
-    teacher: str = "serve:base"
+    teacher: PathText = "serve:base"
     """The model's name at the API; or serve:base, the model this run started from, served on loopback by the step itself; or serve: and a Hub id or folder."""
     base_url: str | None = None
     """Address of an OpenAI-compatible API, with its /v1. None: $OPENAI_BASE_URL, else OpenAI's own."""
@@ -70,7 +71,7 @@ class DistillBlackBox(StudentStep):
     """Log-probabilities asked for at each place. Most servers give at most 20."""
     missing_logprobs: Literal["refuse", "downgrade"] = "refuse"
     """What to do when the server returns fewer or none, which some do without a word: stop, or go on with what there is."""
-    prompts: str | None = None
+    prompts: PathText | None = None
     """A file with prompts alone (JSONL, JSON, CSV, Parquet, TXT) to ask instead of those in the training rows."""
     endpoint: Literal["auto", "chat", "completions"] = "auto"
     """auto: chat for prompts and chats, completions for plain text, whose first half is continued."""
@@ -100,7 +101,7 @@ class DistillBlackBox(StudentStep):
     """Price of a million tokens that the teacher reads."""
     output_price: NonNegative = 0.0
     """Price of a million tokens that the teacher writes."""
-    answers_cache: str | None = None
+    answers_cache: PathText | None = None
     """Folder of the answers that are kept for good. None: answers/ in $LLMLITE_CACHE or the user's cache folder."""
     tail: Literal["bucket", "renormalise"] = "bucket"
     """What the tokens are that the teacher does not list: one more outcome with the rest of the probability, or impossible."""

@@ -24,6 +24,7 @@ from llmlite.config import settings
 from llmlite.distillation.student import StudentStep
 from llmlite.errors import ConfigError
 from llmlite.models.device_map import SPREADING, MemoryLimits
+from llmlite.paths import PathText
 from llmlite.step import ModelPlan, Scheme
 from llmlite.training.settings import NonNegative, PositiveInt
 
@@ -58,7 +59,7 @@ class DistillWhiteBox(StudentStep):
 
     learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Peak learning rate of AdamW. None: 1e-4 for all weights; for adapters by the model's width, 1.3e-3 at 576, 2.9e-4 at 4,096."""
-    teacher: str = "base"
+    teacher: PathText = "base"
     """base: the model this run started from. Else a Hub id or folder of a model with the same vocabulary (uld: any)."""
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type the teacher is computed in. auto: as the student's base."""

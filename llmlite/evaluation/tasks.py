@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from llmlite.config import near
+from llmlite.config import near, shorten
 from llmlite.errors import ConfigError
+from llmlite.paths import path_problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -126,6 +127,9 @@ def _named(tasks: Sequence[str]) -> tuple[list[str], list[str]]:
             names.append(task)
             continue
         path = Path(task)
+        if problem := path_problem(task):
+            problems.append(f"{shorten(repr(task))} should {problem}.")
+            continue
         if not path.is_file():
             problems.append(f"no file {task}.")
             continue

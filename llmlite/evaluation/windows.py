@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmlite.errors import DataError
+from llmlite.paths import require_path
 from llmlite.training.token_loss import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def text_ids(path: Path | str, tokenizer: PreTrainedTokenizerBase, most: int | N
         DataError: no such file, no UTF-8, or fewer than two tokens.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = require_path(path, "evaluate", "text").read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(f"text: {path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:

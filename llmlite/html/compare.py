@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from llmlite.errors import OutputError
 from llmlite.html import plots
 from llmlite.html.page import render
+from llmlite.paths import require_path
 from llmlite.report import Report, human_bytes
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def compare(folders: Sequence[Path | str]) -> Comparison:
         LoadError: a report that is not whole.
     """
     reports = []
-    for folder in map(Path, folders):
+    for folder in [require_path(folder, "compare", "DIR") for folder in folders]:
         if not (folder / "report.json").is_file():
             raise OutputError(f"compare: {folder} has no report.json, so it is not the result of a finished run.")
         reports.append(Report.read(folder))

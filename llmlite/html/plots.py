@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -52,10 +53,14 @@ def bars(title: str, names: Sequence[str], values: Sequence[float | None], label
     Args:
         title: above the plot.
         names: one for each bar, from top to bottom.
-        values: lengths; bars without a value are left out.
+        values: lengths; bars without a finite value are left out.
         labels: what is written at each bar's end.
     """
-    shown = [(name, value, label, index == 0) for index, (name, value, label) in enumerate(zip(names, values, labels, strict=True)) if value is not None]
+    shown = [
+        (name, value, label, index == 0)
+        for index, (name, value, label) in enumerate(zip(names, values, labels, strict=True))
+        if value is not None and math.isfinite(value)
+    ]
     if not shown or not available():
         return ""
 

@@ -53,6 +53,8 @@ class Adapters:
             report = published(Report.read(folder))
             base, environment = base or report.base, environment or report.environment
             config = read_object(folder / "adapter_config.json")
+            if len(report.rows) < 2:
+                raise LoadError(f"{folder / 'report.json'} has no figures of an adapter, only of its base. Run the recipe again, or give another folder.")
             this, before = report.rows[-1], report.rows[-2]
             adapters[name] = {
                 "kind": str(config["peft_type"]).lower(),

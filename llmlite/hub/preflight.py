@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llmlite.config import shorten
 from llmlite.errors import HubError
 from llmlite.hub.client import api, call
 
@@ -98,7 +99,9 @@ def _require_name(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise HubError(f"'{repo_id}' is no name for a repository: {error} Wanted: owner/name, for instance me/llama-lite.") from None
+        raise HubError(
+            f"{shorten(repr(repo_id))} is no name for a repository: {shorten(str(error), 200)} Wanted: owner/name, for instance me/llama-lite."
+        ) from None
     if os.path.isabs(repo_id):
         raise HubError(f"'{repo_id}' is a folder. Wanted: owner/name, for instance me/llama-lite.")
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmlite.config import shorten
 from llmlite.errors import HubError, OutputError, PushFailed
 from llmlite.evaluation.result import EVALUATION
 from llmlite.html.images import card_images
@@ -27,6 +28,7 @@ from llmlite.hub.multi_adapter import ADAPTERS, Adapters
 from llmlite.hub.preflight import Destination, preflight
 from llmlite.hub.public import leak, places_of, public_text, result_files, secrets_of_this_machine
 from llmlite.hub.published import private_places, public_evaluation, public_recipe, public_report, published
+from llmlite.paths import require_path
 from llmlite.report import Report, human_bytes
 from llmlite.storage import read_object
 
@@ -93,9 +95,9 @@ def push(
         HubError: the Hub was asked and refuses; nothing was sent.
         PushFailed: the upload began and did not end well. Both end with the command to continue.
     """
-    place = Path(folder.path if isinstance(folder, Report) else folder)
+    place = require_path(folder.path if isinstance(folder, Report) else folder, "push", "DIR")
     flags = {"public": not private, "create_pr": create_pr, "replace": replace, "verify": verify, "accept_license": accept_license}
-    command = continue_command(place, repo_id, revision, base_model, **flags)
+    command = continue_command(place, shorten(repo_id, 200), revision, base_model, **flags)
     report = _finished(place)
     several = Adapters.read(place) if report is None else None
     base = report.base if report is not None else several.base if several is not None else {}

@@ -11,10 +11,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmlite.config import near
+from llmlite.config import near, shorten
 from llmlite.errors import LoadError
 from llmlite.models.gguf import converted, is_packaged, packaged_gguf
 from llmlite.models.settings import Model
+from llmlite.paths import path_problem
 
 __all__ = ["Source", "find", "stock_files", "weight_bytes", "weight_files", "weights_fingerprint"]
 
@@ -119,15 +120,23 @@ def stock_files(folder: Path) -> list[Path]:
     A repository may hold others beside them, for instance a consolidated copy under another library's names.
 
     Raises:
-        LoadError: the index is none.
+        LoadError: the index is none, or leads out of the folder.
     """
     index = folder / _INDEX
     if (folder / "model.safetensors").is_file() or not index.is_file():
         return [folder / "model.safetensors"]
     try:
-        return [folder / name for name in sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise LoadError(f"model: '{index}' is not a valid shard index ({error}). Download the folder again.") from None
+    if not names:
+        raise LoadError(f"model: '{index}' names no weight file. Download the folder again.")
+    if astray := [name for name in names if Path(name).name != name or not name.endswith(".safetensors") or path_problem(name)]:
+        raise LoadError(
+            f"model: '{index}' names {shorten(repr(astray[0]))} as a weight file. Wanted: names of *.safetensors files in that folder. An index that leads "
+            "out of it may be meant to harm: take the folder from a source that you trust."
+        )
+    return [folder / name for name in names]
 
 
 def weight_bytes(folder: Path) -> int:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from llmlite.config import settings
 from llmlite.models.device_map import MemoryLimits
+from llmlite.paths import PathText
 from llmlite.step import Names
 
 __all__ = ["DEFAULT_MODEL", "Model"]
@@ -17,7 +18,7 @@ DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 class Model:
     """Which model, and how it is loaded."""
 
-    name: str = DEFAULT_MODEL
+    name: PathText = DEFAULT_MODEL
     """Hub id, local folder, or path of a .gguf file."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,63 @@ def test_weights_cut_off_anywhere_are_refused(share: float, good: Path, pairs_fi
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: int(share * len(whole))])
     assert checked_and_loaded(folder, pairs_file, tmp_path / "out") != "good"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../../etc/passwd",
+        "/etc/passwd",
+        "../other/model.safetensors",
+        "/tmp/model.safetensors",
+        "inside/model.safetensors",
+        "..",
+        "",
+        "pytorch_model.bin",
+        "a\0.safetensors",
+        f"{'a' * 300}.safetensors",
+        "gone.safetensors",
+        None,
+        3,
+        [],
+    ],
+    ids=str,
+)
+def test_a_shard_index_that_leads_out_of_its_folder_is_refused_and_nothing_there_is_opened(
+    name: Any, good: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors
+
+    folder = copied(good, tmp_path)
+    shutil.copytree(good, tmp_path / "other")
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name, "model.norm.weight": "one.safetensors"}}))
+    opened: list[Path] = []
+    open_file = safetensors.safe_open
+    monkeypatch.setattr(safetensors, "safe_open", lambda file, **options: opened.append(Path(file)) or open_file(file, **options))
+    assert "index" in (said := checked_and_loaded(folder, pairs_file, tmp_path / "out")) or "lacks" in said
+    assert all(file.parent == folder for file in opened)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": 3}', '{"a":' * 3000], ids=range(7))
+def test_a_shard_index_that_is_none_is_refused(content: str, good: Path, pairs_file: Path, tmp_path: Path) -> None:
+    folder = copied(good, tmp_path)
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    (folder / "model.safetensors.index.json").write_text(content)
+    assert checked_and_loaded(folder, pairs_file, tmp_path / "out") != "good"
+
+
+@pytest.mark.parametrize("name", ["x.zip", "x.tar", "x.tar.gz", "x.7z"])
+def test_archives_are_refused_and_nothing_is_unpacked(name: str, good: Path, pairs_file: Path, tmp_path: Path) -> None:
+    archive = tmp_path / name
+    with zipfile.ZipFile(archive, "w") as written:
+        written.writestr("../../outside.txt", "out")
+        for file in good.iterdir():
+            written.write(file, file.name)
+    before = sorted(tmp_path.rglob("*"))
+    assert "is a file" in checked_and_loaded(archive, pairs_file, tmp_path / "out")
+    assert name in checked_and_loaded(good, archive, tmp_path / "out")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 class _Harm:

@@ -73,6 +73,16 @@ def test_every_option_of_every_step_takes_a_wrong_value_with_a_sentence(name: st
     assert refused > tried / 2
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_option_takes_what_is_no_finite_number(value: float) -> None:
+    for name in STEPS:
+        for field in dataclasses.fields(step_class(name)):
+            assert parse_step({"step": name, field.name: value}, 0)[0] is None, (name, field.name)
+    for field in dataclasses.fields(Recipe):
+        with pytest.raises(ConfigError):
+            Recipe.from_options(("file", {"steps": [{"step": "lora"}], field.name: value}))
+
+
 @pytest.mark.parametrize("file", GOOD, ids=lambda file: file.stem)
 def test_every_key_of_every_recipe_misspelt_is_refused_by_name(file: Path) -> None:
     good = read_yaml(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import shutil
 import sys
@@ -26,6 +27,8 @@ from llmlite.shrink.search import Candidate, Limits, Option
 from llmlite.shrink.shrink import Shrunk, shrink
 from tests.conftest import save_noisy, save_sums, save_tiny
 from tests.pipeline.kills import run_killed
+
+LIMITS = ("target", "max_bytes", "max_memory", "min_speedup", "max_perplexity_increase")
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +239,8 @@ def test_what_cannot_be_is_said_before_anything_is_measured(folder: Path, pairs_
     asked = recipe(folder, pairs_file, tmp_path / "out")
     for options, message in (
         ({}, "say how small"),
-        ({"target": -1}, "should be above 0"),
+        ({"target": -1}, "should be a number above 0"),
+        *(({name: value}, f"{name}={value} should be a number") for name in LIMITS for value in (math.nan, math.inf, -math.inf)),
         ({"target": 0.5, "keeps": (1.5,)}, "share of the decoder that stays"),
         ({"max_bytes": 1000}, "nothing that is tried gets below"),
         ({"max_memory": 1000}, "nothing that is tried needs less than"),
