@@ -181,7 +181,7 @@ class _Base(TypedDict, total=False):
     vocabulary: Count
 
 
-class _Expected(TypedDict):
+class _Expected(TypedDict, total=False):
     kl: Number
     perplexity: Number
     bytes_on_disk: Number
