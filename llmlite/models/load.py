@@ -10,6 +10,7 @@ from llmlite.errors import LoadError, ResourceError
 from llmlite.models.added_tokens import add_to_tokenizer, fill_rows, pieces_of
 from llmlite.models.device_map import dispatch_map
 from llmlite.models.find import Source
+from llmlite.models.generation import require_generation_config
 from llmlite.models.safety import make_safe
 from llmlite.models.settings import Model
 from llmlite.storage import read_object
@@ -25,7 +26,7 @@ def load_config(source: Source, model: Model) -> PretrainedConfig:
     """The transformers config, without weights.
 
     Raises:
-        LoadError: the config is unreadable, or its architecture is unknown to the installed transformers.
+        LoadError: the config is unreadable, or its architecture is unknown to the installed transformers; or the folder's generation config is none.
     """
     from transformers import AutoConfig
 
@@ -39,6 +40,7 @@ def load_config(source: Source, model: Model) -> PretrainedConfig:
         raise LoadError(
             f"model: {source.folder / 'config.json'} cannot be read as a transformers config: {(lines or [type(error).__name__])[0]}.{hint}"
         ) from None
+    require_generation_config(source.folder)
     if model.add_tokens:
         config.vocab_size = max(config.vocab_size, len(load_tokenizer(source, model)))
     return config
