@@ -137,10 +137,22 @@ def load_model(source: Source | Path, model: Model, device: torch.device, *, ten
         raise LoadError(
             f"model: '{folder}' lacks {len(missing)} weights that its config asks for, first '{missing[0]}'. Its files and config.json do not belong together."
         )
+    _require_shapes(loaded, folder)
     fill_added_tokens(loaded, folder, model)
     make_safe(loaded)
     loaded.eval()
     return loaded
+
+
+def _require_shapes(loaded: PreTrainedModel, folder: Path) -> None:
+    """Raise LoadError for a 4-bit layer whose codes are of another shape than the config gives it."""
+    for name, layer in loaded.named_modules():
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        if state is not None and hasattr(layer, "out_features") and tuple(state.shape) != (layer.out_features, layer.in_features):
+            raise LoadError(
+                f"model: '{folder}': {name} is stored as {tuple(state.shape)}, and its config asks for {(layer.out_features, layer.in_features)}. Its files "
+                "and config.json do not belong together."
+            )
 
 
 def _dtype_beside_codes(folder: Path) -> torch.dtype | None:
