@@ -330,6 +330,7 @@ class _Measure:
 
         prompt_BT = torch.randint(3, min(1000, model.config.vocab_size), (1, 32), generator=torch.Generator().manual_seed(0))
         options = {"max_new_tokens": _ENERGY_TOKENS, "min_new_tokens": _ENERGY_TOKENS, "do_sample": False, "pad_token_id": self.context.tokenizer.pad_token_id}
+        options["tokenizer"] = self.context.tokenizer  # for stop strings that its generation config may name
         with measured_energy(self.context.device.type, estimate=self.estimate_energy) as energy, torch.no_grad():
             prompt_BT = prompt_BT.to(model.get_input_embeddings().weight.device)
             model.generate(input_ids=prompt_BT, attention_mask=torch.ones_like(prompt_BT), **options)

@@ -38,6 +38,8 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Row
     was_training = model.training
     model.eval()
     inputs = {name: tensor.to(model.get_input_embeddings().weight.device) for name, tensor in inputs.items() if name != "token_type_ids"}
+    if getattr(model.generation_config, "stop_strings", None):
+        inputs["tokenizer"] = tokenizer
     output_BT = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     model.train(was_training)
     answer = tokenizer.decode(output_BT[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

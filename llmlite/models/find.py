@@ -15,6 +15,7 @@ from llmlite.config import near, shorten
 from llmlite.errors import LoadError
 from llmlite.models.gguf import converted, is_packaged, packaged_gguf
 from llmlite.models.settings import Model
+from llmlite.models.stored_codes import require_whole_codes
 from llmlite.paths import path_problem
 
 __all__ = ["Source", "find", "stock_files", "weight_bytes", "weight_files", "weights_fingerprint"]
@@ -99,7 +100,7 @@ def _require_stock_folder(folder: Path) -> None:
 
 
 def _require_whole(folder: Path) -> None:
-    """Every shard there, every header readable, every byte that the header promises in the file."""
+    """Every shard there, every header readable, every byte that the header promises in the file, and as many codes and scales as belong together."""
     import safetensors
 
     files = stock_files(folder)
@@ -112,6 +113,7 @@ def _require_whole(folder: Path) -> None:
                 pass
         except (safetensors.SafetensorError, OSError) as error:
             raise LoadError(f"model: '{file}' is damaged ({error}). Download or save it again.") from None
+    require_whole_codes(folder)
 
 
 def stock_files(folder: Path) -> list[Path]:

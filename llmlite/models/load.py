@@ -10,6 +10,7 @@ from llmlite.errors import LoadError, ResourceError
 from llmlite.models.added_tokens import add_to_tokenizer, fill_rows, pieces_of
 from llmlite.models.device_map import dispatch_map
 from llmlite.models.find import Source
+from llmlite.models.generation import require_generation_config
 from llmlite.models.safety import make_safe
 from llmlite.models.settings import Model
 from llmlite.storage import read_object
@@ -25,7 +26,7 @@ def load_config(source: Source, model: Model) -> PretrainedConfig:
     """The transformers config, without weights.
 
     Raises:
-        LoadError: the config is unreadable, or its architecture is unknown to the installed transformers.
+        LoadError: the config is unreadable, or its architecture is unknown to the installed transformers; or the folder's generation config is none.
     """
     from transformers import AutoConfig
 
@@ -39,6 +40,7 @@ def load_config(source: Source, model: Model) -> PretrainedConfig:
         raise LoadError(
             f"model: {source.folder / 'config.json'} cannot be read as a transformers config: {(lines or [type(error).__name__])[0]}.{hint}"
         ) from None
+    require_generation_config(source.folder)
     if model.add_tokens:
         config.vocab_size = max(config.vocab_size, len(load_tokenizer(source, model)))
     return config
@@ -135,10 +137,22 @@ def load_model(source: Source | Path, model: Model, device: torch.device, *, ten
         raise LoadError(
             f"model: '{folder}' lacks {len(missing)} weights that its config asks for, first '{missing[0]}'. Its files and config.json do not belong together."
         )
+    _require_shapes(loaded, folder)
     fill_added_tokens(loaded, folder, model)
     make_safe(loaded)
     loaded.eval()
     return loaded
+
+
+def _require_shapes(loaded: PreTrainedModel, folder: Path) -> None:
+    """Raise LoadError for a 4-bit layer whose codes are of another shape than the config gives it."""
+    for name, layer in loaded.named_modules():
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        if state is not None and hasattr(layer, "out_features") and tuple(state.shape) != (layer.out_features, layer.in_features):
+            raise LoadError(
+                f"model: '{folder}': {name} is stored as {tuple(state.shape)}, and its config asks for {(layer.out_features, layer.in_features)}. Its files "
+                "and config.json do not belong together."
+            )
 
 
 def _dtype_beside_codes(folder: Path) -> torch.dtype | None:

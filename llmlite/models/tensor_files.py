@@ -61,6 +61,10 @@ class TensorFiles:
         start, end = self._found[name][2]["data_offsets"]
         return int(end - start)
 
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+        return tuple(self._found[name][2]["shape"])
+
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in the type of the file.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -141,6 +142,48 @@ def test_a_file_of_answers_that_is_damaged_ends_with_a_message_or_asks_again(kin
         found = [error]
     for body in found:
         assert body is None or (isinstance(body, dict) and body["choices"]) or (body.exit_code == 2 and "answers.sqlite" in str(body))
+
+
+@pytest.mark.parametrize("kind", ["zeros", "random", "another page"])
+def test_every_damaged_page_of_a_file_of_answers_ends_with_a_message_or_asks_again(kind: str, tmp_path: Path) -> None:
+    """Of a file of some size, whose first page is whole, so that it opens."""
+    source, page, outcomes = random.Random(0), 4096, Counter[str]()
+    file = tmp_path / "answers.sqlite"
+    answers = Answers(file)
+    for number in range(150):
+        answers.add(str(number), "teacher", {"n": number}, {"choices": [source.randbytes(500).hex()]}, Spent(1, 1, 1), "run")
+        answers.add_failed(str(number), "run")
+    answers.close()
+    whole = file.read_bytes()
+    assert len(whole) > 100_000
+    fill = {"zeros": bytes(page), "random": source.randbytes(page), "another page": whole[page : 2 * page]}[kind]
+    for start in range(page, len(whole), page):
+        for beside in tmp_path.glob("answers.sqlite-*"):
+            beside.unlink()
+        damaged = whole[:start] + fill + whole[start + page :]
+        file.write_bytes(damaged)
+        try:
+            answers = Answers(file)
+        except LlmliteError:
+            outcomes["refused"] += 1
+            continue
+        for use in (lambda kept: [kept.get(str(n)) for n in range(150)], lambda kept: kept.spent("run"), len, _add):
+            refused: LlmliteError | None = None
+            try:
+                use(answers)
+            except LlmliteError as error:
+                refused = error
+            outcomes["fine" if refused is None else "refused"] += 1
+            if refused is not None:
+                assert "answers.sqlite" in str(refused)
+                assert refused.exit_code == 2
+        answers.close()
+    assert outcomes["refused"] > 0
+
+
+def _add(answers: Answers) -> None:
+    answers.add("new", "teacher", {}, {}, Spent(), "run")
+    answers.add_failed("new", "run")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", "{}", "null", '{"rows": 3}', '{"rows": [{}]}', "[" * 3000], ids=range(9))

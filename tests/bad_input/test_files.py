@@ -8,17 +8,19 @@ import pickle
 import shutil
 import struct
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import llmlite
 from llmlite.errors import DataError, LlmliteError, LoadError
 from llmlite.html.page import run_page
 from llmlite.models.find import find
-from llmlite.models.load import load_model
+from llmlite.models.load import load_config, load_model, load_tokenizer
 from llmlite.models.settings import Model
 from llmlite.report import Report, Row
 from tests.conftest import save_tiny
@@ -92,6 +94,50 @@ def test_a_config_that_is_none_is_refused(content: bytes, good: Path, pairs_file
 
 def _header(size: int, text: bytes) -> bytes:
     return struct.pack("<Q", size) + text
+
+
+GENERATION_VALUES: list[Any] = [None, -5, 0, 3, 10**12, 1.5, "x", True, [], [1, "x"], [[]], {}]
+GENERATION_KEYS = [
+    "bos_token_id eos_token_id pad_token_id forced_eos_token_id suppress_tokens bad_words_ids max_length max_new_tokens min_length do_sample num_beams",
+    "temperature top_k top_p repetition_penalty no_repeat_ngram_size use_cache stop_strings cache_implementation watermarking_config compile_config max_time",
+]
+
+
+def test_every_value_of_a_generation_config_is_refused_before_weights_load_or_answers(good: Path, tmp_path: Path) -> None:
+    from llmlite.data.text import Rows
+    from llmlite.evaluation.sample import sample
+
+    folder = copied(good, tmp_path)
+    source, model = find(Model(name=str(folder))), load_model(good, Model(), torch.device("cpu"))
+    tokenizer = load_tokenizer(source, Model())
+    rows = Rows("text", [{"text": "What does the function do? It returns the answer. " * 5}], ["row 1"], "rows", None, "text", 1)
+    outcomes: Counter[bool] = Counter()
+    for key in " ".join(GENERATION_KEYS).split():
+        for value in GENERATION_VALUES:
+            (folder / "generation_config.json").write_text(json.dumps({key: value}))
+            refused: LlmliteError | None = None
+            try:
+                load_config(source, Model())
+            except LlmliteError as error:
+                refused = error
+            outcomes[refused is None] += 1
+            if refused is not None:
+                assert "generation_config.json" in str(refused)
+            else:
+                model.generation_config = GenerationConfig.from_pretrained(folder)
+                assert "answer" in sample(model, tokenizer, rows, new_tokens=2)
+    assert outcomes.total() > 200
+    assert outcomes[False] > 100
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"3", b"null", b"{", b"\xff\xfe{}", b'{"a":' * 3000], ids=range(7))
+def test_a_generation_config_that_is_none_is_refused_before_weights_load(
+    content: bytes, good: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(good, tmp_path)
+    (folder / "generation_config.json").write_bytes(content)
+    monkeypatch.setitem(globals(), "load_model", None)
+    assert "generation_config.json" in checked_and_loaded(folder, pairs_file, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

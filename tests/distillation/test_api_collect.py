@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -127,6 +129,38 @@ def test_the_budget_of_a_run_spans_its_starts(answers: Answers) -> None:
     teacher = Teacher()
     found = gather(teacher, answers, range(12), budget=Budget(requests=8))
     assert (len(teacher.asked), found.used.requests) == (3, 8)
+
+
+def test_questions_without_an_answer_count_over_the_starts_of_a_run(answers: Answers) -> None:
+    bad = {"q0": Rejected("too long"), "q1": Unanswered("500")}
+
+    def start(most: int) -> tuple[list[str], Collected]:
+        teacher = Teacher(lambda asked: bad.get(asked, "yes"))
+        found = gather(teacher, answers, range(12), budget=Budget(requests=most), concurrency=1)
+        return teacher.asked, found
+
+    assert start(3)[0] == ["q0", "q1", "q2"]
+    asked, found = start(5)  # two of them are left
+    assert (asked, found.used.requests, found.stopped_by) == (["q0", "q1"], 5, "max_requests")
+    assert start(5)[0] == []
+    assert answers.spent("another run") == Spent()
+
+
+def test_the_progress_line_shows_the_rate_the_tokens_and_the_cost(answers: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tqdm
+
+    line, bar = io.StringIO(), tqdm.tqdm
+    monkeypatch.setattr(tqdm, "tqdm", lambda **options: bar(**{**options, "file": line, "delay": 0, "mininterval": 0}))
+    gather(Teacher(seconds=0.01), answers, range(6), progress=True, budget=Budget(input_price=10.0, output_price=10.0))
+    shown = line.getvalue().replace("\r", "\n").splitlines()
+    assert "asking the teacher" in shown[-1]
+    assert "6/6" in shown[-1]
+    assert re.search(r"[\d.]+ ?(answer/s|s/answer)", shown[-1])
+    assert "cost=0.0006" in shown[-1]  # six times ten tokens at 10 a million
+    assert "tokens=60" in shown[-1]
+    line.truncate(0)
+    gather(Teacher(), answers, range(8), progress=True)
+    assert "cost" not in line.getvalue()  # nobody said what it costs
 
 
 def test_without_usage_what_was_set_aside_counts(answers: Answers) -> None:

@@ -18,7 +18,9 @@ from llmlite.data.collate import PackedCollator, PaddedCollator
 from llmlite.data.packing import packed_dataset, padded_dataset
 from llmlite.data.tokens import Encoded
 from llmlite.distillation.api.align import Signal, align, matching, overlap
+from llmlite.distillation.api.answers import Accepted, lesson_of
 from llmlite.distillation.api.logprobs import Candidate, Position, generated_positions, prompt_positions
+from llmlite.distillation.api.prompts import Question
 from llmlite.distillation.api.signals import signal_of
 from llmlite.distillation.api.vocabulary import Vocabulary, same_ids
 from tests.conftest import build_tokenizer
@@ -93,6 +95,29 @@ def test_of_two_tokens_with_the_same_bytes_the_written_one_is_taken_and_counted(
     assert vocabulary.id_of(Candidate(b"nowhere", -1.0)) is None
     assert vocabulary.id_of(Candidate(None, -1.0)) is None
     assert dict(vocabulary.counts) == {"mapped": 2, "ambiguous": 1, "unmapped": 2}
+
+
+def test_answers_that_can_be_placed_nowhere_are_counted() -> None:
+    """Two answers: one whose tokens spell what was trained, and one of which the server showed other tokens than it wrote."""
+    tokenizer = sentencepiece_like()
+
+    def answered(text: str, *tokens: bytes, other: bytes = b"nowhere") -> Accepted:
+        positions = [Position(Candidate(token, -0.1), (Candidate(token, -0.1), Candidate(other, -3.0))) for token in tokens]
+        return Accepted(Question("b", {"text": "b"}, "", "row"), text, False, positions)
+
+    def counts(*answers: Accepted) -> dict[str, int]:
+        return dict(lesson_of(answers, "the test", tokenizer, 64, candidates=2, packing=False, seed=0).counts)
+
+    good, lost = answered(" Ab", b" Ab"), answered(" Ab", b"zz", b"zz")
+    assert counts(good)["unplaced"] == 0
+    assert counts(good)["covered_tokens"] > 0
+    assert counts(lost)["unplaced"] == 1
+    assert counts(lost)["covered_tokens"] == 0
+    assert counts(good, lost, lost)["unplaced"] == 2
+    assert counts(good)["ambiguous"] == 0
+    assert counts(good)["unmapped"] == 1  # nowhere
+    unsure = counts(answered(" Ab", b" Ab", other=b"A"))  # a token of its own, and the byte <0x41>
+    assert (unsure["ambiguous"], unsure["unmapped"], unsure["unplaced"]) == (1, 0, 0)
 
 
 def test_ids_are_trusted_only_when_every_clear_token_agrees() -> None:

@@ -10,7 +10,8 @@ import json
 import logging
 import sqlite3
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ create table if not exists answers (
     prompt_tokens integer not null, completion_tokens integer not null, asked_by text not null, asked_at text not null default current_timestamp
 ) without rowid
 """
+_FAILED = "create table if not exists failed (key text not null, asked_by text not null, asked_at text not null default current_timestamp)"
+_MOVE = (
+    "Move it away, or name another folder with answers_cache. Of a damaged file, what is whole can be had again: sqlite3 answers.sqlite .recover | "
+    "sqlite3 new.sqlite"
+)
 
 
 @dataclass(frozen=True)
@@ -66,24 +72,29 @@ class Answers:
         self.path = path
         with telling(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with self._reading():
             self._database = sqlite3.connect(path, timeout=60, isolation_level=None)
             self._database.execute("pragma journal_mode = wal")
             self._database.execute("pragma synchronous = normal")
             self._database.execute(_TABLE)
-        except sqlite3.DatabaseError as error:
-            raise OutputError(f"cache: {path} cannot be used ({error}). Move it away, or name another folder with cache.") from None
+            self._database.execute(_FAILED)
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The answer's body, or None."""
-        found = self._database.execute("select answer from answers where key = ?", (key,)).fetchone()
+        """The answer's body, or None.
+
+        Raises:
+            OutputError: the file is damaged there.
+        """
+        with self._reading():
+            found = self._database.execute("select answer from answers where key = ?", (key,)).fetchone()
         if found is None:
             return None
         try:
             body: dict[str, Any] = json.loads(zlib.decompress(found[0]))
-        except (zlib.error, ValueError):
+        except (zlib.error, ValueError, TypeError):
             log.warning("an answer in %s is damaged; the question is asked again", self.path.name)
-            self._database.execute("delete from answers where key = ?", (key,))
+            with self._reading():
+                self._database.execute("delete from answers where key = ?", (key,))
             return None
         return body
 
@@ -94,22 +105,48 @@ class Answers:
             OutputError: the file cannot be written, for instance because the disk is full.
         """
         values = (key, teacher, _packed(request), _packed(answer), used.prompt_tokens, used.completion_tokens, asked_by)
-        try:
+        with self._reading():
             self._database.execute(
                 "insert or ignore into answers (key, teacher, request, answer, prompt_tokens, completion_tokens, asked_by) values (?, ?, ?, ?, ?, ?, ?)", values
             )
-        except sqlite3.Error as error:
-            raise OutputError(f"cache: {self.path} cannot be written ({error}). Free some space, or name another folder with cache.") from None
+
+    def add_failed(self, key: str, asked_by: str) -> None:
+        """Keep that a request was sent and got no answer, which counts against the budget of the run over all its starts.
+
+        Raises:
+            OutputError: as `add`.
+        """
+        with self._reading():
+            self._database.execute("insert into failed (key, asked_by) values (?, ?)", (key, asked_by))
 
     def spent(self, asked_by: str) -> Spent:
-        """What one run has used so far, over all its starts."""
-        found = self._database.execute(
-            "select count(*), coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0) from answers where asked_by = ?", (asked_by,)
-        ).fetchone()
-        return Spent(*map(int, found))
+        """What one run has used so far, over all its starts; requests without an answer among them.
+
+        Raises:
+            OutputError: the file is damaged.
+        """
+        with self._reading():
+            answered, read, written = self._database.execute(
+                "select count(*), coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0) from answers where asked_by = ?", (asked_by,)
+            ).fetchone()
+            failed = self._database.execute("select count(*) from failed where asked_by = ?", (asked_by,)).fetchone()[0]
+        try:
+            return Spent(int(answered) + int(failed), int(read), int(written))
+        except ValueError as error:
+            raise OutputError(f"cache: {self.path} is damaged ({error}). {_MOVE}") from None
 
     def __len__(self) -> int:
-        return int(self._database.execute("select count(*) from answers").fetchone()[0])
+        with self._reading():
+            return int(self._database.execute("select count(*) from answers").fetchone()[0])
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turn SQLite's errors into one that says which file it is. It is left as it is: what is whole in it was paid for."""
+        try:
+            yield
+        except (sqlite3.Error, sqlite3.Warning) as error:
+            full = "Free some space, or name another folder with answers_cache." if "full" in str(error) else _MOVE
+            raise OutputError(f"cache: {self.path} cannot be used ({error}). {full}") from None
 
     def close(self) -> None:
         """Close the file."""

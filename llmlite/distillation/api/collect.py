@@ -36,7 +36,7 @@ class Budget:
     """What may be used, over all starts of a run; None for no limit.
 
     Attributes:
-        requests: answers asked for.
+        requests: questions sent, with or without an answer.
         tokens: read and written together.
         cost: in the currency of the prices.
         input_price, output_price: for a million tokens read or written by the teacher.
@@ -234,6 +234,7 @@ class _Loop:
             self.bar.set_postfix(shown, refresh=False)
         elif isinstance(outcome, Rejected | Unanswered):
             counts["rejected" if isinstance(outcome, Rejected) else "unanswered"] += 1
+            self.answers.add_failed(task.key, self.asked_by)
             self.result.used = _sum(self.result.used, Spent(1, 0, 0))
             self.in_a_row, self.last = self.in_a_row + 1, str(outcome)
             log.info("%s: %s: %s", task.question.place, "refused by the server" if isinstance(outcome, Rejected) else "no answer", outcome)
