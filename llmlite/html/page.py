@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmlite.config import to_yaml
+from llmlite.evaluation.result import Evaluation
 from llmlite.gate import COLLAPSE
 from llmlite.html import plots
 from llmlite.report import Report, Row, human_bytes
@@ -20,17 +21,18 @@ PAGE = "report.html"
 
 
 def write_page(report: Report) -> Path:
-    """Write the page of a finished run beside its report. Returns its place."""
+    """Write the page of a finished run beside its report, with what `llmlite evaluate` has found there. Returns its place."""
     file = report.path / PAGE
-    write_text(file, run_page(report))
+    write_text(file, run_page(report, Evaluation.read(report.path)))
     return file
 
 
-def run_page(report: Report) -> str:
+def run_page(report: Report, evaluation: Evaluation | None = None) -> str:
     """The whole page. Everything that comes from the run (names, samples, settings) is escaped.
 
     Args:
         report: with at least the base's row.
+        evaluation: of the same result, where `llmlite evaluate` has measured it afterwards.
     """
     base, this = report.rows[0], report.rows[-1]
     samples = [{"name": row.name, "answer": row.details["sample"]["answer"]} for row in report.rows if row.details.get("sample")]
@@ -46,6 +48,8 @@ def run_page(report: Report) -> str:
         steps=[_step(step) for step in report.recipe.get("steps") or []],
         conditions=_conditions(report),
         expectation=report.expectation(),
+        energy=report.energy_sentences(),
+        evaluation=_evaluated(evaluation) if evaluation is not None else None,
         table=[["", *(row.name for row in report.rows)], *([name.strip(), *cells] for name, cells in report.lines().items())],
         groups=_groups(report) if plots.available() else [],
         samples=samples if len(samples) > 1 else [],
@@ -117,6 +121,23 @@ def _conditions(report: Report) -> str:
     quality = f"Quality on {text.get('tokens', '?')} held-out tokens ({text.get('examples', '?')} examples) of {text.get('text', 'held-out text')}"
     machine = f"{about.get('device', '?')} ({about.get('cpu', '?')}, {about.get('cores', '?')} cores)"
     return f"{quality}; speed at batch 1 on {machine}; {about.get('date', '')}; seed {report.recipe.get('seed', 0)}."
+
+
+def _evaluated(evaluation: Evaluation) -> dict[str, Any]:
+    """What `llmlite evaluate` found: a table of base and result, what it was measured on, and their answers to the same questions."""
+    about, names = evaluation.about, list(evaluation.models)
+    grid = next((model["grid_grams_per_kwh"] for model in evaluation.models.values() if model.get("grid_grams_per_kwh") is not None), None)
+    machine = f"{about.get('device', '?')} ({about.get('cpu', '?')}, {about.get('cores', '?')} cores)"
+    answers = zip(*(model.get("answers") or [] for model in evaluation.models.values()), strict=False)
+    return {
+        "table": [["", *names], *([name.strip(), *cells] for name, cells in evaluation.lines().items())],
+        "conditions": f"{about.get('quality_on', '')} Speed and energy on {machine}; {about.get('date', '')}."
+        + (f" CO2 at a stated {grid:g} g per kWh." if grid is not None else ""),
+        "answers": [
+            {"question": given[0]["prompt"], "expected": given[0].get("expected", ""), "given": list(zip(names, (one["answer"] for one in given), strict=True))}
+            for given in answers
+        ],
+    }
 
 
 # Plots ---------------------------------------------------------------------------------------------------------------------------------

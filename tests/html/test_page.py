@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from llmlite.errors import LoadError, OutputError
+from llmlite.evaluation.result import Evaluation
+from llmlite.html import plots
 from llmlite.html.compare import compare, pareto_front
 from llmlite.html.page import run_page, write_page
 from llmlite.report import Report, Row
@@ -85,6 +87,89 @@ def test_a_collapsed_model_is_said_to_be_one(tmp_path: Path) -> None:
     text = run_page(report(tmp_path, rows=rows))
     assert "far from its base: perplexity 20 -&gt; inf" in text
     assert "This model" not in run_page(report(tmp_path))
+
+
+@pytest.fixture
+def words_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page without plots, which take most of its time."""
+    monkeypatch.setattr(plots, "available", lambda: False)
+
+
+def evaluated(path: Path, **changes: Any) -> Evaluation:
+    """What `llmlite evaluate` leaves beside `report`, with a word of the caller's wherever text can stand."""
+    latency = {"batch": 8, "ttft_p50": 0.1, "ttft_p95": 0.2, "tpot_p50": 0.01, "tpot_p95": 0.02, "decode_tokens_per_second": 5.0}
+    latency |= {"prefill_tokens_per_second": 10.0, "peak_memory_bytes": 10**9}
+    task = {"task": "arc", "metric": "acc", "value": 0.5, "standard_error": 0.05, "flips": None}
+    base: dict[str, Any] = {"bytes_on_disk": 4_000_000, "perplexity": 20.0, "kl": None, "top1_agreement": None, "latency": [latency], "tasks": [task]}
+    base |= {"energy": {"kind": "measured", "source": "RAPL"}, "joules_per_1000_tokens": 250.0, "grid_grams_per_kwh": None}
+    base |= {"answers": [{"prompt": "Why is the sky blue?", "expected": "Scattering.", "answer": "Air scatters blue."}]}
+    this = base | {"kl": 0.15, "top1_agreement": 0.82, "tasks": [task | {"flips": 0.125}], "answers": [base["answers"][0] | {"answer": "It is blue."}]}
+    return Evaluation(path, {"quality_on": "Quality on 99 tokens.", "device": "cpu", "cpu": "x86_64", "cores": 2} | changes, {"base": base, "this": this})
+
+
+@pytest.mark.usefixtures("words_only")
+def test_what_evaluate_finds_stands_in_the_page(tmp_path: Path) -> None:
+    assert "Measured afterwards" not in write_page(report(tmp_path)).read_text(encoding="utf-8")
+    evaluated(tmp_path).save()
+    text = write_page(report(tmp_path)).read_text(encoding="utf-8")
+    assert "<h2>Measured afterwards, both loaded from disk</h2>" in text
+    for cells in (
+        ("batch 8: TTFT ms, p50 / p95", "100 / 200", "100 / 200"),
+        ("batch 8: TPOT ms, p50 / p95", "10.0 / 20.0", "10.0 / 20.0"),
+        ("arc (acc)", "0.500 ± 0.050", "0.500 ± 0.050"),
+        ("arc: answers flipped", "", "12.5%"),
+        ("J per 1,000 tokens", "250 (measured, RAPL)", "250 (measured, RAPL)"),
+    ):
+        assert "".join(f"<td>{cell}</td>" for cell in cells) in text
+    assert "Quality on 99 tokens. Speed and energy on cpu (x86_64, 2 cores)" in text
+    for words in ("Why is the sky blue?", "Air scatters blue.", "It is blue.", "Scattering."):
+        assert f"<blockquote>{words}</blockquote>" in text
+
+
+@pytest.mark.usefixtures("words_only")
+def test_what_evaluate_finds_is_escaped_and_a_grid_is_named_where_one_was_stated(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    found = evaluated(tmp_path, quality_on=evil, cpu=evil)
+    task = found.models["this"]["tasks"][0] | {"task": evil, "metric": evil}
+    for model in found.models.values():
+        model |= {"tasks": [task], "energy": {"kind": evil, "source": evil}, "answers": [dict.fromkeys(("prompt", "expected", "answer"), evil)]}
+    text = run_page(report(tmp_path), found)
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;") >= 10
+    assert "CO2 at" not in text
+    found.models["this"]["grid_grams_per_kwh"] = 400.0
+    assert "CO2 at a stated 400 g per kWh." in run_page(report(tmp_path), found)
+
+
+def with_energy(path: Path, *energies: tuple[float | None, str, str], grid: float | None = None) -> Report:
+    found = report(path)
+    for row, (joules, kind, source) in zip(found.rows[1:], energies, strict=True):
+        row.details["energy"] = {"joules": joules, "kind": kind, "source": source}
+    found.recipe["grid_grams_per_kwh"] = grid
+    return found
+
+
+@pytest.mark.usefixtures("words_only")
+def test_energy_of_each_step_and_of_all_stands_in_the_page(tmp_path: Path) -> None:
+    assert "nergy" not in run_page(report(tmp_path))
+    text = run_page(with_energy(tmp_path, (1500.0, "measured", "RAPL"), (500.0, "measured", "RAPL")))
+    assert "<td>energy</td><td></td><td>1.5 kJ, measured</td><td>500 J, measured</td>" in text
+    assert "<p>Energy of all steps: 2 kJ, measured (RAPL).</p>" in text
+    assert "CO2" not in text
+    text = run_page(with_energy(tmp_path, (1.8e6, "measured", "<b>"), (1.8e6, "measured", "<b>"), grid=400.0))
+    assert "Energy of all steps: 3.6 MJ, measured (&lt;b&gt;); 400 g CO2 at the stated 400 g per kWh." in text
+
+
+@pytest.mark.usefixtures("words_only")
+def test_measured_and_estimated_energy_are_never_added_up(tmp_path: Path) -> None:
+    text = run_page(with_energy(tmp_path, (1500.0, "measured", "RAPL"), (500.0, "estimated", "codecarbon"), grid=400.0))
+    assert "Energy of prune.ffn: 1.5 kJ, measured (RAPL); 0.167 g CO2" in text
+    assert "Energy of lora: 500 J, estimated (codecarbon); 0.0556 g CO2" in text
+    assert "is not added up" in text
+    assert "2 kJ" not in text
+    text = run_page(with_energy(tmp_path, (1500.0, "measured", "RAPL"), (None, "not available", "no counter on this machine can be read")))
+    assert "Energy of prune.ffn: 1.5 kJ" in text
+    assert "Energy not available: lora (no counter on this machine can be read)." in text
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
