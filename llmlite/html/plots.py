@@ -81,6 +81,7 @@ def lines(title: str, x: Sequence[float], series: Mapping[str, Sequence[float]],
     def draw(axes: Axes) -> None:
         for (name, y), colour in zip(series.items(), (_FIRST, _SECOND), strict=False):
             axes.plot(x, y, color=colour, label=name, linewidth=1.8)
+        axes.locator_params(axis="x", integer=True)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.grid(axis="y")
@@ -97,6 +98,8 @@ def layer_errors(title: str, values: Sequence[float], y_label: str, marked: Sequ
 
     def draw(axes: Axes) -> None:
         axes.bar(range(len(values)), values, color=[_SECOND if index in marked else _FIRST for index in range(len(values))])
+        axes.set_xlim(-0.6, len(values) - 0.4)
+        axes.locator_params(axis="x", integer=True)
         axes.set_xlabel("layer")
         axes.set_ylabel(y_label)
         axes.grid(axis="y")
@@ -133,6 +136,7 @@ def removed_map(title: str, removed: Sequence[Sequence[int]], units: int, unit: 
                     axes.add_patch(_rectangle(column / columns * units, layer - 0.5, units / columns, 1, min(share, 1.0)))
         axes.set_xlim(0, units)
         axes.set_ylim(len(removed) - 0.5, -0.5)
+        axes.locator_params(integer=True)
         axes.set_xlabel(f"{unit}, of {units}")
         axes.set_ylabel("layer")
 

@@ -1,12 +1,9 @@
-"""The HTML report: self-contained, escaped, laid out without overflow in a real browser, and honest about what is far from its base."""
+"""The HTML report: self-contained, escaped, and honest about what is far from its base."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,6 @@ from llmlite.html.compare import compare, pareto_front
 from llmlite.html.page import run_page, write_page
 from llmlite.report import Report, Row
 
-BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 SAMPLE = {"prompt": "What does `len` do?", "expected": "It counts.", "answer": "It <b>counts</b> things."}
 REMOVED = {
     "units": 8,
@@ -170,43 +166,6 @@ def test_measured_and_estimated_energy_are_never_added_up(tmp_path: Path) -> Non
     text = run_page(with_energy(tmp_path, (1500.0, "measured", "RAPL"), (None, "not available", "no counter on this machine can be read")))
     assert "Energy of prune.ffn: 1.5 kJ" in text
     assert "Energy not available: lora (no counter on this machine can be read)." in text
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize("width", [500, 1200])
-def test_nothing_overflows_and_no_plot_is_empty_in_a_browser(tmp_path: Path, width: int) -> None:
-    script = """<script>
-    addEventListener("load", () => {
-      const wide = [...document.querySelectorAll("body *:not(svg *)")]
-        .filter(e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest(".wide, pre"));
-      const plots = [...document.querySelectorAll("svg")].map(e => ({ height: e.getBoundingClientRect().height, width: e.getBoundingClientRect().width,
-        out: [...e.querySelectorAll("text")].filter(t => { const a = t.getBoundingClientRect(), b = e.getBoundingClientRect();
-          return a.right > b.right + 2 || a.left < b.left - 2; }).map(t => t.textContent), shapes: e.querySelectorAll("path, rect").length }));
-      document.body.innerHTML = "<pre id=found>" + JSON.stringify({ wide: wide.map(e => e.tagName), plots }) + "</pre>";
-    });</script>"""
-    text = re.sub(r"<meta http-equiv[^>]*>", script, run_page(report(tmp_path)))
-    page = tmp_path / "page.html"
-    page.write_text(text, encoding="utf-8")
-    command = [
-        str(BROWSER),
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        f"--window-size={width},2000",
-        "--dump-dom",
-    ]
-    done = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, check=True, timeout=120)
-    match = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert match is not None, done.stdout[-400:]
-    found = json.loads(match[1])
-    assert found["wide"] == []
-    assert len(found["plots"]) == 9
-    for plot in found["plots"]:
-        assert plot["out"] == []
-        assert plot["shapes"] > 3
-        assert plot["height"] > 60
-        assert plot["width"] > 200
 
 
 def test_runs_are_compared_with_the_front_marked_and_different_texts_named(tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+"""The pages in a real browser: on a phone and a desktop, in light and dark, nothing overflows and no plot is empty."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from llmlite.html.compare import compare
+from llmlite.html.page import run_page
+from tests.html.browser import Browser, Page, find_browser, running_browser
+from tests.html.test_page import evaluated, report
+
+LAYOUT = """(() => {
+  const box = e => e.getBoundingClientRect();
+  const outside = [...document.querySelectorAll("body *:not(svg *)")].filter(e => box(e).right > innerWidth + 1 && !e.closest(".wide, pre"));
+  const plots = [...document.querySelectorAll("svg")].map(e => {
+    const texts = [...e.querySelectorAll("text")].filter(t => t.textContent.trim());
+    const over = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 2 && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3;
+    return { title: e.getAttribute("aria-label"), box: [box(e).left, box(e).top + scrollY, box(e).right, box(e).bottom + scrollY],
+      outside: texts.filter(t => box(t).right > box(e).right + 2 || box(t).left < box(e).left - 2).map(t => t.textContent),
+      overlapping: texts.flatMap((t, i) => texts.slice(i + 1).filter(u => over(box(t), box(u))).map(u => t.textContent + " / " + u.textContent)) };
+  });
+  const scrolling = [...document.querySelectorAll(".wide, pre")].filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.className || e.tagName);
+  return { outside: outside.map(e => e.tagName + " " + e.textContent.slice(0, 40)), plots, scrolling };
+})()"""
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with running_browser(tmp_path_factory.mktemp("profile")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def run(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """The page of a run that `llmlite evaluate` has measured."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "page.html").write_text(run_page(report(folder), evaluated(folder)), encoding="utf-8")
+    return browser.open(folder / "page.html")
+
+
+@pytest.fixture(scope="module")
+def comparison(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """Two runs beside each other."""
+    folder = tmp_path_factory.mktemp("compared")
+    for name, share in (("small", 0.5), ("smaller", 0.25)):
+        (folder / name).mkdir()
+        made = report(folder / name)
+        made.rows[-1] = made.rows[-1].__class__(**{**vars(made.rows[-1]), "bytes_on_disk": int(share * 4e6), "perplexity": 20 / share**0.2})
+        made.save()
+    (folder / "page.html").write_text(compare([folder / "small", folder / "smaller"]).page(), encoding="utf-8")
+    return browser.open(folder / "page.html")
+
+
+def require_readable(page: Page, plots: int) -> dict[str, Any]:
+    """Nothing sticks out, no two texts of a plot lie on each other, and each plot shows pixels with a hue: axes and words have none."""
+    found: dict[str, Any] = page.evaluate(LAYOUT)
+    picture = page.picture()
+    assert found["outside"] == []
+    assert len(found["plots"]) == plots
+    for plot in found["plots"]:
+        assert plot["outside"] == plot["overlapping"] == [], plot["title"]
+        left, top, right, bottom = plot["box"]
+        assert right - left > 200
+        assert bottom - top > 60
+        area = picture.crop((int(left), int(top), int(right), int(bottom)))
+        drawn = sum(count for count, colour in area.getcolors(1 << 20) if max(colour) - min(colour) > 40)
+        assert drawn > 0.001 * area.width * area.height, plot["title"]
+    return found
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_nothing_overflows_and_no_plot_of_a_run_is_empty(run: Page, width: int) -> None:
+    run.show(width)
+    found = require_readable(run, 9)
+    assert width < 700 or found["scrolling"] == []
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_nothing_overflows_and_no_plot_of_a_comparison_is_empty(comparison: Page, width: int) -> None:
+    comparison.show(width)
+    require_readable(comparison, 2)
+
+
+def test_in_the_dark_paper_is_dark_and_ink_light(run: Page, comparison: Page) -> None:
+    for page, plots in ((run, 9), (comparison, 2)):
+        page.show(1200, dark=True)
+        require_readable(page, plots)
+        paper, ink = page.evaluate("[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('svg text')).fill]")
+        assert brightness(paper) < 60
+        assert brightness(ink) > 190
+
+
+def brightness(colour: str) -> float:
+    """Mean of the channels of a CSS colour, rgb(1, 2, 3)."""
+    return sum(map(int, colour.removeprefix("rgb(").removesuffix(")").split(", "))) / 3
+
+
+def test_without_a_browser_these_tests_are_skipped_at_home_and_fail_in_continuous_integration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception):
+        find_browser()
+    monkeypatch.setenv("CI", "1")
+    with pytest.raises(pytest.fail.Exception, match="no Chromium here"):
+        find_browser()
