@@ -128,10 +128,11 @@ def _evaluated(evaluation: Evaluation) -> dict[str, Any]:
     about, names = evaluation.about, list(evaluation.models)
     grid = next((model["grid_grams_per_kwh"] for model in evaluation.models.values() if model.get("grid_grams_per_kwh") is not None), None)
     machine = f"{about.get('device', '?')} ({about.get('cpu', '?')}, {about.get('cores', '?')} cores)"
+    when = f"; {about['date']}" if about.get("date") else ""
     answers = zip(*(model.get("answers") or [] for model in evaluation.models.values()), strict=False)
     return {
         "table": [["", *names], *([name.strip(), *cells] for name, cells in evaluation.lines().items())],
-        "conditions": f"{about.get('quality_on', '')} Speed and energy on {machine}; {about.get('date', '')}."
+        "conditions": f"{about.get('quality_on', '')} Speed and energy on {machine}{when}."
         + (f" CO2 at a stated {grid:g} g per kWh." if grid is not None else ""),
         "answers": [
             {"question": given[0]["prompt"], "expected": given[0].get("expected", ""), "given": list(zip(names, (one["answer"] for one in given), strict=True))}

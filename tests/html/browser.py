@@ -1,4 +1,4 @@
-"""A headless Chromium that tests drive over a pipe: one process for many pages, with any width, colour scheme and medium.
+"""A headless Chromium that tests drive over a pipe: one process for all pages, with any width, colour scheme and medium.
 
 Source: the Chrome DevTools Protocol, chromedevtools.github.io/devtools-protocol; messages are JSON, each ended by a zero byte.
 """
@@ -48,7 +48,7 @@ def find_browser() -> str:
 
 @dataclass
 class Page:
-    """One open page."""
+    """The page that is open."""
 
     browser: Browser
     session: str
@@ -63,7 +63,7 @@ class Page:
         Args:
             width: of the window, CSS pixels.
             dark: whether the reader prefers dark colours.
-            paper: as for printing; A4 between its margins is 718 wide.
+            paper: as for printing; A4 between margins of 12 mm is 702 wide.
         """
         self.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -96,17 +96,19 @@ class Browser:
         self.commands, self.answers = commands, answers
         self.numbers = itertools.count(1)
         self.waiting, self.events = b"", list[dict[str, Any]]()
+        self.tab: Page | None = None
 
     def open(self, file: Path) -> Page:
-        """Load a page; `Page.show` says how it is looked at."""
-        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
-        page = Page(self, self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
-        page.ask("Page.enable")
+        """Load a page; `Page.show` says how it is looked at. There is one tab: those in the background are not drawn, and the one before is left."""
+        if self.tab is None:
+            target = self.ask("Target.createTarget", url="about:blank")["targetId"]
+            self.tab = Page(self, self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
+            self.tab.ask("Page.enable")
         self.events.clear()
-        page.ask("Page.navigate", url=file.absolute().as_uri())
-        while not any(event["method"] == "Page.loadEventFired" and event.get("sessionId") == page.session for event in self.events):
+        self.tab.ask("Page.navigate", url=file.absolute().as_uri())
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._message())
-        return page
+        return self.tab
 
     def ask(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
         """Send a command and wait for its answer; events that come before it are kept."""
@@ -137,7 +139,15 @@ def running_browser(profile: Path) -> Iterator[Browser]:
     place = find_browser()
     command_end, commands = os.pipe()
     answers, answer_end = os.pipe()
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe", "--hide-scrollbars", f"--user-data-dir={profile}"]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--remote-debugging-pipe",
+        "--hide-scrollbars",
+        f"--user-data-dir={profile}",
+    ]
     process = subprocess.Popen(
         [sys.executable, "-S", "-c", _LAUNCH, str(command_end), str(answer_end), place, *flags, "about:blank"],
         pass_fds=(command_end, answer_end),

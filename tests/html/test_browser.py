@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from llmlite.html.page import run_page
 from tests.html.browser import Browser, Page, find_browser, running_browser
 from tests.html.test_page import evaluated, report
 
+PAPER = 702  # pixels of A4 between margins of 12 mm
 LAYOUT = """(() => {
   const box = e => e.getBoundingClientRect();
   const outside = [...document.querySelectorAll("body *:not(svg *)")].filter(e => box(e).right > innerWidth + 1 && !e.closest(".wide, pre"));
@@ -35,15 +38,15 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def run(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Page:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of a run that `llmlite evaluate` has measured."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "page.html").write_text(run_page(report(folder), evaluated(folder)), encoding="utf-8")
-    return browser.open(folder / "page.html")
+    return folder / "page.html"
 
 
 @pytest.fixture(scope="module")
-def comparison(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Page:
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs beside each other."""
     folder = tmp_path_factory.mktemp("compared")
     for name, share in (("small", 0.5), ("smaller", 0.25)):
@@ -52,7 +55,7 @@ def comparison(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Pa
         made.rows[-1] = made.rows[-1].__class__(**{**vars(made.rows[-1]), "bytes_on_disk": int(share * 4e6), "perplexity": 20 / share**0.2})
         made.save()
     (folder / "page.html").write_text(compare([folder / "small", folder / "smaller"]).page(), encoding="utf-8")
-    return browser.open(folder / "page.html")
+    return folder / "page.html"
 
 
 def require_readable(page: Page, plots: int) -> dict[str, Any]:
@@ -73,25 +76,43 @@ def require_readable(page: Page, plots: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("width", [390, 1200])
-def test_nothing_overflows_and_no_plot_of_a_run_is_empty(run: Page, width: int) -> None:
-    run.show(width)
-    found = require_readable(run, 9)
+def test_nothing_overflows_and_no_plot_of_a_run_is_empty(browser: Browser, run: Path, width: int) -> None:
+    page = browser.open(run)
+    page.show(width)
+    found = require_readable(page, 9)
     assert width < 700 or found["scrolling"] == []
 
 
 @pytest.mark.parametrize("width", [390, 1200])
-def test_nothing_overflows_and_no_plot_of_a_comparison_is_empty(comparison: Page, width: int) -> None:
-    comparison.show(width)
-    require_readable(comparison, 2)
+def test_nothing_overflows_and_no_plot_of_a_comparison_is_empty(browser: Browser, comparison: Path, width: int) -> None:
+    page = browser.open(comparison)
+    page.show(width)
+    require_readable(page, 2)
 
 
-def test_in_the_dark_paper_is_dark_and_ink_light(run: Page, comparison: Page) -> None:
-    for page, plots in ((run, 9), (comparison, 2)):
+def test_in_the_dark_paper_is_dark_and_ink_light(browser: Browser, run: Path, comparison: Path) -> None:
+    for file, plots in ((run, 9), (comparison, 2)):
+        page = browser.open(file)
         page.show(1200, dark=True)
         require_readable(page, plots)
         paper, ink = page.evaluate("[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('svg text')).fill]")
         assert brightness(paper) < 60
         assert brightness(ink) > 190
+
+
+def test_on_paper_the_whole_recipe_stands_and_the_table_of_many_steps_fits(browser: Browser, tmp_path: Path) -> None:
+    long = report(tmp_path)
+    long.rows = [long.rows[0], *(dataclasses.replace(long.rows[1], name=f"{name}.structured") for name in ("prune", "distil", "quantize", "correct", "again"))]
+    long.recipe["note"] = "a-setting-without-a-blank-" * 12
+    (tmp_path / "page.html").write_text(run_page(long, evaluated(tmp_path)), encoding="utf-8")
+    page = browser.open(tmp_path / "page.html")
+    recipe = "[...document.querySelectorAll('details pre')].map(e => e.checkVisibility({ contentVisibilityAuto: true }) && e.getBoundingClientRect().height)"
+    page.show(1200)
+    assert page.evaluate(recipe) == [False]  # folded on a screen
+    assert "wide" not in page.evaluate(LAYOUT)["scrolling"]  # six columns fit a desktop too
+    page.show(PAPER, paper=True)
+    assert require_readable(page, 16)["scrolling"] == []
+    assert page.evaluate(recipe)[0] > 100
 
 
 def brightness(colour: str) -> float:
