@@ -18,7 +18,7 @@ from llmlite.storage import read_object, write_json
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Report", "Row", "environment", "human_bytes", "human_count", "human_joules", "plan_table"]
+__all__ = ["Report", "Row", "environment", "human_bytes", "human_count", "human_figure", "human_joules", "plan_table"]
 
 
 @dataclass(frozen=True)
@@ -237,6 +237,11 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit in {"B", "kB"} else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+def human_figure(value: float, digits: int = 4) -> str:
+    """A figure for a person: 15,034 rather than 1.503e+04. What is a million or more stays short."""
+    return f"{value:,.0f}" if 10**digits <= value < 1e6 else f"{value:.{digits}g}"
 
 
 def human_joules(joules: float) -> str:

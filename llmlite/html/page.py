@@ -11,7 +11,7 @@ from llmlite.config import to_yaml
 from llmlite.evaluation.result import Evaluation
 from llmlite.gate import COLLAPSE
 from llmlite.html import plots
-from llmlite.report import Report, Row, human_bytes
+from llmlite.report import Report, Row, human_bytes, human_figure
 from llmlite.step import step_class
 from llmlite.storage import write_text
 
@@ -96,10 +96,10 @@ def _cards(base: Row, this: Row) -> list[dict[str, str]]:
         cards.append({"name": "as the base", "value": f"{this.top1_agreement:.0%}", "note": f"top-1 tokens; KL {this.kl:.3g}"})
     if this.decode_tokens_per_second and base.decode_tokens_per_second:
         ratio = this.decode_tokens_per_second / base.decode_tokens_per_second
-        cards.append({"name": "writing", "value": f"{ratio:.2f}x", "note": f"{this.decode_tokens_per_second:.3g} tokens a second"})
+        cards.append({"name": "writing", "value": f"{ratio:.2f}x", "note": f"{human_figure(this.decode_tokens_per_second, 3)} tokens a second"})
     if this.prefill_tokens_per_second and base.prefill_tokens_per_second:
         ratio = this.prefill_tokens_per_second / base.prefill_tokens_per_second
-        cards.append({"name": "reading", "value": f"{ratio:.2f}x", "note": f"{this.prefill_tokens_per_second:.4g} tokens a second"})
+        cards.append({"name": "reading", "value": f"{ratio:.2f}x", "note": f"{human_figure(this.prefill_tokens_per_second)} tokens a second"})
     return cards
 
 
@@ -148,8 +148,8 @@ def _groups(report: Report) -> list[dict[str, Any]]:
     rows = report.rows
     names = [row.name for row in rows]
 
-    def figures(title: str, values: list[float | None], form: str) -> dict[str, str]:
-        labels = ["" if value is None else human_bytes(value) if form == "bytes" else format(value, form) for value in values]
+    def figures(title: str, values: list[float | None], digits: int | None) -> dict[str, str]:
+        labels = ["" if value is None else human_bytes(value) if digits is None else human_figure(value, digits) for value in values]
         return {"title": title, "svg": plots.bars(title, names, values, labels)}
 
     groups: list[dict[str, Any]] = [
@@ -157,12 +157,12 @@ def _groups(report: Report) -> list[dict[str, Any]]:
             "title": "Step by step",
             "text": "",
             "plots": [
-                figures("Bytes on disk", [row.bytes_on_disk for row in rows], "bytes"),
-                figures("Perplexity on held-out text", [_finite(row.perplexity) for row in rows], ".4g"),
-                figures("KL to the base, nats a token", [row.kl for row in rows], ".3g"),
-                figures("Peak memory of the step", [row.peak_memory_bytes for row in rows], "bytes"),
-                figures("Tokens a second, reading (prefill)", [row.prefill_tokens_per_second for row in rows], ".4g"),
-                figures("Tokens a second, writing (decode)", [row.decode_tokens_per_second for row in rows], ".3g"),
+                figures("Bytes on disk", [row.bytes_on_disk for row in rows], None),
+                figures("Perplexity on held-out text", [_finite(row.perplexity) for row in rows], 4),
+                figures("KL to the base, nats a token", [row.kl for row in rows], 3),
+                figures("Peak memory of the step", [row.peak_memory_bytes for row in rows], None),
+                figures("Tokens a second, reading (prefill)", [row.prefill_tokens_per_second for row in rows], 4),
+                figures("Tokens a second, writing (decode)", [row.decode_tokens_per_second for row in rows], 3),
             ],
         },
         {"title": "Training", "text": "Loss of the training text as it went.", "plots": [plot for row in rows for plot in _loss(row)]},

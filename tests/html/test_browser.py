@@ -47,14 +47,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs beside each other."""
+    """Six runs whose figures are near to each other and whose long names differ at the end, beside each other."""
     folder = tmp_path_factory.mktemp("compared")
-    for name, share in (("small", 0.5), ("smaller", 0.25)):
-        (folder / name).mkdir()
-        made = report(folder / name)
-        made.rows[-1] = made.rows[-1].__class__(**{**vars(made.rows[-1]), "bytes_on_disk": int(share * 4e6), "perplexity": 20 / share**0.2})
+    places = [folder / f"smollm2-135m-instruct-pruned-and-distilled-with-seed-{seed}" for seed in range(6)]
+    for number, place in enumerate(places):
+        place.mkdir()
+        made = report(place)
+        base, step, last = (dataclasses.replace(row, parameters=134_515_008, prefill_tokens_per_second=15_034.0) for row in made.rows)
+        last = dataclasses.replace(
+            last, bytes_on_disk=3_600_000 + 9_000 * number, perplexity=21 + 0.02 * (number % 3), decode_tokens_per_second=10.5 + number / 9
+        )
+        made.rows = [base, dataclasses.replace(step, name="prune.structured"), dataclasses.replace(step, name="distill.whitebox"), last]
         made.save()
-    (folder / "page.html").write_text(compare([folder / "small", folder / "smaller"]).page(), encoding="utf-8")
+    (folder / "page.html").write_text(compare(places).page(), encoding="utf-8")
     return folder / "page.html"
 
 
@@ -83,11 +88,14 @@ def test_nothing_overflows_and_no_plot_of_a_run_is_empty(browser: Browser, run: 
     assert width < 700 or found["scrolling"] == []
 
 
-@pytest.mark.parametrize("width", [390, 1200])
-def test_nothing_overflows_and_no_plot_of_a_comparison_is_empty(browser: Browser, comparison: Path, width: int) -> None:
+@pytest.mark.parametrize("width", [390, PAPER, 1200])
+def test_nothing_overflows_in_a_comparison_and_its_numbered_points_can_be_told_apart(browser: Browser, comparison: Path, width: int) -> None:
     page = browser.open(comparison)
-    page.show(width)
-    require_readable(page, 2)
+    page.show(width, paper=width == PAPER)
+    found = require_readable(page, 2)
+    assert width < 700 or found["scrolling"] == []
+    numbers = "[...document.querySelectorAll('svg')].map(e => [...e.querySelectorAll('text')].map(t => t.textContent).filter(t => /^[0-6]$/.test(t)).sort())"
+    assert page.evaluate(numbers) == [list("0123456")] * 2
 
 
 def test_in_the_dark_paper_is_dark_and_ink_light(browser: Browser, run: Path, comparison: Path) -> None:

@@ -178,10 +178,43 @@ def test_runs_are_compared_with_the_front_marked_and_different_texts_named(tmp_p
     found = compare([tmp_path / "small", tmp_path / "worse"])
     assert found.names == ["base", "small", "worse"]
     assert found.front == ["base", "small"]
+    assert found.fast_front == ["base", "small"]  # both as fast
     assert found.warnings == []
     assert found.cells()[2][:2] == ["worse", ""] or found.cells()[3][:2] == ["worse", ""]
     assert found.page().count("<svg") == 2
     assert "different held-out text" in compare([tmp_path / "small", tmp_path / "other"]).warnings[0]
+
+
+@pytest.mark.usefixtures("words_only")
+def test_speeds_of_runs_are_against_their_own_base_and_have_a_front_of_their_own(tmp_path: Path) -> None:
+    for name, own, this, perplexity in (("large and slow", 10.0, 9.0, 22.0), ("fast", 10.0, 30.0, 23.0), ("on a fast machine", 1000.0, 1100.0, 24.0)):
+        (tmp_path / name).mkdir()
+        made = report(tmp_path / name)
+        made.rows[0] = dataclasses.replace(made.rows[0], decode_tokens_per_second=own)
+        made.rows[-1] = dataclasses.replace(made.rows[-1], decode_tokens_per_second=this, perplexity=perplexity)
+        made.save()
+    found = compare([tmp_path / "large and slow", tmp_path / "fast", tmp_path / "on a fast machine"])
+    assert [cells[9] for cells in found.cells()] == ["decode", "1.00x", "0.90x", "3.00x", "1.10x"]
+    assert found.fast_front == ["base", "fast"]
+    assert [cells[1] for cells in found.cells()] == ["front", "size, speed", "size", "speed", ""]
+    text = found.page()
+    assert "1. large and slow" in text
+    assert "<td>size, speed</td>" in text
+
+
+@pytest.mark.usefixtures("words_only")
+def test_thousands_are_written_out(tmp_path: Path) -> None:
+    rows = [dataclasses.replace(row, prefill_tokens_per_second=15_034.2, decode_tokens_per_second=1503.4) for row in report(tmp_path).rows]
+    text = run_page(report(tmp_path, rows=rows))
+    assert "15,034 tokens a second" in text
+    assert "1,503 tokens a second" in text
+    assert not re.search(r"\de\+0[1-9]", text)
+
+
+def test_a_long_name_keeps_the_end_that_tells_it_from_others() -> None:
+    svg = plots.bars("bytes", ["base", "smollm2-135m-pruned-seed-1", "smollm2-135m-pruned-seed-2"], [1, 2, 3], ["1", "2", "3"])
+    assert "seed-1" in svg
+    assert "seed-2" in svg
 
 
 def test_a_folder_without_a_report_cannot_be_compared(tmp_path: Path) -> None:
