@@ -25,6 +25,8 @@ def test_what_tensorboard_writes_stays_with_the_run_and_is_never_uploaded(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setattr("llmlite.pipeline._Pipeline._finish", lambda self: None)
+    monkeypatch.setattr("llmlite.pipeline._Pipeline._sample", lambda self, model: {})
+    monkeypatch.setattr("llmlite.evaluation.speed.measure_speed", lambda model: None)
     report = recipe(model_folder, pairs_file, tmp_path / "out", report_to="tensorboard").run()
     assert not (tmp_path / "out" / "steps" / "01-finetune.work").exists()
     events = EventAccumulator(str(tmp_path / "out" / "runs" / "01-finetune")).Reload()
