@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 
+import llmlite
 from llmlite.errors import LoadError, OutputError
 from llmlite.evaluation.result import Evaluation
 from llmlite.html import plots
 from llmlite.html.compare import compare, pareto_front
 from llmlite.html.page import run_page, write_page
+from llmlite.quantization.error import error_report
 from llmlite.report import Report, Row
+from tests.conftest import build_tiny
+from tests.pruning.test_steps import run_of
 
 SAMPLE = {"prompt": "What does `len` do?", "expected": "It counts.", "answer": "It <b>counts</b> things."}
 REMOVED = {
@@ -166,6 +170,41 @@ def test_measured_and_estimated_energy_are_never_added_up(tmp_path: Path) -> Non
     text = run_page(with_energy(tmp_path, (1500.0, "measured", "RAPL"), (None, "not available", "no counter on this machine can be read")))
     assert "Energy of prune.ffn: 1.5 kJ" in text
     assert "Energy not available: lora (no counter on this machine can be read)." in text
+
+
+def drawn(page: str, title: str) -> list[tuple[float, float]]:
+    """Width and height of each rectangle that the plot with this title fills in the first colour."""
+    svg = page[page.index(f'aria-label="{title}"') :]
+    paths = re.findall(r'<path d="([^"]*)"[^>]*fill: var\(--first\)', svg[: svg.index("</svg>")])
+    corners = [[tuple(map(float, point)) for point in re.findall(r"(-?[\d.]+) (-?[\d.]+)", path)] for path in paths]
+    return [tuple(max(values) - min(values) for values in zip(*points, strict=True)) for points in corners]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("unit", "shown", "units"), [("kv_groups", "key/value groups", 2), ("query_heads", "query heads", 4)])
+def test_which_heads_went_is_a_map_with_a_field_for_each_that_went(unit: Any, shown: str, units: int, tmp_path: Path) -> None:
+    model = build_tiny("llama")
+    run = run_of(model.config)
+    llmlite.PruneHeads(keep=0.5, unit=unit).apply(model, run)
+    made = report(tmp_path)
+    text = run_page(report(tmp_path, rows=[made.rows[0], dataclasses.replace(made.rows[1], name="prune.heads", details=run.notes)]))
+    fields = drawn(text, f"prune.heads: {shown} that went")
+    assert len(fields) == model.config.num_hidden_layers * units / 2
+    assert f"{shown}, of {units}<" in text
+    assert f"prune.heads: relative output error after repair, {shown}" in text
+
+
+def test_errors_of_quantized_layers_are_means_over_their_projections(tmp_path: Path) -> None:
+    errors = {
+        "model.layers.0.self_attn.q_proj": 0.1,
+        "model.layers.0.mlp.up_proj": 0.3,
+        "model.layers.10.mlp.up_proj": 0.025,
+        "model.layers.2.mlp.up_proj": 0.05,
+    }
+    made = report(tmp_path)
+    text = run_page(report(tmp_path, rows=[made.rows[0], dataclasses.replace(made.rows[1], name="quantize", details=error_report(errors))]))
+    first, second, third = (height for _, height in drawn(text, "quantize: relative output error, mean of a layer&#x27;s projections"))
+    assert first / second == pytest.approx(0.2 / 0.05, rel=1e-3)
+    assert second / third == pytest.approx(0.05 / 0.025, rel=1e-3)
 
 
 def test_runs_are_compared_with_the_front_marked_and_different_texts_named(tmp_path: Path) -> None:
