@@ -193,6 +193,11 @@ class Run:
         is kept there is as large as the model."""
         return self.scratch if self.is_main or self.blockwise else self.scratch / f"process-{self.processes.process_index}"
 
+    @property
+    def logs(self) -> Path:
+        """Where trackers of the current step's training write. It stays when the step is complete."""
+        return self.recipe.folder / "runs" / self.scratch.name.removesuffix(".work")
+
     def note(self, **figures: Any) -> None:
         """Keep figures of the current step for its row in the report."""
         self.notes.update(figures)

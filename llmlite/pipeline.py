@@ -219,7 +219,8 @@ class _Pipeline:
         self.context.position, self.context.scratch, self.context.notes = index, scratch, {}
         started = time.perf_counter()
         device = self.context.device.type
-        with measured_energy(device, estimate=self.recipe.estimate_energy) as energy, measured_peak(device) as peak, _memory_advice(name):
+        used = scratch / "energy.json" if self.context.is_main else None
+        with measured_energy(device, estimate=self.recipe.estimate_energy, keep=used) as energy, measured_peak(device) as peak, _memory_advice(name):
             model = self._apply(index, step)
             if is_blockwise(model):
                 model = self._written(model, scratch / _SHARDS)

@@ -156,9 +156,9 @@ def refused(step: Step, model: ModelPlan, context: Run) -> str:
         return f"takes a model that is {wanted}; the one that it would get is {model.form}. Prune and distil before quantizing; adapters come last."
     if model.adapters and not step.takes_adapters:
         return "the model already carries an adapter. Put a step 'merge' before this one, or do it before the adapter is trained."
-    if context.layout.sharded and isinstance(step, TrainingStep):
-        return step.no_sharding(model.form, context.layout)
-    return ""
+    if context.layout.sharded and isinstance(step, TrainingStep) and (reason := step.no_sharding(model.form, context.layout)):
+        return reason
+    return step.no_tracker() if isinstance(step, TrainingStep) else ""
 
 
 def _stored_form(config: Any) -> tuple[str, dict[str, Any]]:

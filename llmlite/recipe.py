@@ -35,6 +35,7 @@ _PARTS: dict[str, tuple[type[Any], str]] = {"model": (Model, "name"), "data": (D
 NOT_IN_IDENTITY = frozenset(
     {"gate", "expected", "estimate_energy", "grid_grams_per_kwh", "dry_run", "overwrite_output_dir", "output_dir"}
     | {"push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_accept_license"}
+    | {"report_to"}  # who is told, not what is done
     | {"api_key_env", "concurrency", "max_retries", "request_timeout"}  # how a teacher's API is asked, not what
     | {"device_map", "max_memory", "teacher_device_map", "teacher_max_memory", "teacher_tp_plan"}  # where weights lie
 )

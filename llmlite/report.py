@@ -24,7 +24,7 @@ from llmlite.storage import read_object, write_json
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["SPEED_OF_STEPS", "Report", "Row", "environment", "human_bytes", "human_count", "plan_table"]
+__all__ = ["SPEED_OF_STEPS", "Report", "Row", "environment", "human_bytes", "human_count", "human_figure", "human_joules", "plan_table"]
 
 
 SPEED_OF_STEPS = (
@@ -133,7 +133,41 @@ class Report:
             "decode tokens/s": [_shown(row.decode_tokens_per_second, ".1f") for row in self.rows],
             "peak memory": ["" if row.peak_memory_bytes is None else human_bytes(row.peak_memory_bytes) for row in self.rows],
             "seconds": [f"{row.seconds:.0f}" for row in self.rows],
+            **({"energy": [_energy(row) for row in self.rows]} if self.joules() else {}),
         }
+
+    def joules(self) -> dict[str, tuple[float, list[str], list[str]]]:
+        """Energy of the steps, by kind, so that nothing measured is added to anything estimated: kind -> joules, where they come from, names of the steps."""
+        found: dict[str, tuple[float, list[str], list[str]]] = {}
+        for row in self.rows[1:]:
+            energy = row.details.get("energy") or {}
+            if energy.get("joules") is not None:
+                joules, sources, steps = found.get(energy["kind"], (0.0, [], []))
+                found[energy["kind"]] = (joules + energy["joules"], list(dict.fromkeys([*sources, energy["source"]])), [*steps, row.name])
+        return found
+
+    def whole_energy(self) -> tuple[float, str] | None:
+        """Joules of all steps together and where they come from; None when a step has none, or measured and estimated ones would be mixed."""
+        found = self.joules()
+        if len(found) != 1:
+            return None
+        kind, (joules, sources, steps) = next(iter(found.items()))
+        return (joules, f"{kind}, {' and '.join(sources)}") if len(steps) == len(self.rows) - 1 else None
+
+    def energy_sentences(self) -> list[str]:
+        """Energy of the steps for a person, and grams of CO2 where a grid was stated; empty for a run that never asked."""
+        noted = [(row.name, row.details["energy"]) for row in self.rows[1:] if row.details.get("energy")]
+        if not noted:
+            return []
+        grid, sentences = self.recipe.get("grid_grams_per_kwh"), []
+        for kind, (joules, sources, steps) in self.joules().items():
+            of = "all steps" if len(steps) == len(self.rows) - 1 else ", ".join(steps)
+            grams = "" if grid is None else f"; {joules / 3.6e6 * grid:.3g} g CO2 at the stated {grid:g} g per kWh"
+            sentences.append(f"Energy of {of}: {human_joules(joules)}, {kind} ({' and '.join(sources)}){grams}.")
+        if len(sentences) > 1:
+            sentences.append("What was measured and what was estimated is not added up.")
+        missing = [f"{name} ({energy.get('source') or 'no reason noted'})" for name, energy in noted if energy.get("joules") is None]
+        return [*sentences, f"Energy not available: {'; '.join(missing)}."] if missing else sentences
 
     def expectation(self) -> str:
         """Expected beside obtained, in a sentence; empty where nothing was expected."""
@@ -175,6 +209,11 @@ def _whole_report() -> pydantic.TypeAdapter[Report]:
 
 def _shown(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
+
+
+def _energy(row: Row) -> str:
+    energy = row.details.get("energy") or {}
+    return "" if energy.get("joules") is None else f"{human_joules(energy['joules'])}, {energy['kind']}"
 
 
 def plan_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -234,3 +273,17 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit in {"B", "kB"} else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+def human_figure(value: float, digits: int = 4) -> str:
+    """A figure for a person: 15,034 rather than 1.503e+04. What is a million or more stays short."""
+    return f"{value:,.0f}" if 10**digits <= value < 1e6 else f"{value:.{digits}g}"
+
+
+def human_joules(joules: float) -> str:
+    """Energy for a person: 3.6 MJ is a kilowatt hour."""
+    for unit in ("J", "kJ"):
+        if joules < 1000:
+            return f"{joules:.3g} {unit}"
+        joules /= 1000
+    return f"{joules:,.4g} MJ"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from llmlite.errors import OutputError
 from llmlite.html import plots
 from llmlite.html.page import render
 from llmlite.paths import require_path
-from llmlite.report import Report, human_bytes
+from llmlite.report import Report, Row, human_bytes, human_count, human_figure
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,6 +29,7 @@ class Comparison:
         reports: one for each run.
         base: name of the base model.
         front: names that no other beats on both bytes and perplexity.
+        fast_front: names that no other beats on both the time of a written token and perplexity.
         warnings: what makes the figures hard to compare.
     """
 
@@ -35,30 +37,36 @@ class Comparison:
     reports: list[Report]
     base: str
     front: list[str]
+    fast_front: list[str]
     warnings: list[str]
 
     def cells(self) -> list[list[str]]:
         """The table: a header and a row for the base and each run."""
         header = ["run", "front", "parameters", "on disk", "perplexity", "change", "KL", "top-1", "prefill", "decode", "steps"]
         base = self.reports[0].rows[0]
-        rows = [(self.names[0], base, "")] + [
-            (name, report.rows[-1], " > ".join(row.name for row in report.rows[1:])) for name, report in zip(self.names[1:], self.reports, strict=True)
-        ]
         return [header] + [
             [
                 name,
-                "front" if name in self.front else "",
-                f"{row.parameters:,}",
+                ", ".join(word for word, front in (("size", self.front), ("speed", self.fast_front)) if name in front),
+                human_count(row.parameters),
                 human_bytes(row.bytes_on_disk),
-                f"{row.perplexity:.4g}",
+                human_figure(row.perplexity),
                 "" if row is base else f"{row.perplexity / base.perplexity - 1:+.1%}",
                 "" if row.kl is None else f"{row.kl:.4f}",
                 "" if row.top1_agreement is None else f"{row.top1_agreement:.1%}",
-                _ratio(row.prefill_tokens_per_second, base.prefill_tokens_per_second),
-                _ratio(row.decode_tokens_per_second, base.decode_tokens_per_second),
+                _ratio(row.prefill_tokens_per_second, own.prefill_tokens_per_second),
+                _ratio(row.decode_tokens_per_second, own.decode_tokens_per_second),
                 steps,
             ]
-            for name, row, steps in rows
+            for name, row, own, steps in self._rows()
+        ]
+
+    def _rows(self) -> list[tuple[str, Row, Row, str]]:
+        """Name, figures, figures of its own run's base (speeds are only comparable within a run), and the steps, of the base and each run."""
+        base = self.reports[0].rows[0]
+        return [(self.names[0], base, base, "")] + [
+            (name, report.rows[-1], report.rows[0], " > ".join(row.name for row in report.rows[1:]))
+            for name, report in zip(self.names[1:], self.reports, strict=True)
         ]
 
     def table(self) -> Table:
@@ -75,27 +83,28 @@ class Comparison:
 
     def page(self) -> str:
         """The same as a self-contained HTML page, with plots."""
-        base = self.reports[0].rows[0]
-        rows = {self.names[0]: base} | {name: report.rows[-1] for name, report in zip(self.names[1:], self.reports, strict=True)}
-        size = {name: (row.bytes_on_disk / 1e6, row.perplexity) for name, row in rows.items() if row.perplexity < 1e6}
-        pace = {
-            name: (1 / row.decode_tokens_per_second * 1000, row.perplexity)
-            for name, row in rows.items()
-            if row.decode_tokens_per_second and row.perplexity < 1e6
-        }
+        numbers = {name: str(number) for number, name in enumerate(self.names)}
+        rows = [(numbers[name], row, own) for name, row, own, _ in self._rows()]
+        size = {number: (row.bytes_on_disk / 1e6, row.perplexity) for number, row, _ in rows if row.perplexity < 1e6}
+        pace = {number: (time, row.perplexity) for number, row, own in rows if (time := _token_time(row, own)) is not None and row.perplexity < 1e6}
         drawn = [
             (
-                "Perplexity against megabytes (down and left is better)",
+                "Perplexity against megabytes",
                 plots.scatter_front("size", size, pareto_front(size), "megabytes on disk", "perplexity"),
             ),
-            ("Perplexity against milliseconds for a written token", plots.scatter_front("speed", pace, pareto_front(pace), "ms for each token", "perplexity")),
+            (
+                "Perplexity against the time of a written token",
+                plots.scatter_front("speed", pace, pareto_front(pace), "time of a token, the base's in the same run = 1", "perplexity"),
+            ),
         ]
+        header, *lines = self.cells()
         return render(
             "compare.html.jinja",
             title=f"{len(self.reports)} runs compared",
             summary=f"All against their base, {self.base}, on {self.reports[0].evaluation.get('text', 'held-out text')}.",
             warnings=self.warnings,
-            table=self.cells(),
+            header=header[1:-1],
+            runs=[{"number": numbers[cells[0]], "name": cells[0], "steps": cells[-1], "cells": cells[1:-1]} for cells in lines],
             plots=[{"title": title, "svg": svg} for title, svg in drawn if svg],
         )
 
@@ -122,9 +131,11 @@ def compare(folders: Sequence[Path | str]) -> Comparison:
         warnings.append(f"The runs have different bases: {', '.join(sorted(set(base_names)))}. Changes are against the first.")
     if len({report.rows[0].details.get("text") for report in reports}) > 1:
         warnings.append("The runs were measured on different held-out text, so perplexity, KL and agreement cannot be compared between them.")
-    points = {names[0]: (float(reports[0].rows[0].bytes_on_disk), reports[0].rows[0].perplexity)}
-    points |= {name: (float(report.rows[-1].bytes_on_disk), report.rows[-1].perplexity) for name, report in zip(names[1:], reports, strict=True)}
-    return Comparison(names, reports, base_names[0].rstrip("/").rpartition("/")[2], pareto_front(points), warnings)
+    found = Comparison(names, reports, base_names[0].rstrip("/").rpartition("/")[2], [], [], warnings)
+    rows = found._rows()
+    size = {name: (float(row.bytes_on_disk), row.perplexity) for name, row, *_ in rows}
+    pace = {name: (time, row.perplexity) for name, row, own, _ in rows if (time := _token_time(row, own)) is not None}
+    return dataclasses.replace(found, front=pareto_front(size), fast_front=pareto_front(pace))
 
 
 def pareto_front(points: dict[str, tuple[float, float]]) -> list[str]:
@@ -145,6 +156,11 @@ def _distinct(paths: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [f"{'/'.join(one[-1:])} ({index + 1})" for index, one in enumerate(parts)]
+
+
+def _token_time(row: Row, own: Row) -> float | None:
+    """Time of a written token as a multiple of the base's in the same run."""
+    return own.decode_tokens_per_second / row.decode_tokens_per_second if row.decode_tokens_per_second and own.decode_tokens_per_second else None
 
 
 def _ratio(value: float | None, base: float | None) -> str:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from llmlite.config import to_yaml
+from llmlite.evaluation.result import Evaluation
 from llmlite.gate import COLLAPSE
 from llmlite.html import plots
-from llmlite.report import Report, Row, human_bytes
+from llmlite.report import Report, Row, human_bytes, human_figure
 from llmlite.step import step_class
 from llmlite.storage import write_text
 
@@ -20,17 +21,18 @@ PAGE = "report.html"
 
 
 def write_page(report: Report) -> Path:
-    """Write the page of a finished run beside its report. Returns its place."""
+    """Write the page of a finished run beside its report, with what `llmlite evaluate` has found there. Returns its place."""
     file = report.path / PAGE
-    write_text(file, run_page(report))
+    write_text(file, run_page(report, Evaluation.read(report.path)))
     return file
 
 
-def run_page(report: Report) -> str:
+def run_page(report: Report, evaluation: Evaluation | None = None) -> str:
     """The whole page. Everything that comes from the run (names, samples, settings) is escaped.
 
     Args:
         report: with at least the base's row.
+        evaluation: of the same result, where `llmlite evaluate` has measured it afterwards.
     """
     base, this = report.rows[0], report.rows[-1]
     samples = [{"name": row.name, "answer": row.details["sample"]["answer"]} for row in report.rows if row.details.get("sample")]
@@ -46,6 +48,8 @@ def run_page(report: Report) -> str:
         steps=[_step(step) for step in report.recipe.get("steps") or []],
         conditions=_conditions(report),
         expectation=report.expectation(),
+        energy=report.energy_sentences(),
+        evaluation=_evaluated(evaluation) if evaluation is not None else None,
         table=[["", *(row.name for row in report.rows)], *([name.strip(), *cells] for name, cells in report.lines().items())],
         groups=_groups(report) if plots.available() else [],
         samples=samples if len(samples) > 1 else [],
@@ -92,10 +96,10 @@ def _cards(base: Row, this: Row) -> list[dict[str, str]]:
         cards.append({"name": "as the base", "value": f"{this.top1_agreement:.0%}", "note": f"top-1 tokens; KL {this.kl:.3g}"})
     if this.decode_tokens_per_second and base.decode_tokens_per_second:
         ratio = this.decode_tokens_per_second / base.decode_tokens_per_second
-        cards.append({"name": "writing", "value": f"{ratio:.2f}x", "note": f"{this.decode_tokens_per_second:.3g} tokens a second"})
+        cards.append({"name": "writing", "value": f"{ratio:.2f}x", "note": f"{human_figure(this.decode_tokens_per_second, 3)} tokens a second"})
     if this.prefill_tokens_per_second and base.prefill_tokens_per_second:
         ratio = this.prefill_tokens_per_second / base.prefill_tokens_per_second
-        cards.append({"name": "reading", "value": f"{ratio:.2f}x", "note": f"{this.prefill_tokens_per_second:.4g} tokens a second"})
+        cards.append({"name": "reading", "value": f"{ratio:.2f}x", "note": f"{human_figure(this.prefill_tokens_per_second)} tokens a second"})
     return cards
 
 
@@ -119,6 +123,24 @@ def _conditions(report: Report) -> str:
     return f"{quality}; speed at batch 1 on {machine}; {about.get('date', '')}; seed {report.recipe.get('seed', 0)}."
 
 
+def _evaluated(evaluation: Evaluation) -> dict[str, Any]:
+    """What `llmlite evaluate` found: a table of base and result, what it was measured on, and their answers to the same questions."""
+    about, names = evaluation.about, list(evaluation.models)
+    grid = next((model["grid_grams_per_kwh"] for model in evaluation.models.values() if model.get("grid_grams_per_kwh") is not None), None)
+    machine = f"{about.get('device', '?')} ({about.get('cpu', '?')}, {about.get('cores', '?')} cores)"
+    when = f"; {about['date']}" if about.get("date") else ""
+    answers = zip(*(model.get("answers") or [] for model in evaluation.models.values()), strict=False)
+    return {
+        "table": [["", *names], *([name.strip(), *cells] for name, cells in evaluation.lines().items())],
+        "conditions": f"{about.get('quality_on', '')} Speed and energy on {machine}{when}."
+        + (f" CO2 at a stated {grid:g} g per kWh." if grid is not None else ""),
+        "answers": [
+            {"question": given[0]["prompt"], "expected": given[0].get("expected", ""), "given": list(zip(names, (one["answer"] for one in given), strict=True))}
+            for given in answers
+        ],
+    }
+
+
 # Plots ---------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -126,8 +148,8 @@ def _groups(report: Report) -> list[dict[str, Any]]:
     rows = report.rows
     names = [row.name for row in rows]
 
-    def figures(title: str, values: list[float | None], form: str) -> dict[str, str]:
-        labels = ["" if value is None else human_bytes(value) if form == "bytes" else format(value, form) for value in values]
+    def figures(title: str, values: list[float | None], digits: int | None) -> dict[str, str]:
+        labels = ["" if value is None else human_bytes(value) if digits is None else human_figure(value, digits) for value in values]
         return {"title": title, "svg": plots.bars(title, names, values, labels)}
 
     groups: list[dict[str, Any]] = [
@@ -135,12 +157,12 @@ def _groups(report: Report) -> list[dict[str, Any]]:
             "title": "Step by step",
             "text": "",
             "plots": [
-                figures("Bytes on disk", [row.bytes_on_disk for row in rows], "bytes"),
-                figures("Perplexity on held-out text", [_finite(row.perplexity) for row in rows], ".4g"),
-                figures("KL to the base, nats a token", [row.kl for row in rows], ".3g"),
-                figures("Peak memory of the step", [row.peak_memory_bytes for row in rows], "bytes"),
-                figures("Tokens a second, reading (prefill)", [row.prefill_tokens_per_second for row in rows], ".4g"),
-                figures("Tokens a second, writing (decode)", [row.decode_tokens_per_second for row in rows], ".3g"),
+                figures("Bytes on disk", [row.bytes_on_disk for row in rows], None),
+                figures("Perplexity on held-out text", [_finite(row.perplexity) for row in rows], 4),
+                figures("KL to the base, nats a token", [row.kl for row in rows], 3),
+                figures("Peak memory of the step", [row.peak_memory_bytes for row in rows], None),
+                figures("Tokens a second, reading (prefill)", [row.prefill_tokens_per_second for row in rows], 4),
+                figures("Tokens a second, writing (decode)", [row.decode_tokens_per_second for row in rows], 3),
             ],
         },
         {"title": "Training", "text": "Loss of the training text as it went.", "plots": [plot for row in rows for plot in _loss(row)]},

@@ -86,6 +86,7 @@ def lines(title: str, x: Sequence[float], series: Mapping[str, Sequence[float]],
     def draw(axes: Axes) -> None:
         for (name, y), colour in zip(series.items(), (_FIRST, _SECOND), strict=False):
             axes.plot(x, y, color=colour, label=name, linewidth=1.8)
+        axes.locator_params(axis="x", integer=True)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.grid(axis="y")
@@ -102,6 +103,8 @@ def layer_errors(title: str, values: Sequence[float], y_label: str, marked: Sequ
 
     def draw(axes: Axes) -> None:
         axes.bar(range(len(values)), values, color=[_SECOND if index in marked else _FIRST for index in range(len(values))])
+        axes.set_xlim(-0.6, len(values) - 0.4)
+        axes.locator_params(axis="x", integer=True)
         axes.set_xlabel("layer")
         axes.set_ylabel(y_label)
         axes.grid(axis="y")
@@ -138,6 +141,7 @@ def removed_map(title: str, removed: Sequence[Sequence[int]], units: int, unit: 
                     axes.add_patch(_rectangle(column / columns * units, layer - 0.5, units / columns, 1, min(share, 1.0)))
         axes.set_xlim(0, units)
         axes.set_ylim(len(removed) - 0.5, -0.5)
+        axes.locator_params(integer=True)
         axes.set_xlabel(f"{unit}, of {units}")
         axes.set_ylabel("layer")
 
@@ -145,7 +149,10 @@ def removed_map(title: str, removed: Sequence[Sequence[int]], units: int, unit: 
 
 
 def scatter_front(title: str, points: Mapping[str, tuple[float, float]], front: Sequence[str], x_label: str, y_label: str) -> str:
-    """Named points and, joined by a line, those that no other beats on both axes (less is better on both)."""
+    """Named points and, joined by a line, those that no other beats on both axes (less is better on both).
+
+    Names are best short, numbers say: each stands beside its point where no other name and no point is, with a line to it when that is further away.
+    """
     if not points or not available():
         return ""
 
@@ -154,13 +161,50 @@ def scatter_front(title: str, points: Mapping[str, tuple[float, float]], front: 
         axes.plot([x for x, _ in on_front], [y for _, y in on_front], color=_FIRST, linewidth=1.2, linestyle="--")
         for name, (x, y) in points.items():
             axes.plot([x], [y], "o", color=_FIRST if name in front else _SECOND, markersize=6)
-            axes.annotate(_short(name, 26), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8.5)
-        axes.margins(x=0.22, y=0.15)
+        axes.margins(x=0.16, y=0.18)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.grid()
+        _name_points(axes, points)
 
     return _svg(title, draw, height=3.2)
+
+
+_LETTER, _LINE_HEIGHT = 6.2, 11.0  # points: about what a letter and a line of the labels take
+
+
+def _name_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Write names beside their points, each at the nearest place that touches neither a point nor a name. Axes are laid out first."""
+    axes.figure.draw_without_rendering()  # type: ignore[union-attr]
+    scale = 72 / axes.figure.dpi
+    places = {name: axes.transData.transform(point) * scale for name, point in points.items()}
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places.values()]
+    for name, (x, y) in places.items():
+        half_width, half_height = (_LETTER * len(_short(name, 26)) + 2) / 2, _LINE_HEIGHT / 2
+
+        def box(at: tuple[float, float], x: float = x, y: float = y, w: float = half_width, h: float = half_height) -> tuple[float, float, float, float]:
+            return x + at[0] - w, y + at[1] - h, x + at[0] + w, y + at[1] + h
+
+        turns = [(math.cos(turn * math.pi / 8), math.sin(turn * math.pi / 8)) for turn in (2, 6, 14, 10, 0, 8, 4, 12, 1, 3, 5, 7, 9, 11, 13, 15)]
+        offers = [(along * (far + half_width - 4), up * (far + half_height - 4)) for far in (9, 15, 22, 30, 40, 52) for along, up in turns]
+        best = min(offers, key=lambda at: sum(_overlap(box(at), other) for other in taken))  # the first, and so the nearest, of those that touch nothing
+        taken.append(box(best))
+        far = math.hypot(*best) > 14 + half_width
+        axes.annotate(
+            _short(name, 26),
+            points[name],
+            xytext=best,
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=9,
+            arrowprops={"arrowstyle": "-", "color": _INK, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3} if far else None,
+        )
+
+
+def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> float:
+    """Area that two boxes (left, bottom, right, top) share."""
+    return max(0.0, min(one[2], other[2]) - max(one[0], other[0])) * max(0.0, min(one[3], other[3]) - max(one[1], other[1]))
 
 
 def _rectangle(x: float, y: float, width: float, height: float, share: float) -> Any:
@@ -170,7 +214,8 @@ def _rectangle(x: float, y: float, width: float, height: float, share: float) ->
 
 
 def _short(name: str, limit: int = 18) -> str:
-    return name if len(name) <= limit else name[: limit - 1] + "…"
+    """A name with its middle left out: names of runs and steps differ at their ends."""
+    return name if len(name) <= limit else f"{name[: (limit - 1) // 2]}…{name[-(limit // 2) :]}"
 
 
 def _svg(title: str, draw: Any, height: float = 2.6) -> str:

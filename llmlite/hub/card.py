@@ -106,7 +106,7 @@ def _metadata(report: Report | None, folder: Path, title: str, is_adapter: bool,
     if base:
         only_quantized = bool(quantization) and all(step["step"] == "quantize" for step in steps)
         data |= {"base_model": base, "base_model_relation": "adapter" if is_adapter else "quantized" if only_quantized else "finetune"}
-    energy, grid = _energy(report) if report is not None else None, (report.recipe.get("grid_grams_per_kwh") if report is not None else None)
+    energy, grid = report.whole_energy() if report is not None else None, (report.recipe.get("grid_grams_per_kwh") if report is not None else None)
     if energy is not None and grid is not None:
         data["co2_eq_emissions"] = {"emissions": round(energy[0] / 3.6e6 * grid, 6), "source": f"{energy[1]}; grid of {grid:g} g per kWh, stated by the maker"}
     trained_on = hub_dataset(report)
@@ -125,15 +125,6 @@ def _metadata(report: Report | None, folder: Path, title: str, is_adapter: bool,
             )
         ]
     return f"---\n{ModelCardData(**{key: value for key, value in data.items() if value}).to_yaml()}\n---"
-
-
-def _energy(report: Report) -> tuple[float, str] | None:
-    """Joules of all steps together and their kind; None when a step has none, or measured and estimated ones would be mixed."""
-    found = [row.details.get("energy") or {} for row in report.rows[1:]]
-    kinds = {energy.get("kind") for energy in found}
-    if not found or len(kinds) != 1 or any(energy.get("joules") is None for energy in found):
-        return None
-    return sum(energy["joules"] for energy in found), f"{found[0]['kind']}, {found[0]['source']}"
 
 
 def _quantization_tags(settings: Mapping[str, Any]) -> list[str]:
@@ -190,7 +181,7 @@ def _table(report: Report) -> str:
     add("most likely token is the base's", None, this.top1_agreement, lambda x: f"{x:.1%}")
     add("prefill, tokens a second", base.prefill_tokens_per_second, this.prefill_tokens_per_second, lambda x: f"{x:.0f}")
     add("decode, tokens a second", base.decode_tokens_per_second, this.decode_tokens_per_second, lambda x: f"{x:.1f}")
-    if (energy := _energy(report)) is not None:
+    if (energy := report.whole_energy()) is not None:
         add(f"energy of all steps, joules ({energy[1]})", None, energy[0], lambda x: f"{x:.3g}")
     add("peak memory of making and loading it", base.peak_memory_bytes, this.peak_memory_bytes, human_bytes)
     return "\n".join(["| | base | this | change |", "|---|---:|---:|---:|", *(f"| {' | '.join(cells)} |" for cells in lines)])
@@ -285,7 +276,7 @@ def _not_measured(report: Report, evaluation: Evaluation | None) -> str:
     this_one = evaluation.models["this"] if evaluation is not None else {}
     if not this_one.get("tasks"):
         missing.append("benchmark tasks")
-    if this_one.get("joules_per_1000_tokens") is None and _energy(report) is None:
+    if this_one.get("joules_per_1000_tokens") is None and report.whole_energy() is None:
         missing.append("energy")
     missing += ["texts of another kind than the one above", "safety, bias and factual correctness"]
     return "\n".join(f"- {name}" for name in missing) + "\n\nWhat the base cannot do, this cannot do either; its licence and terms of use hold here too."

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmlite.config import shorten
 from llmlite.errors import HubError, OutputError, PushFailed
-from llmlite.evaluation.result import EVALUATION
+from llmlite.evaluation.result import EVALUATION, Evaluation
 from llmlite.html.images import card_images
 from llmlite.html.page import PAGE, run_page
 from llmlite.hub.base import base_of
@@ -185,9 +185,11 @@ def what_is_sent(folder: Path, report: Report | None, repo_id: str, base_model: 
         files["recipe.yaml"] = public_recipe(report).encode()
         values = public_report(report, repo_id, is_adapter, base_model)
         files["report.json"] = _json(values)
-        files[PAGE] = run_page(Report.of(folder, values)).encode()
+        evaluation = Evaluation.read(folder)
         if EVALUATION in files:
             files[EVALUATION] = _json(public_evaluation(report, json.loads((folder / EVALUATION).read_text(encoding="utf-8"))))
+        shown = Evaluation(folder, **public_evaluation(report, evaluation.to_json())) if evaluation is not None else None
+        files[PAGE] = run_page(Report.of(folder, values), shown).encode()
     card = folder / "README.md"
     if not card.is_file() or is_ours(card.read_text(encoding="utf-8")):
         text = several.card(folder, repo_id, base_model) if several is not None else model_card(report, folder, repo_id, base_model)

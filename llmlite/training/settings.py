@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from llmlite.config import settings
+from llmlite.config import near, settings, shorten
 from llmlite.step import QUANTIZED, Names, Step
 
 if TYPE_CHECKING:
@@ -51,7 +51,26 @@ class TrainingStep(Step):
     logging_steps: PositiveInt = 5
     """Optimizer steps between two lines of the loss."""
     report_to: Names = ()
-    """Trackers that transformers knows: tensorboard, wandb, trackio, ..."""
+    """Trackers that transformers knows: tensorboard, wandb, trackio, ... TensorBoard's files stay under runs/ in the output folder, never uploaded."""
+
+    def no_tracker(self) -> str:
+        """Why `report_to` names a tracker that transformers does not know or cannot use here, as a sentence; empty where all can be used."""
+        if not self.report_to:
+            return ""
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+        for name in self.report_to:
+            if name in {"all", "none"}:
+                continue
+            if name not in INTEGRATION_TO_CALLBACK:
+                guess = near(name, INTEGRATION_TO_CALLBACK)
+                hint = f"Did you mean '{guess}'?" if guess else f"Known: {', '.join(INTEGRATION_TO_CALLBACK)}."
+                return f"report_to: transformers knows no tracker '{shorten(name)}'. {hint}"
+            try:
+                INTEGRATION_TO_CALLBACK[name]()  # what the Trainer will do, hours from now
+            except Exception as error:  # each looks for its library in its own way
+                return f"report_to: '{name}' cannot be used here: {shorten(str(error), 200)} Or leave it out: a run may be continued with other trackers."
+        return ""
 
     def peak_learning_rate(self, hidden_size: int) -> float:
         """The learning rate as asked, else 5e-5, which suits the training of all weights.

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from llmlite.errors import Interrupted, OutputError, RunError
 from llmlite.models.device_map import is_offloaded
@@ -174,6 +175,7 @@ def trainer_arguments(step: TrainingStep, run: Run, folder: Path) -> TrainingArg
         logging_steps=step.logging_steps,
         logging_strategy="steps",
         report_to=list(step.report_to) or "none",
+        run_name=f"{run.recipe.folder.name}, {run.logs.name}",
         seed=run.recipe.seed,
         data_seed=run.recipe.seed,
         use_cpu=run.device.type == "cpu",
@@ -233,6 +235,9 @@ def train(
         make_loss=make_loss or _cross_entropy,
         companion=companion,
     )
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:  # TENSORBOARD_LOGGING_DIR wins
+            callback.logging_dir = str(run.logs)  # not in the scratch folder, which goes with the step
     try:
         with stopping_at_signals(stop):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
