@@ -205,8 +205,6 @@ def _compare_command(folders: tuple[str, ...], html: str | None) -> None:
 
     page = require_path(html, "compare", "--html") if html else None
     found = compare(folders)
-    far = [f"{name}: {text}" for name, report in zip(found.names[1:], found.reports, strict=True) if (text := report.warning())]
-    found = dataclasses.replace(found, warnings=[*found.warnings, *far])
     console = Console(highlight=False)
     for warning in found.warnings:
         console.print(f"Note: {warning}", markup=False, soft_wrap=True)

@@ -16,10 +16,10 @@ import pydantic
 from llmlite.config import near, read_yaml, settings, to_mapping, unknown_option, validate
 from llmlite.data.settings import Data
 from llmlite.errors import ConfigError
+from llmlite.expected import Expected, ExpectedSettings
 from llmlite.gate import Gate, GateSettings
 from llmlite.models.settings import Model
 from llmlite.paths import PathText
-from llmlite.shrink.expected import Expected, ExpectedSettings
 from llmlite.step import Step, name_of_step, parse_step, step_class
 
 if TYPE_CHECKING:

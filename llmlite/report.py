@@ -82,7 +82,7 @@ class Report:
     """What the model card says of the base model. See `llmlite.hub.base.describe_base`."""
     reload_difference: Number | None = None
     expected: ExpectedShape = field(default_factory=dict)
-    """What was expected of the result: kl, perplexity, bytes_on_disk. See `llmlite.shrink.expected`."""
+    """What was expected of the result: kl, perplexity, bytes_on_disk. See `llmlite.expected`."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, without the folder's place."""

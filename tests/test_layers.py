@@ -11,10 +11,10 @@ import llmlite
 
 PACKAGE = Path(llmlite.__file__).parent
 LAYERS = [
-    {"config", "errors", "gate", "storage", "step", "layout", "processes", "py.typed"},
+    {"config", "errors", "expected", "gate", "paths", "storage", "step", "layout", "processes", "py.typed"},
     {"models", "data", "evaluation.memory"},
     {"training"},
-    {"context", "report", "calibration", "evaluation", "html", "hub"},
+    {"context", "report", "report_shape", "calibration", "evaluation", "html", "hub"},
     {"pruning", "distillation", "quantization", "adapters"},
     {"recipe", "plan", "loading", "kept", "pipeline"},
     {"shrink", "side_by_side", "multi_adapter"},

@@ -131,6 +131,7 @@ def compare(folders: Sequence[Path | str]) -> Comparison:
         warnings.append(f"The runs have different bases: {', '.join(sorted(set(base_names)))}. Changes are against the first.")
     if len({report.rows[0].details.get("text") for report in reports}) > 1:
         warnings.append("The runs were measured on different held-out text, so perplexity, KL and agreement cannot be compared between them.")
+    warnings += [f"{name}: {text}" for name, report in zip(names[1:], reports, strict=True) if (text := report.warning())]
     found = Comparison(names, reports, base_names[0].rstrip("/").rpartition("/")[2], [], [], warnings)
     rows = found._rows()
     size = {name: (float(row.bytes_on_disk), row.perplexity) for name, row, *_ in rows}

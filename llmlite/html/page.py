@@ -11,7 +11,7 @@ from llmlite.config import to_yaml
 from llmlite.evaluation.result import Evaluation
 from llmlite.gate import COLLAPSE
 from llmlite.html import plots
-from llmlite.report import Report, Row, human_bytes, human_figure
+from llmlite.report import SPEED_OF_STEPS, Report, Row, human_bytes, human_figure
 from llmlite.step import step_class
 from llmlite.storage import write_text
 
@@ -120,7 +120,8 @@ def _conditions(report: Report) -> str:
     about, text = report.environment, report.evaluation
     quality = f"Quality on {text.get('tokens', '?')} held-out tokens ({text.get('examples', '?')} examples) of {text.get('text', 'held-out text')}"
     machine = f"{about.get('device', '?')} ({about.get('cpu', '?')}, {about.get('cores', '?')} cores)"
-    return f"{quality}; speed at batch 1 on {machine}; {about.get('date', '')}; seed {report.recipe.get('seed', 0)}."
+    speed = f" {SPEED_OF_STEPS}" if any(row.decode_tokens_per_second for row in report.rows) else ""
+    return f"{quality}; {machine}; {about.get('date', '')}; seed {report.recipe.get('seed', 0)}.{speed}"
 
 
 def _evaluated(evaluation: Evaluation) -> dict[str, Any]:

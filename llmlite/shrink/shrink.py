@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from llmlite.config import read_yaml, to_yaml
 from llmlite.errors import ConfigError, RunError
+from llmlite.expected import Expected
 from llmlite.plan import plan_of_base
 from llmlite.recipe import Recipe
 from llmlite.report import Report, human_bytes
-from llmlite.shrink.expected import Expected
 from llmlite.shrink.measure import evidence_of, layer_costs, measured, plan_after, recipe_of, sizes_of
 from llmlite.shrink.options import VOCABULARY, mixed_options, prune_options, store_options
 from llmlite.shrink.search import NOTHING, Candidate, Limits, Option, best, combinations, frontier

@@ -18,10 +18,10 @@ from llmlite.cli import main
 from llmlite.config import to_yaml
 from llmlite.context import Run
 from llmlite.errors import ConfigError, RunError
+from llmlite.expected import Expected
 from llmlite.models.size import linear_shapes
 from llmlite.recipe import Recipe
 from llmlite.report import Report, Row
-from llmlite.shrink.expected import Expected
 from llmlite.shrink.options import store_options
 from llmlite.shrink.search import Candidate, Limits, Option
 from llmlite.shrink.shrink import Shrunk, shrink
