@@ -1,7 +1,8 @@
-"""The headline table: what each method makes of one model, by recipes as anybody would run them, offline.
+r"""The headline table: what each method makes of one model, by recipes as anybody would run them, offline.
 
     python benchmarks/headline.py                                   # SmolLM2-135M-Instruct, about half an hour on two cores
-    python benchmarks/headline.py --model GPT2 --data builtin:python-docs-prose --out benchmarks/results/headline_gpt2.json
+    python benchmarks/train_gpt2.py outputs/gpt2 && python benchmarks/headline.py --model outputs/gpt2 --data outputs/gpt2-text.jsonl --dtype bfloat16 \
+        --out benchmarks/results/headline_gpt2.json                 # a second family: a small GPT-2, trained first
 
 Every row is a run of its own with its own reload in a fresh process; finished rows are kept in --work, so the same command continues after a stop. Quality is
 measured on held-out rows of the same text that calibrates and heals (never on trained ones).
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 import llmlite
+from llmlite.errors import ConfigError
 from llmlite.shrink.measure import recipe_of
 
 NF4 = {"step": "quantize", "scheme": "nf4", "dtype": "bfloat16"}
@@ -66,7 +68,7 @@ def main() -> None:
     about = {
         "model": Path(args.model).name,
         "dtype": args.dtype,
-        "data": args.data,
+        "data": Path(args.data).name,
         "calibration": f"{args.sequences} rows of {data.max_length} tokens",
         "evaluation_rows": args.evaluation_rows,
         "heal_steps": args.heal_steps,
@@ -80,7 +82,7 @@ def main() -> None:
         place = args.work / "".join(letter if letter.isalnum() else "-" for letter in name)
         try:
             report = recipe_of(recipe, steps, place).run()
-        except llmlite.LlmliteError as error:  # a family or a width that the method does not take is a row of the table, too
+        except ConfigError as error:  # a family or a width that the method does not take is a row of the table, too
             table.append({"row": name, "refused": str(error).splitlines()[-1].strip()})
             print(f"{name:32s} refused: {table[-1]['refused']}", file=sys.stderr, flush=True)
             continue
