@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from safetensors.torch import save_file
 
 from llmlite.errors import OutputError, ResourceError
 from llmlite.storage import MANIFEST, damage, link_or_copy, locked, require_space, set_aside, telling_full, writing_folder
+
+Usage = namedtuple("Usage", "total used free")
 
 
 def write(folder: Path, text: str = "weights") -> None:
@@ -99,3 +102,25 @@ def test_a_full_disk_is_said_to_be_full_by_whatever_library_noticed_it(tmp_path:
         save_file({"x": torch.zeros(2)}, tmp_path / "no folder" / "x.safetensors")
     with pytest.raises(ResourceError, match="the disk is full"), telling_full(tmp_path):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")  # what it says on a full disk
+
+
+def test_torch_that_lost_its_place_in_a_file_of_a_full_disk_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(*_: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")  # what torch.save says on a full disk
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(RuntimeError, match="unexpected pos"), telling_full(tmp_path):  # of a disk with space it is something else
+        torch.save({}, tmp_path / "optimizer.pt")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(10**9, 10**9, 0))
+    with pytest.raises(ResourceError, match="the disk is full"), telling_full(tmp_path / "not" / "there"):
+        torch.save({}, tmp_path / "optimizer.pt")
+    with pytest.raises(KeyError), telling_full(tmp_path):
+        raise KeyError("a mistake of ours")
+
+
+def test_a_full_disk_is_found_among_the_errors_that_led_to_one(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="the disk is full"), telling_full(tmp_path):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            raise RuntimeError("could not write the archive") from error
