@@ -26,7 +26,7 @@ from llmlite.plan import check, claim, made_before_adapter
 from llmlite.recipe import Recipe
 from llmlite.report import Report, Row, environment
 from llmlite.step import Step, name_of_step
-from llmlite.storage import folder_bytes, locked, telling, telling_full, writing_folder
+from llmlite.storage import folder_bytes, locked, telling, telling_refused, writing_folder
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ def run(recipe: Recipe, context: Run | None = None) -> Report:
         if context.is_main:
             claim(recipe)
         context.wait()
-        with telling_full(out):
+        with telling_refused(out):
             return _Pipeline(recipe, context, out).run()
 
 

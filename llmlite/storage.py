@@ -36,12 +36,14 @@ __all__ = [
     "set_aside",
     "telling",
     "telling_full",
+    "telling_refused",
     "write_json",
     "write_text",
     "writing_folder",
 ]
 
 MANIFEST = "manifest.json"
+_REFUSALS = frozenset({errno.EACCES, errno.EROFS, errno.EPERM})
 _NEARLY_FULL_BYTES = 16_000_000
 """So little is free that whoever could not write a checkpoint there ran out of space."""
 
@@ -80,9 +82,45 @@ def telling(path: Path) -> Iterator[None]:
         with telling_full(path):
             yield
     except OSError as error:
-        if error.errno in {errno.EACCES, errno.EROFS, errno.EPERM}:
+        if error.errno in _REFUSALS:
             raise OutputError(f"{path}: cannot be written ({error.strerror}). Choose another --output_dir.") from error
         raise
+
+
+@contextmanager
+def telling_refused(out: Path) -> Iterator[None]:
+    """Around a whole run: say of a full disk that it is full, and of a refusal under `out` that it is one. What the system refuses elsewhere, a model that must
+    not be read say, is not blamed on the output."""
+    try:
+        with telling_full(out):
+            yield
+    except LlmliteError:
+        raise
+    except Exception as error:
+        if (reason := _refusal(error)) and _concerns(error, out):
+            raise OutputError(
+                f"{out}: cannot be written any more ({reason}). What was complete is kept: when the folder can be written again the same command goes on; or "
+                "choose another --output_dir."
+            ) from error
+        raise
+
+
+def _refusal(error: Exception) -> str:
+    """In the system's words why a file could not be used; empty where it was something else."""
+    number, words = _system_number(error), os.strerror(errno.EROFS)
+    if number in _REFUSALS:
+        return os.strerror(number)
+    return words if _is_torch_writer(error) and words in str(error) else ""
+
+
+def _concerns(error: BaseException | None, out: Path) -> bool:
+    """Whether a refusal is about a path under `out`; of one that names no file, whether `out` refuses now."""
+    while error is not None:
+        named = getattr(error, "filename", None)
+        if isinstance(named, str | bytes):
+            return Path(os.fsdecode(named)).resolve().is_relative_to(out.resolve())
+        error = error.__cause__ or error.__context__
+    return not os.access(out, os.W_OK | os.X_OK)
 
 
 @contextmanager
