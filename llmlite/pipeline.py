@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmlite.context import Run
-from llmlite.errors import GateFailed, LlmliteError, OutputError, ResourceError, RunError
+from llmlite.errors import GateFailed, LlmliteError, LoadError, OutputError, ResourceError, RunError
 from llmlite.gate import COLLAPSE
 from llmlite.kept import Kept, write_row
 from llmlite.models.adapted import adapter_parameters, is_adapted
@@ -112,9 +112,10 @@ class _Pipeline:
         done = self.kept.complete_steps()
         if self.context.is_main:
             self.kept.clear_leftovers(done)
-        if done == len(self.recipe.steps) and (self.out / "report.json").is_file():
+        finished = self._finished_report() if done == len(self.recipe.steps) else None
+        if finished is not None:
             log.info("%s is complete; nothing is done again", self.out)
-            self.report = Report.read(self.out)
+            self.report = finished
             for index, row in enumerate(self.report.rows[1:]):
                 self._gate(index, row)
             if self.context.is_main:
@@ -132,6 +133,16 @@ class _Pipeline:
         self._finish()
         self._push()
         return self.report
+
+    def _finished_report(self) -> Report | None:
+        """The report of a run whose steps are all whole, or None where it is still to be written, or once more: it is made of the steps' figures."""
+        found = None
+        if self.context.is_main and (self.out / "report.json").is_file():
+            try:
+                found = Report.read(self.out)
+            except LoadError as error:
+                log.warning("report.json is damaged (%s); written again from what the steps have left", str(error).rstrip("."))
+        return self.context.agreed(found)
 
     # the base -------------------------------------------------------------------------------------------------------------------------
 
