@@ -70,12 +70,14 @@ class Layout:
             launcher: words of the command that started this process; None reads those of the parent process, where the system shows them.
         """
         asked = _asked_processes(_parent_command() if launcher is None else launcher)
-        if self.processes > 1 or asked is None or asked < 2:
+        if asked is None or asked == self.processes:
             return ""
+        started = f"accelerate was asked for {asked} process{'es' if asked > 1 else ''} and started {self.processes if self.processes > 1 else 'one'}."
+        if self.processes > 1:
+            return f"{started} WORLD_SIZE={self.processes} may be left in the environment of another launch: unset it, or ask for {self.processes}."
         return (
-            f"accelerate was asked for {asked} processes and started one. On CPUs: ACCELERATE_USE_CPU=1 accelerate launch --config_file "
-            "recipes/accelerate/cpu2.yaml ..., or ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 -m ...; on GPUs: recipes/accelerate/ddp.yaml. For one "
-            "process leave --num_processes out."
+            f"{started} On CPUs: ACCELERATE_USE_CPU=1 accelerate launch --config_file recipes/accelerate/cpu2.yaml ..., or ACCELERATE_USE_CPU=1 torchrun "
+            "--nproc_per_node 2 -m ...; on GPUs: recipes/accelerate/ddp.yaml. For one process leave --num_processes out."
         )
 
     def problems(self, on_accelerators: bool) -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmlite.context import Run
-from llmlite.errors import GateFailed, LlmliteError, OutputError, ResourceError, RunError
+from llmlite.errors import GateFailed, LlmliteError, LoadError, OutputError, ResourceError, RunError
 from llmlite.gate import COLLAPSE, Gate
 from llmlite.kept import Kept, write_row
 from llmlite.models.adapted import adapter_parameters, is_adapted
@@ -26,7 +26,7 @@ from llmlite.plan import check, claim, made_before_adapter
 from llmlite.recipe import Recipe
 from llmlite.report import Report, Row, environment
 from llmlite.step import Step, name_of_step
-from llmlite.storage import folder_bytes, locked, telling, telling_full, writing_folder
+from llmlite.storage import folder_bytes, locked, telling, telling_refused, writing_folder
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,10 @@ __all__ = ["base_of_result", "load_result", "run"]
 log = logging.getLogger(__name__)
 
 _SHARDS = "shards"
+_TO_LOAD = "Set load: blocks, which holds one block at a time, or device_map: auto"
+_TO_EVALUATE = "Lower evaluation_rows or max_length"
+_TO_ANSWER = "Free some, or set load: blocks, with which neither speed nor answers are measured"
+_TO_SAVE = "Free some, or set load: blocks, with which one block at a time is written"
 _NOT_IN_BLOCKS = "speed and answers: the model was loaded block by block"
 _NOT_OFFLOADED = "speed and answers of the base: part of it was brought in for each forward pass"
 
@@ -64,7 +68,7 @@ def run(recipe: Recipe, context: Run | None = None) -> Report:
         if context.is_main:
             claim(recipe)
         context.wait()
-        with telling_full(out):
+        with telling_refused(out):
             return _Pipeline(recipe, context, out).run()
 
 
@@ -112,9 +116,10 @@ class _Pipeline:
         done = self.kept.complete_steps()
         if self.context.is_main:
             self.kept.clear_leftovers(done)
-        if done == len(self.recipe.steps) and (self.out / "report.json").is_file():
+        finished = self._finished_report() if done == len(self.recipe.steps) else None
+        if finished is not None:
             log.info("%s is complete; nothing is done again", self.out)
-            self.report = Report.read(self.out)
+            self.report = finished
             for index, row in enumerate(self.report.rows[1:]):
                 self._gate(index, row)
             if self.context.is_main:
@@ -130,9 +135,20 @@ class _Pipeline:
                 self._step(index, reference)
             self.report.rows.append(self.kept.row(self.kept.folder(index)))
             self._gate(index, self.report.rows[-1])
-        self._finish()
+        with _memory_advice("the result, loaded once more", _TO_SAVE):
+            self._finish()
         self._push()
         return self.report
+
+    def _finished_report(self) -> Report | None:
+        """The report of a run whose steps are all whole, or None where it is still to be written, or once more: it is made of the steps' figures."""
+        found = None
+        if self.context.is_main and (self.out / "report.json").is_file():
+            try:
+                found = Report.read(self.out)
+            except LoadError as error:
+                log.warning("report.json is damaged (%s); written again from what the steps have left", str(error).rstrip("."))
+        return self.context.agreed(found)
 
     # the base -------------------------------------------------------------------------------------------------------------------------
 
@@ -149,13 +165,17 @@ class _Pipeline:
             started = time.perf_counter()
             with self.context.processes.main_process_first():  # which downloads; the others find it in the cache
                 find(self.recipe.model, weights=True)
-            with measured_peak(self.context.device.type) as peak, _memory_advice("base"):
-                model = self.context.load_base()
-                reference, quality = reference_of(model, self.context.evaluation_batches(), shared=True)
+            with measured_peak(self.context.device.type) as peak:
+                with _memory_advice("base, loaded", _TO_LOAD):
+                    model = self.context.load_base()
+                with _memory_advice("base, measured", _TO_EVALUATE):
+                    reference, quality = reference_of(model, self.context.evaluation_batches(), shared=True)
             _require_numbers(self.recipe, quality.perplexity, self.context.compute_dtype)
             if self.context.is_main:  # one process writes and is timed, the others keep still
                 skipped = _NOT_IN_BLOCKS if is_blockwise(model) else _NOT_OFFLOADED if is_offloaded(model) else ""
-                speed = None if skipped else measure_speed(model)
+                with _memory_advice("base, timed", _TO_ANSWER):
+                    speed = None if skipped else measure_speed(model)
+                    figures = {"not_measured": skipped} if skipped else self._sample(model)
                 row = Row(
                     "base",
                     model.num_parameters(),
@@ -169,10 +189,10 @@ class _Pipeline:
                         "tokens": quality.tokens,
                         "text": self.context.evaluation_data.fingerprint(),
                         "weights": weights_fingerprint(self.context.source.folder),
-                        **({"not_measured": skipped} if skipped else self._sample(model)),
+                        **figures,
                     },
                 )
-                with writing_folder(folder) as temporary:
+                with _memory_advice("base, saved", _TO_EVALUATE), writing_folder(folder) as temporary:
                     reference.save(temporary / "reference.safetensors")
                     write_row(temporary, row)
             self.context.wait()
@@ -220,7 +240,8 @@ class _Pipeline:
         started = time.perf_counter()
         device = self.context.device.type
         used = scratch / "energy.json" if self.context.is_main else None
-        with measured_energy(device, estimate=self.recipe.estimate_energy, keep=used) as energy, measured_peak(device) as peak, _memory_advice(name):
+        advice = self._to_apply(step)
+        with measured_energy(device, estimate=self.recipe.estimate_energy, keep=used) as energy, measured_peak(device) as peak, _memory_advice(name, advice):
             model = self._apply(index, step)
             if is_blockwise(model):
                 model = self._written(model, scratch / _SHARDS)
@@ -229,14 +250,14 @@ class _Pipeline:
         self.context.note(energy=energy.to_json())
         seconds = time.perf_counter() - started
         log.info("step %d of %d: %s took %.0f s; measuring", index + 1, len(self.recipe.steps), name, seconds)
-        with _memory_advice(f"{name}, measured"):
+        with _memory_advice(f"{name}, measured", _TO_EVALUATE):
             quality = measure_quality(model, self.context.evaluation_batches(), self.context.over_present_tokens(reference), shared=True)
         if self.context.is_main:  # one process writes and is timed, the others keep still
             speed = None
             if is_blockwise(model):
                 self.context.note(not_measured=_NOT_IN_BLOCKS)
             else:
-                with packed_generation(model):  # as stock transformers runs it
+                with _memory_advice(f"{name}, timed", _TO_ANSWER), packed_generation(model):  # as stock transformers runs it
                     speed = measure_speed(model)
                     self.context.note(**self._sample(model))
             row = Row(
@@ -252,7 +273,7 @@ class _Pipeline:
                 seconds,
                 dict(self.context.notes),
             )
-            with writing_folder(folder) as temporary:
+            with _memory_advice(f"{name}, saved", _TO_SAVE), writing_folder(folder) as temporary:
                 self.kept.save(model, temporary)
                 size = folder_bytes(temporary) + (weight_bytes(self.kept.base_of(index)) if is_adapted(model) else 0)
                 write_row(temporary, dataclasses.replace(row, bytes_on_disk=size))
@@ -312,6 +333,11 @@ class _Pipeline:
             if not self._crossed(self.recipe.steps[before].gate or self.recipe.gate, self.report.rows[before + 1]):
                 return self.kept.folder(before)
         return None
+
+    def _to_apply(self, step: Step) -> str:
+        """What to do when memory does not suffice for a step."""
+        whole = step.no_blocks() or self.context.blockwise
+        return step.memory_advice + ("" if whole else ", or set load: blocks, which works on one block at a time")
 
     def _apply(self, index: int, step: Step) -> PreTrainedModel:
         if index == 0:
@@ -396,8 +422,13 @@ def _logical_parameters(model: PreTrainedModel) -> int:
 
 
 @contextmanager
-def _memory_advice(name: str) -> Iterator[None]:
-    """Turn a failed allocation into what to lower."""
+def _memory_advice(name: str, advice: str) -> Iterator[None]:
+    """Turn a failed allocation into what to do about it.
+
+    Args:
+        name: what was going on.
+        advice: what to lower.
+    """
     from llmlite.evaluation.memory import out_of_memory
 
     try:
@@ -408,7 +439,5 @@ def _memory_advice(name: str) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         raise ResourceError(
-            f"{name}: out of memory ({(str(error).splitlines() or ['MemoryError'])[0][:120]}). Lower per_device_train_batch_size or max_length, or set "
-            "gradient_checkpointing: true; pruning and quantization work on one block at a time with load: blocks. "
-            "What was finished is kept; the same command continues."
+            f"{name}: out of memory ({(str(error).splitlines() or ['MemoryError'])[0][:120]}). {advice}. What was finished is kept; the same command continues."
         ) from error

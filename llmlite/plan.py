@@ -56,6 +56,7 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
         LlmliteError: model, data or output folder that cannot be used.
     """
     context = context or Run(recipe)
+    from llmlite.calibration.memory import spilled_bytes
     from llmlite.models.families import family_of
     from llmlite.models.load import require_matching
     from llmlite.models.size import expected_bytes
@@ -87,6 +88,8 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
     disk = sum(row["disk_bytes"] + 8 * 2 * row["trained_parameters"] for row in rows[1:]) + rows[0]["disk_bytes"] // 2
     if context.blockwise:  # the walk's changed blocks, in the type they are computed in, until the step is complete
         disk += expected_bytes(config, dtype=context.compute_dtype)
+        measured = recipe.data.evaluation_rows * recipe.data.max_length
+        disk += max(spilled_bytes(config, context.compute_dtype, row["tokens"], measured) for row in rows)
     require_space(recipe.folder, int(disk))
     return Plan(tuple(rows), int(disk), _peak(rows), context.layout.sentence(context.blockwise), loading)
 

@@ -103,6 +103,9 @@ class Step:
     advice: ClassVar[str] = "ask less of this step"
     """What to try when its result is too far from the base."""
 
+    memory_advice: ClassVar[str] = "Lower calibration_sequences or max_length"
+    """What to do when memory does not suffice for it."""
+
     gate: GateSettings = Gate()
     """Limits for this step's result, instead of the recipe's gate."""
 

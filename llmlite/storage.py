@@ -20,7 +20,7 @@ from typing import Any
 
 import filelock
 
-from llmlite.errors import LoadError, OutputError, ResourceError
+from llmlite.errors import LlmliteError, LoadError, OutputError, ResourceError
 
 __all__ = [
     "MANIFEST",
@@ -36,6 +36,7 @@ __all__ = [
     "set_aside",
     "telling",
     "telling_full",
+    "telling_refused",
     "write_json",
     "write_text",
     "writing_folder",
@@ -43,6 +44,9 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 _NAME = 40  # characters of a name that its temporary stand-in repeats; more might make it longer than a name may be
+_REFUSALS = frozenset({errno.EACCES, errno.EROFS, errno.EPERM})
+_NEARLY_FULL_BYTES = 16_000_000
+"""So little is free that whoever could not write a checkpoint there ran out of space."""
 
 
 @contextmanager
@@ -79,9 +83,45 @@ def telling(path: Path) -> Iterator[None]:
         with telling_full(path):
             yield
     except OSError as error:
-        if error.errno in {errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}:
+        if error.errno in _REFUSALS | {errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}:
             raise OutputError(f"{path}: cannot be written ({error.strerror}). Choose another --output_dir.") from error
         raise
+
+
+@contextmanager
+def telling_refused(out: Path) -> Iterator[None]:
+    """Around a whole run: say of a full disk that it is full, and of a refusal under `out` that it is one. What the system refuses elsewhere, a model that must
+    not be read say, is not blamed on the output."""
+    try:
+        with telling_full(out):
+            yield
+    except LlmliteError:
+        raise
+    except Exception as error:
+        if (reason := _refusal(error)) and _concerns(error, out):
+            raise OutputError(
+                f"{out}: cannot be written any more ({reason}). What was complete is kept: when the folder can be written again the same command goes on; or "
+                "choose another --output_dir."
+            ) from error
+        raise
+
+
+def _refusal(error: Exception) -> str:
+    """In the system's words why a file could not be used; empty where it was something else."""
+    number, words = _system_number(error), os.strerror(errno.EROFS)
+    if number in _REFUSALS:
+        return os.strerror(number)
+    return words if _is_torch_writer(error) and words in str(error) else ""
+
+
+def _concerns(error: BaseException | None, out: Path) -> bool:
+    """Whether a refusal is about a path under `out`; of one that names no file, whether `out` refuses now."""
+    while error is not None:
+        named = getattr(error, "filename", None)
+        if isinstance(named, str | bytes):
+            return Path(os.fsdecode(named)).resolve().is_relative_to(out.resolve())
+        error = error.__cause__ or error.__context__
+    return not os.access(out, os.W_OK | os.X_OK)
 
 
 @contextmanager
@@ -89,11 +129,35 @@ def telling_full(path: Path) -> Iterator[None]:
     """Say of a full disk that it is full, whoever noticed it first."""
     try:
         yield
-    except Exception as error:  # safetensors and tokenizers, written in Rust, have errors of their own, with the system's number in the text
-        inside = re.search(r"\(os error (\d+)\)", str(error))
-        if (error.errno if isinstance(error, OSError) else inside and int(inside[1])) in {errno.ENOSPC, errno.EDQUOT}:
+    except LlmliteError:
+        raise
+    except Exception as error:
+        if _system_number(error) in {errno.ENOSPC, errno.EDQUOT} or (_is_torch_writer(error) and _free_bytes(path) < _NEARLY_FULL_BYTES):
             raise ResourceError(f"{path}: the disk is full. Free some space and run the same command again; it continues where it stopped.") from error
         raise
+
+
+def _system_number(error: BaseException | None) -> int | None:
+    """The system's number of what went wrong, of an error or of those that led to it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        if inside := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors and tokenizers, written in Rust, have errors of their own
+            return int(inside[1])
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _is_torch_writer(error: Exception) -> bool:
+    """Whether torch.save failed: it keeps the system's number to itself, and on a full disk says that it is elsewhere in the file than it should be."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("inline_container", "PytorchStreamWriter", "unexpected pos"))
+
+
+def _free_bytes(path: Path) -> int:
+    """Free bytes of the disk on which a path lies, or will."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
 
 
 def seal(folder: Path) -> None:
@@ -206,10 +270,7 @@ def require_space(folder: Path, wanted_bytes: int) -> None:
     Raises:
         ResourceError: fewer free bytes than `wanted_bytes`.
     """
-    place = folder
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = _free_bytes(folder)
     if free < wanted_bytes:
         raise ResourceError(
             f"output_dir: {folder} needs about {wanted_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free. "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from llmlite.errors import OutputError, ResourceError
-from llmlite.storage import MANIFEST, damage, link_or_copy, locked, require_space, set_aside, telling_full, writing_folder
+from llmlite.storage import MANIFEST, damage, link_or_copy, locked, require_space, set_aside, telling_full, telling_refused, writing_folder
+
+Usage = namedtuple("Usage", "total used free")
 
 
 def write(folder: Path, text: str = "weights") -> None:
@@ -99,3 +102,52 @@ def test_a_full_disk_is_said_to_be_full_by_whatever_library_noticed_it(tmp_path:
         save_file({"x": torch.zeros(2)}, tmp_path / "no folder" / "x.safetensors")
     with pytest.raises(ResourceError, match="the disk is full"), telling_full(tmp_path):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")  # what it says on a full disk
+
+
+def test_torch_that_lost_its_place_in_a_file_of_a_full_disk_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(*_: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")  # what torch.save says on a full disk
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(RuntimeError, match="unexpected pos"), telling_full(tmp_path):  # of a disk with space it is something else
+        torch.save({}, tmp_path / "optimizer.pt")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(10**9, 10**9, 0))
+    with pytest.raises(ResourceError, match="the disk is full"), telling_full(tmp_path / "not" / "there"):
+        torch.save({}, tmp_path / "optimizer.pt")
+    with pytest.raises(KeyError), telling_full(tmp_path):
+        raise KeyError("a mistake of ours")
+
+
+def test_a_full_disk_is_found_among_the_errors_that_led_to_one(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="the disk is full"), telling_full(tmp_path):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            raise RuntimeError("could not write the archive") from error
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_refusal_in_mid_run_is_blamed_on_the_output_only_where_the_file_lies_there(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusal = os.strerror(number)
+    monkeypatch.chdir(tmp_path)
+    for file in (tmp_path / "out" / "steps" / "trainer_state.json", "out/steps/trainer_state.json"):
+        with pytest.raises(OutputError, match=rf"out: cannot be written any more \({refusal}\)"), telling_refused(tmp_path / "out"):
+            raise OSError(number, refusal, str(file))
+    with pytest.raises(OSError, match=r"model.safetensors"), telling_refused(tmp_path / "out"):
+        raise OSError(number, refusal, str(tmp_path / "model" / "model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("Error while serializing: I/O error: Read-only file system (os error 30)"),
+        RuntimeError("[enforce fail at inline_container.cc:747] . open file failed with strerror: Read-only file system"),
+    ],
+    ids=["safetensors", "torch"],
+)
+def test_a_refusal_that_names_no_file_is_blamed_on_the_output_where_that_refuses(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(type(error)), telling_refused(tmp_path):
+        raise error
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(OutputError, match="Read-only file system"), telling_refused(tmp_path):
+        raise error

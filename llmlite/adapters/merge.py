@@ -33,6 +33,7 @@ class Merge(Step):
     takes: ClassVar[frozenset[str]] = UNQUANTIZED | QUANTIZED
     takes_adapters: ClassVar[bool] = True
     advice: ClassVar[str] = "keep the adapter beside its base"
+    memory_advice: ClassVar[str] = "Keep the adapter beside its base, which takes no dense weights"
 
     def check(self, model: ModelPlan, run: Run) -> ModelPlan:
         """See `Step.check`.

@@ -12,6 +12,7 @@ Shapes: B windows of a batch, T tokens of a window, D hidden size, N real tokens
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -30,6 +31,7 @@ from llmlite.models.forward import answering
 from llmlite.models.quick import quick_dtype
 from llmlite.models.view import BlockView, ModelView
 from llmlite.processes import places_of, rank_and_processes, sum_over_processes
+from llmlite.storage import telling
 from llmlite.training.backbone import hidden_and_head
 
 __all__ = ["EVEN_SHARE", "Blocks", "Statistics", "batches_of", "last_hidden", "skipping"]
@@ -149,7 +151,9 @@ class Blocks:
         """The hidden states of batch `index`, in a file that goes with them where those before it fill the memory that they may take."""
         if self._spill is None or index * hidden_BTD.nbytes < SPILL_BYTES:
             return hidden_BTD
-        with tempfile.NamedTemporaryFile(dir=self._spill, prefix=".hidden-") as file:
+        with telling(self._spill), tempfile.NamedTemporaryFile(dir=self._spill, prefix=".hidden-") as file:
+            if hasattr(os, "posix_fallocate"):  # a file whose room is not taken yet ends the process (SIGBUS) when the disk turns out to be full
+                os.posix_fallocate(file.fileno(), 0, hidden_BTD.nbytes)
             stored = torch.from_file(file.name, shared=True, size=hidden_BTD.numel(), dtype=hidden_BTD.dtype)
         return stored.view(hidden_BTD.shape).copy_(hidden_BTD)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["backward_bytes", "blockwise_bytes", "walk_bytes"]
+__all__ = ["backward_bytes", "blockwise_bytes", "spilled_bytes", "walk_bytes"]
 
 
 def walk_bytes(config: Any, tokens: int) -> int:
@@ -43,9 +43,21 @@ def blockwise_bytes(config: Any, dtype: torch.dtype, tokens: int, measured_token
     size, text = size_of_config(config), config.get_text_config()
     layers = family_of(config).layers(config) or 1
     weights = dtype.itemsize * (size.parameters - size.decoder + text.vocab_size * text.hidden_size + 2 * -(-size.decoder // layers))
-    hidden = min(SPILL_BYTES, dtype.itemsize * text.hidden_size * max(tokens, measured_tokens))
+    hidden = min(SPILL_BYTES, _hidden_bytes(config, dtype, tokens, measured_tokens))
     sums = walk_bytes(config, tokens) - 4 * 3 * tokens * text.hidden_size
     return int(weights + 3 * hidden + sums)
+
+
+def spilled_bytes(config: Any, dtype: torch.dtype, tokens: int, measured_tokens: int) -> int:
+    """Expected bytes on disk of hidden states that memory has no room for: before and behind a block, and as much that the attention gave. Arguments as of
+    `blockwise_bytes`."""
+    from llmlite.calibration.blocks import SPILL_BYTES
+
+    return int(3 * max(0, _hidden_bytes(config, dtype, tokens, measured_tokens) - SPILL_BYTES))
+
+
+def _hidden_bytes(config: Any, dtype: torch.dtype, tokens: int, measured_tokens: int) -> int:
+    return int(dtype.itemsize * config.get_text_config().hidden_size * max(tokens, measured_tokens))
 
 
 def backward_bytes(config: Any, row_tokens: int, dtype: torch.dtype, scale_block: int = 0) -> int:

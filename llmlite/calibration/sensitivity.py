@@ -147,7 +147,7 @@ def cost_of_silence(model: nn.Module, batches: Sequence[Batch], units: Collectio
 
     Source: Kwon et al. 2022, arXiv:2204.09656, section 4.1 (the Fisher information of a mask); An et al. 2023, arXiv:2312.11983, section 3.2 (what fluctuates).
     """
-    sums = {each: _Silence() for each in units}
+    sums = {each: _Silence() for each in sorted(units)}  # alike on every process: a set has an order of its own in each
 
     def watch(linear: LinearView, input_BTI: Tensor) -> Callable[[Tensor], None] | None:
         counts = [count for name, count in sums if name == linear.name]

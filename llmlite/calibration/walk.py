@@ -132,7 +132,12 @@ def _visit(
 def _complete(stream: Blocks, state: Path | None) -> int:
     """Leading blocks that every process has kept whole."""
     found = 0
-    while state is not None and found < len(stream.view.blocks) and damage(state / f"block-{found:03d}") is None:
+    while state is not None and found < len(stream.view.blocks):
+        folder = state / f"block-{found:03d}"
+        if reason := damage(folder):
+            if folder.exists():
+                log.warning("%s is damaged (%s); done again from there", folder.name, reason)
+            break
         found += 1
     return least_over_processes(found, next(stream.view.embedding.parameters()).device)
 

@@ -226,5 +226,5 @@ def fisher_scores(model: PreTrainedModel, windows_NT: Tensor, cuts: Sequence[Cut
     """Second-order scores of every unit, see `cost_of_silence`: (kind, block) -> (U,). One forward and one backward pass, in the quickest type."""
     blocks = ModelView(model).blocks
     wanted = {(cut.kind, block.index): (block.linears[cut.role].name, cut.units) for cut in cuts for block in blocks}
-    found = cost_of_silence(quickened(model), batches_of(windows_NT), set(wanted.values()))
+    found = cost_of_silence(quickened(model), batches_of(windows_NT), wanted.values())
     return {key: found[unit] for key, unit in wanted.items()}

@@ -40,6 +40,7 @@ class PruneVocabulary(Step):
     """Keep the tokens that some texts use; rewrites tokenizer, embedding and output head together."""
 
     advice: ClassVar[str] = "give more text to keep the tokens of (text), or keep more of the lowest-numbered tokens (keep_first)"
+    memory_advice: ClassVar[str] = "Lower text_rows, or free some: the embedding is held twice"
 
     text: Names = ()
     """Texts whose tokens stay: files, folders, Hub ids, builtin names. Left out: the training text, its held-out part excepted."""

@@ -39,16 +39,12 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def newest_complete(folder: Path) -> Path | None:
-    """The newest whole ``checkpoint-N`` below a folder, or None. Damaged ones are set aside with a message."""
+    """The newest whole ``checkpoint-N`` below a folder, or None. Half-written and damaged ones are set aside with a message, until the step is complete."""
     for place in _newest_first(folder):
         reason = damage(place)
         if reason is None:
             return place
-        if reason == "it was never finished":
-            shutil.rmtree(place)
-            log.warning("%s is incomplete and was removed; using an older checkpoint", place.name)
-        else:
-            log.warning("%s is damaged (%s); set aside as %s", place.name, reason, set_aside(place).name)
+        log.warning("%s is damaged (%s); set aside as %s", place.name, reason, set_aside(place).name)
     return None
 
 

@@ -25,6 +25,7 @@ class TrainingStep(Step):
     """Base of the steps that train."""
 
     advice: ClassVar[str] = "a lower learning_rate, fewer steps, or data nearer to what the base was trained on"
+    memory_advice: ClassVar[str] = "Lower per_device_train_batch_size or max_length, or set gradient_checkpointing: true"
 
     learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Peak learning rate of AdamW. None: the step's own choice."""

@@ -88,6 +88,13 @@ class LiteTrainer(Trainer):  # type: ignore[misc]
             loader.set_sampler(EvenSampler(len(self.train_dataset), processes * self._train_batch_size, self.args.data_seed))
         return loader
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Called by the Trainer, which reads one more batch before it looks whether all steps are done: one too many behind the last checkpoint."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """Called by the Trainer for each forward pass; see `llmlite.training.chunked`."""
         given = int((inputs["labels"][..., 1:] != IGNORE_INDEX).sum())

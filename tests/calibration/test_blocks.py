@@ -97,7 +97,7 @@ def halve(block: BlockView, found: dict[str, Statistics]) -> Mapping[str, Any]:
 
 
 @pytest.mark.parametrize("walk", [Walk((("down",),)), Walk((("o",), ("down",)), target="dense"), Walk((("o",), ("down",)), inputs="dense")], ids=str)
-def test_a_walk_that_is_stopped_goes_on_behind_the_last_complete_block(walk: Walk, tmp_path: Path) -> None:
+def test_a_walk_that_is_stopped_goes_on_behind_the_last_complete_block(walk: Walk, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, batches = build_tiny("gemma2"), batches_of(token_ids(8))
     whole = copy.deepcopy(model)
     notes = walk_blocks(whole, batches, walk, halve)
@@ -116,10 +116,12 @@ def test_a_walk_that_is_stopped_goes_on_behind_the_last_complete_block(walk: Wal
     resumed = copy.deepcopy(model)
     assert walk_blocks(resumed, batches, walk, later_only, tmp_path) == notes
     assert torch.equal(logits_of(resumed), logits_of(whole))
-    # a block whose state was damaged is done again
+    # a block whose state was damaged is done again, and said to be
+    assert "damaged" not in caplog.text
     (tmp_path / "block-002" / "notes.json").write_text("{")
     again = copy.deepcopy(model)
     assert walk_blocks(again, batches, walk, later_only, tmp_path) == notes
+    assert "block-002 is damaged (notes.json has 1 bytes instead of" in caplog.text
 
 
 def inputs_seen(model: PreTrainedModel, name: str) -> torch.Tensor:

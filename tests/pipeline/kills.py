@@ -39,6 +39,9 @@ PHASES = {
     "the reload of the result": "reloading the result",
 }
 
+UPLOAD = {"the upload": "uploading "}
+"""Only of a run that is pushed."""
+
 
 @dataclass
 class Campaign:
@@ -47,12 +50,14 @@ class Campaign:
     Attributes:
         kills: (phase, seconds after its first sign) of each kill that hit a running process.
         missed: kills planned for a phase that the run had already behind it.
-        runs: processes started.
+        runs: processes, or launches, started.
+        slowest_end: of several processes: seconds that a launch went on at most after it had lost one.
     """
 
     kills: list[tuple[str, float]] = field(default_factory=list)
     missed: int = 0
     runs: int = 0
+    slowest_end: float = 0.0
 
 
 def command(recipe: Path, out: Path) -> list[str]:
@@ -60,7 +65,7 @@ def command(recipe: Path, out: Path) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    return {"HF_HUB_OFFLINE": "1", **os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 class Watched:
@@ -111,11 +116,18 @@ def launch(recipe: Path, out: Path) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command(recipe, out)[1:]]
 
 
-def rank_killed(argv: Sequence[str], sign: str, rank: int) -> tuple[float, str]:
-    """Start a launch, wait for a line with `sign`, then kill one of its processes. Returns the seconds until all of it had ended, and what it said."""
+def rank_killed(argv: Sequence[str], sign: str, rank: int, delay: float = 0) -> tuple[float | None, str]:
+    """Start a launch, wait for a line with `sign`, then kill one of its processes `delay` seconds later.
+
+    Returns the seconds until all of it had ended, None where it ended well before, and what it said.
+    """
     run = Watched(argv)
     run.until(sign)
-    found = [child for child in psutil.Process(run.process.pid).children(recursive=True) if child.environ().get("RANK") == str(rank)]
+    time.sleep(delay)
+    found = [] if run.process.poll() is not None else [child for child in _children(run.process.pid) if _rank(child) == str(rank)]
+    if not found and run.process.wait(120) == 0:
+        run.reader.join(10)
+        return None, "".join(run.lines)
     assert found, "".join(run.lines)[-1500:]
     killed = time.monotonic()
     found[0].kill()
@@ -128,8 +140,46 @@ def rank_killed(argv: Sequence[str], sign: str, rank: int) -> tuple[float, str]:
     return time.monotonic() - killed, "".join(run.lines)
 
 
-def campaign(recipe: Path, out: Path, phases: Sequence[str], seed: int = 0, longest: float = 1.5) -> Campaign:
-    """Kill a run once in each of the phases given, in their order, then let it end.
+def _children(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _rank(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get("RANK")
+    except psutil.Error:  # it has ended meanwhile
+        return None
+
+
+def campaign_of_two(recipe: Path, out: Path, phases: Sequence[str], seed: int = 0, longest: float = 1.5) -> Campaign:
+    """As `campaign`, on two processes: in each phase one of them, drawn by the seed, is killed, and the other has to end by itself.
+
+    Raises:
+        AssertionError: a launch that was not killed ended badly, or one that lost a process went on for a minute.
+    """
+    rng, found = random.Random(seed), Campaign()
+    for phase in phases:
+        rank, delay = rng.randrange(2), rng.uniform(0, longest)
+        seconds, said = rank_killed(launch(recipe, out), PHASES[phase], rank, delay)
+        found.runs += 1
+        assert "This is a bug" not in said, said[-3000:]
+        if seconds is None:
+            found.missed += 1
+        else:
+            assert seconds < 60
+            found.kills.append((f"{phase}, process {rank}", round(delay, 2)))
+            found.slowest_end = max(found.slowest_end, seconds)
+    done = subprocess.run(launch(recipe, out), env=environment(), capture_output=True, text=True, check=False)
+    found.runs += 1
+    assert done.returncode == 0, done.stderr[-3000:]
+    return found
+
+
+def campaign(recipe: Path, out: Path, phases: Sequence[str], seed: int = 0, longest: float = 1.5, options: Sequence[str] = ()) -> Campaign:
+    """Kill a run once in each of the phases given, in their order, then let it end. `options` go to each of the commands.
 
     Raises:
         AssertionError: a run that was not killed ended badly.
@@ -137,14 +187,14 @@ def campaign(recipe: Path, out: Path, phases: Sequence[str], seed: int = 0, long
     rng, found = random.Random(seed), Campaign()
     for phase in phases:
         delay = rng.uniform(0, longest)
-        outcome = run_killed(command(recipe, out), PHASES[phase], delay)
+        outcome = run_killed([*command(recipe, out), *options], {**PHASES, **UPLOAD}[phase], delay)
         found.runs += 1
         assert not outcome.startswith("failed"), f"after {found.kills}: {outcome}"
         if outcome == "killed":
             found.kills.append((phase, round(delay, 2)))
         else:
             found.missed += 1
-    done = subprocess.run(command(recipe, out), env=environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run([*command(recipe, out), *options], env=environment(), capture_output=True, text=True, check=False)
     found.runs += 1
     assert done.returncode == 0, done.stderr[-3000:]
     return found

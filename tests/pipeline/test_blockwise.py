@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import llmlite
 from llmlite.calibration import blocks as blocks_module
 from llmlite.context import Run
-from llmlite.errors import ConfigError, LoadError
+from llmlite.errors import ConfigError, LoadError, ResourceError
 from llmlite.evaluation.speed import Speed
 from llmlite.loading import decide_loading
 from llmlite.models.blockwise import is_blockwise, load_blockwise, present, rebuilt, write_blockwise
@@ -35,7 +35,7 @@ from llmlite.models.view import ModelView
 from llmlite.plan import size_line
 from llmlite.report import Report
 from llmlite.step import Step
-from tests.conftest import ALL_FAMILIES, HEAD_FAMILIES, build_tiny, build_tokenizer, logits_of, save_tiny
+from tests.conftest import ALL_FAMILIES, HEAD_FAMILIES, build_tiny, build_tokenizer, logits_of, save_tiny, token_ids
 
 CPU = torch.device("cpu")
 FLOAT32 = Model(name="tiny", dtype="float32")
@@ -294,6 +294,29 @@ before = free_bytes()
 resource.setrlimit(resource.RLIMIT_DATA, (10**9, resource.RLIM_INFINITY))
 print(before, free_bytes())
 """
+
+
+def test_a_disk_that_is_full_when_hidden_states_go_to_files_is_one_error(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted: list[int] = []
+
+    def full(_descriptor: int, _offset: int, size: int) -> None:
+        wanted.append(size)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(blocks_module, "SPILL_BYTES", 1)
+    monkeypatch.setattr("os.posix_fallocate", full)
+    model = load_blockwise(base, FLOAT32, CPU, spill=tmp_path)
+    with pytest.raises(ResourceError, match="the disk is full"):
+        blocks_module.Blocks(model, blocks_module.batches_of(token_ids(rows=8, length=16)))
+    assert wanted == [2 * 16 * 64 * 4]  # of the second batch: windows, tokens, hidden size, float32
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_counts_hidden_states_that_go_to_files(base: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = recipe(base, pairs_file, tmp_path / "out", (llmlite.PruneWeights(),))
+    before = made.check().disk_bytes
+    monkeypatch.setattr(blocks_module, "SPILL_BYTES", 1000)
+    assert made.check().disk_bytes - before == 3 * (8 * 32 * 64 * 4 - 1000)  # rows, tokens, hidden size, float32: before a block, behind it, attention
 
 
 def test_what_is_free_is_never_more_than_the_process_may_take() -> None:

@@ -1,4 +1,4 @@
-"""All weights, towards a teacher that is split as well, then LoRA on NF4, under FSDP2 on two CPU processes (`fsdp2_on_cpu.py`).
+"""All weights, towards a teacher that is split as well, then LoRA on NF4 and on 16 bit, under FSDP2 on two CPU processes (`fsdp2_on_cpu.py`).
 
 Each process holds half, is stopped, goes on, and leaves what one leaves."""
 
@@ -23,7 +23,9 @@ steps:
   - {{step: finetune, max_steps: 3, save_steps: 2, per_device_train_batch_size: {batch}, learning_rate: 0.005}}
   - {{step: distill.whitebox, cache: none, max_steps: 2, per_device_train_batch_size: {batch}, learning_rate: 0.005}}
   - {{step: quantize, scheme: nf4, calibrate: false, report_sequences: 0}}
-  - {{step: lora, r: 4, max_steps: 2, per_device_train_batch_size: {batch}}}
+  - {{step: lora, r: 4, max_steps: 2, per_device_train_batch_size: {batch}, init_lora_weights: default}}
+  - {{step: merge}}
+  - {{step: lora, r: 4, max_steps: 2, per_device_train_batch_size: {batch}, gradient_accumulation_steps: 2, learning_rate: 0.005}}
 """
 FSDP2 = {
     "ACCELERATE_USE_CPU": "1",
@@ -49,7 +51,7 @@ def folder(pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("step", ["01-finetune", "02-distill.whitebox", "04-lora"])
+@pytest.mark.parametrize("step", ["01-finetune", "02-distill.whitebox", "04-lora", "06-lora"])
 def test_each_process_holds_half_of_every_weight(folder: Path, step: str) -> None:
     require_halves(folder, step)
 
@@ -65,7 +67,12 @@ def test_the_teacher_is_split_as_well_but_for_what_lies_outside_of_its_blocks(fo
 
 @pytest.mark.parametrize(
     ("step", "file"),
-    [("01-finetune", "model.safetensors"), ("02-distill.whitebox", "model.safetensors"), ("04-lora", "adapter_model.safetensors")],
+    [
+        ("01-finetune", "model.safetensors"),
+        ("02-distill.whitebox", "model.safetensors"),
+        ("04-lora", "adapter_model.safetensors"),
+        ("06-lora", "adapter_model.safetensors"),
+    ],
 )
 def test_stopped_and_continued_it_leaves_the_weights_of_one_process_tied_ones_once(folder: Path, step: str, file: str) -> None:
     require_equal_weights(folder, step, file)

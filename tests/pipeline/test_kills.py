@@ -54,6 +54,7 @@ def test_a_launch_that_loses_any_of_its_processes_ends_within_seconds_and_goes_o
     for sign, rank in (("block 1 of", 1), ("'epoch': '2", 1), ("'epoch': '4", 0)):  # in the walk, and in later epochs of training
         seconds, said = rank_killed(launch(file, tmp_path / "killed"), sign, rank)
         assert sign in said
+        assert seconds is not None
         assert seconds < 60
         assert "This is a bug" not in said
         assert not (tmp_path / "killed" / "report.json").exists()

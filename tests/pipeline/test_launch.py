@@ -56,7 +56,7 @@ def test_two_processes_train_the_same_adapter_as_one_with_the_same_global_batch(
     assert one.returncode == 0, one.stderr[-3000:]
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert first.keys() == second.keys()
-    assert max(float((first[name] - second[name]).abs().max()) for name in first) < 1e-4
+    assert max(float((first[name] - second[name]).abs().max()) for name in first) < 1e-5
     losses = [[entry["loss"] for entry in Report.read(tmp_path / name).rows[-1].details["train_loss"]] for name in ("one", "two")]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert two.stdout.count("The plan") == 1

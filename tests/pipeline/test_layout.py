@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,9 +99,23 @@ def test_fsdp2_divides_what_is_trained_and_never_goes_below_the_whole_model() ->
 
 
 @pytest.mark.parametrize("words", [["--num_processes", "2"], ["--num-processes=2"], ["--config_file", str(FILES[0])]], ids=lambda words: words[0])
-def test_one_process_where_several_were_asked_for_is_refused(words: list[str]) -> None:
+def test_another_number_of_processes_than_was_asked_for_is_refused(words: list[str]) -> None:
     command = ["python", "/usr/bin/accelerate", "launch", "--cpu", *words, "-m", "llmlite.recipes.lora"]
     assert "started one" in Layout().not_as_asked(command)
     assert not Layout("ddp", 2).not_as_asked(command)
+    assert "asked for 2 processes and started 3. WORLD_SIZE=3" in Layout("ddp", 3).not_as_asked(command)
+    assert not Layout().not_as_asked([*command[:3], "--num_processes", "1"])
+    assert "asked for 1 process and started 2." in Layout("ddp", 2).not_as_asked([*command[:3], "--num_processes", "1"])
     assert not Layout().not_as_asked(["python", "/usr/bin/accelerate", "launch", "-m", "llmlite.recipes.lora"])
     assert not Layout().not_as_asked(["bash", "run.sh", *words])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the parent's command is read from /proc")
+def test_what_accelerate_starts_on_a_cpu_when_it_was_asked_for_two_is_refused(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
+    started = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2", "-m", "llmlite.recipes.lora"]
+    options = ["--model", str(model_folder), "--data", str(pairs_file), "--output_dir", str(tmp_path / "out"), "--dry_run"]
+    done = subprocess.run([*started, *options], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "accelerate was asked for 2 processes and started one. On CPUs: ACCELERATE_USE_CPU=1" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import llmlite
 from llmlite.config import settings
 from llmlite.errors import ConfigError, OutputError, ResourceError, RunError
+from llmlite.evaluation.speed import Speed
 from llmlite.models.blockwise import load_blockwise
 from llmlite.models.load import load_model
 from llmlite.models.safety import linear_4bit_layers
@@ -225,9 +226,41 @@ class Greedy(llmlite.Step):
 
 def test_a_failing_allocation_says_which_step_and_what_to_lower(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
     made = llmlite.Recipe(model=str(model_folder), data=str(pairs_file), steps=[Greedy()], output_dir=str(tmp_path / "out"), max_length=64)
-    with pytest.raises(ResourceError, match=r"Greedy: out of memory \(.*allocate.*\)\. Lower per_device_train_batch_size or max_length"):
+    with pytest.raises(ResourceError, match=r"Greedy: out of memory \(.*allocate.*\)\. Lower calibration_sequences or max_length\. What was finished"):
         made.run()
     assert damage(tmp_path / "out" / "steps" / "00-base") is None  # what was finished is kept
+
+
+def test_memory_that_runs_out_anywhere_else_says_where_and_what_to_lower_there(
+    model_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def greedy(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    steps = [llmlite.PruneWeights(), llmlite.Finetune(max_steps=1, per_device_train_batch_size=1)]
+    made = llmlite.Recipe(
+        model=str(model_folder),
+        data=llmlite.Data(train=str(pairs_file), calibration=str(pairs_file), calibration_sequences=4, max_length=32, evaluation_rows=2),
+        steps=steps,
+        output_dir=str(tmp_path / "out"),
+    )
+    for place, message in {  # in the order of a run, each time in the same folder
+        "llmlite.context.Run.load_base": "base, loaded: .* Set load: blocks",
+        "llmlite.evaluation.quality.reference_of": "base, measured: .* Lower evaluation_rows",
+        "llmlite.evaluation.sample.sample": "base, timed: .* Free some",
+        "llmlite.calibration.blocks.Blocks.collect": "prune.weights: .* Lower calibration_sequences or max_length, or set load: blocks",
+        "llmlite.evaluation.quality.measure_quality": "prune.weights, measured: .* Lower evaluation_rows",
+        "llmlite.evaluation.speed.measure_speed": "prune.weights, timed: .* Free some",
+        "llmlite.kept.Kept.save": "prune.weights, saved: .* Free some",
+        "llmlite.training.trainer.LiteTrainer.compute_loss": "finetune: .* Lower per_device_train_batch_size",
+        "llmlite.evaluation.reload.require_reload": "the result, loaded once more: .* Free some",
+    }.items():
+        with monkeypatch.context() as patched:
+            patched.setattr("llmlite.evaluation.sample.sample", lambda *_: {"prompt": "", "expected": "", "answer": ""})
+            patched.setattr("llmlite.evaluation.speed.measure_speed", lambda model: Speed(1.0, 1.0))
+            patched.setattr(place, greedy)
+            with pytest.raises(ResourceError, match=message):
+                made.run()
 
 
 def test_the_plan_says_what_the_run_then_measures(finished: Report, model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
