@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Lora", "correction_peak_bytes", "quantize_step"]
 
+_FOUR_BITS = frozenset({"nf4", "fp4"})
 _FEWEST_ROWS = 16
 _TOKENS_FOR_EACH_INPUT = 4
 """Calibration tokens for each input of the widest layer. On SmolLM2-135M-Instruct twice as many left the same divergence (0.317 and 0.320 of stock NF4's)."""
@@ -88,7 +89,9 @@ class Lora(AdapterStep):
         from llmlite.report import human_bytes
 
         run.corrected.discard(run.position)
-        if self.init_lora_weights != "quantization_error" and not self._may_start_corrected(model, run):
+        if self.init_lora_weights == "auto" and (reason := self._not_corrected(model, run)):
+            return dataclasses.replace(plan, notes=(*plan.notes, f"starts as the quantized base: {reason}"))
+        if self.init_lora_weights != "quantization_error" and not (self.init_lora_weights == "auto" and model.form in _FOUR_BITS and model.rounded):
             return plan
         rows = self._correction_rows(model.config, run)
         peak = correction_peak_bytes(model, rows, run)
@@ -100,10 +103,15 @@ class Lora(AdapterStep):
         note = f"starts as the correction of the quantization, from {rows} calibration rows"
         return dataclasses.replace(plan, peak_bytes=max(plan.peak_bytes, peak), notes=(*plan.notes, note))
 
-    def _may_start_corrected(self, model: ModelPlan, run: Run) -> bool:
-        """Whether `auto` can be the correction, as far as settings decide. In int8 it would repair nothing: the inputs are rounded too."""
-        cut = run.layout.sharded or run.device_map is not None
-        return self.init_lora_weights == "auto" and model.form in {"nf4", "fp4"} and model.rounded and not self.use_dora and not cut
+    def _not_corrected(self, model: ModelPlan, run: Run) -> str:
+        """Why `auto` is no correction where there is something to correct, as a phrase. In int8 it would repair nothing: the inputs are rounded too."""
+        if model.form not in _FOUR_BITS or not model.rounded:
+            return ""
+        if self.use_dora:
+            return "DoRA measures row sizes at the start"
+        if run.layout.sharded:
+            return f"its correction under {run.layout.name} is not built"
+        return "its correction goes backward through the dense base, which device_map spreads" if run.device_map is not None else ""
 
     def _correction_rows(self, config: PretrainedConfig, run: Run) -> int:
         """Calibration rows that the correction is computed from: all that the run has when it is asked for, as many as it gains from by itself."""

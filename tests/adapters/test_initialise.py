@@ -135,7 +135,6 @@ def test_the_correction_is_the_default_wherever_it_can_be(model_folder: Path, pa
     assert starts in planned_notes(model_folder, pairs_file, llmlite.Quantize(scheme="fp4"), llmlite.Lora(use_rslora=True))
     without: list[tuple[Any, ...]] = [
         (llmlite.Lora(),),
-        (nf4, llmlite.Lora(use_dora=True)),
         (nf4, llmlite.Lora(init_lora_weights="default")),
         (llmlite.Quantize(scheme="int8", report_sequences=0), llmlite.Lora()),
     ]
@@ -145,7 +144,9 @@ def test_the_correction_is_the_default_wherever_it_can_be(model_folder: Path, pa
     for kind in ("fsdp2", "zero3"):
         sharded = Run(recipe)
         sharded.layout = Layout(kind)  # type: ignore[arg-type]
-        assert recipe.steps[1]._may_start_corrected(ModelPlan(sharded.config, form="nf4", rounded=True), sharded) is False
+        plan = recipe.steps[1]._planned_start(ModelPlan(sharded.config), ModelPlan(sharded.config, form="nf4", rounded=True), sharded)
+        assert plan.notes == (f"starts as the quantized base: its correction under {sharded.layout.name} is not built",)
+    assert "starts as the quantized base: DoRA" in planned_notes(model_folder, pairs_file, nf4, llmlite.Lora(use_dora=True))
     monkeypatch.setattr("llmlite.evaluation.memory.free_bytes", lambda _device="cpu": 10**6)
     assert "starts as the quantized base; starting as its correction would take" in planned_notes(model_folder, pairs_file, nf4, llmlite.Lora())
 
