@@ -46,6 +46,7 @@ def run_page(report: Report) -> str:
         steps=[_step(step) for step in report.recipe.get("steps") or []],
         conditions=_conditions(report),
         expectation=report.expectation(),
+        worst=[{"name": row.name, "text": text} for row in report.rows if (text := row.worst_layers())],
         table=[["", *(row.name for row in report.rows)], *([name.strip(), *cells] for name, cells in report.lines().items())],
         groups=_groups(report) if plots.available() else [],
         samples=samples if len(samples) > 1 else [],

@@ -153,7 +153,8 @@ def test_layers_that_stand_out_are_named_with_what_to_write() -> None:
 SMALL: dict[str, Any] = {"max_length": 64, "evaluation_rows": 6, "calibration_sequences": 8}
 
 
-def test_quantize_nf4_runs_from_a_folder_to_a_stock_folder(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
+def test_quantize_nf4_runs_from_a_folder_to_a_stock_folder(tmp_path: Path, model_folder: Path, pairs_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "llmlite")
     report = llmlite.QuantizeNf4(model=str(model_folder), data=str(pairs_file), output_dir=str(tmp_path / "out"), **SMALL).run()
     base, row = report.rows
     assert report.reload_difference is not None
@@ -161,6 +162,9 @@ def test_quantize_nf4_runs_from_a_folder_to_a_stock_folder(tmp_path: Path, model
     assert row.parameters == base.parameters
     assert len(row.details["layer_errors"]) == 21
     assert row.details["worst_layers"][0]["relative_output_error"] == max(row.details["layer_errors"].values())
+    assert f"quantize: {row.worst_layers()}" in caplog.messages
+    for page in ("report.html", "README.md"):
+        assert "Relative output error of a layer on calibration text" in (tmp_path / "out" / page).read_text(encoding="utf-8")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (config["quant_method"], config["bnb_4bit_quant_type"], config["bnb_4bit_use_double_quant"]) == ("bitsandbytes", "nf4", True)
     assert not list((tmp_path / "out" / "steps").glob("*.work"))
