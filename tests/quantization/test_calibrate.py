@@ -177,6 +177,18 @@ def test_quantize_int8_measures_each_layer_without_calibration(tmp_path: Path, m
     assert all(0 < error < 1e-3 for error in errors.values())
 
 
+def test_the_threshold_of_int8_is_in_the_saved_config_and_is_computed_with(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
+    recipe = llmlite.QuantizeInt8(model=str(model_folder), data=str(pairs_file), llm_int8_threshold=1.0, report_sequences=0, **SMALL)
+    out = recipe.run(tmp_path / "out").path
+    config, ids_BT = json.loads((out / "config.json").read_text()), token_ids(vocab_size=320)
+    assert config["quantization_config"]["llm_int8_threshold"] == 1.0
+    ours = logits_of(AutoModelForCausalLM.from_pretrained(out).eval(), ids_BT)
+    config["quantization_config"]["llm_int8_threshold"] = 6.0  # which no input of this model reaches
+    (out / "config.json").write_text(json.dumps(config))
+    usual = logits_of(AutoModelForCausalLM.from_pretrained(out).eval(), ids_BT)
+    assert 0 < (ours - usual).norm() < 0.02 * usual.norm()
+
+
 def test_quantize_after_another_step_saves_the_dense_model_once_and_reloads_it(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
     steps = [{"step": "prune.ffn", "keep": 0.5}, {"step": "quantize", "scheme": "nf4"}]
     report = llmlite.Recipe.from_options(("test", {"model": str(model_folder), "data": str(pairs_file), "steps": steps, **SMALL})).run(tmp_path / "out")
