@@ -1,6 +1,6 @@
 """The headline table: what each method makes of one model, by recipes as anybody would run them, offline.
 
-    python benchmarks/headline.py                                   # SmolLM2-135M-Instruct, about half an hour on two cores
+    python benchmarks/headline.py                                   # SmolLM2-135M-Instruct, about 80 minutes of one core's time; not timed on two quiet cores
     python benchmarks/headline.py --model GPT2 --data builtin:python-docs-prose --out benchmarks/results/headline_gpt2.json
 
 Every row is a run of its own with its own reload in a fresh process; finished rows are kept in --work, so the same command continues after a stop. Quality is
