@@ -60,7 +60,7 @@ class Shrunk:
         table = Table(title="Size against expected quality", title_justify="left", caption="* is the choice", caption_justify="left")
         for name in ("", "how", "on disk", "of 16 bit", "KL", "perplexity", "decode"):
             table.add_column(name, justify="left" if name in {"", "how"} else "right", no_wrap=name != "how")
-        for candidate in dict.fromkeys([*self.front, self.chosen]):
+        for candidate in [*self.front, *([] if self.chosen in self.front else [self.chosen])]:
             table.add_row(
                 "*" if candidate == self.chosen else "",
                 candidate.name,
