@@ -50,7 +50,7 @@ def _bare(_app: Any, what: str, *_: Any) -> tuple[str, str] | None:
 
 
 def _within(app: Any, _page: str, source: list[str]) -> None:
-    """Pages and folders of the repository outside of docs/ are no pages of the site: their names stay, their links go. Links that lead nowhere are warnings then."""
+    """Pages and folders of the repository outside of docs/ are no pages of the site: their names stay, their links go; all others are checked."""
 
     def text_or_link(found: re.Match[str]) -> str:
         target = Path(app.srcdir) / found[2].partition("#")[0]

@@ -22,7 +22,7 @@ from llmlite.models.load import load_model
 from llmlite.models.safety import make_safe
 from llmlite.quantization import calibrate as calibrate_module
 from llmlite.quantization import nf4
-from llmlite.quantization.calibrate import CalibratedScheme, calibrate, towards_dense, write_calibrated
+from llmlite.quantization.calibrate import CalibratedScheme, calibrate, write_calibrated
 from llmlite.quantization.error import error_report, layer_errors
 from tests.conftest import build_tiny, logits_of, save_tiny, token_ids
 
@@ -78,13 +78,11 @@ def test_a_fresh_process_without_llmlite_loads_the_calibrated_model(tmp_path: Pa
     assert reload_difference(model, loading_lines(tmp_path / "out", dtype="float32"))[0] == 0
 
 
-@pytest.mark.parametrize("target", ["own", "dense"])
-def test_errors_of_all_layers_are_lower_than_those_of_rounding(tmp_path: Path, target: Any) -> None:
+def test_errors_of_all_layers_are_lower_than_those_of_rounding(tmp_path: Path) -> None:
     dense = build_tiny("llama")
     dense.save_pretrained(tmp_path / "dense")
     rounding = layer_errors(dense, stock(tmp_path / "dense"), windows())
-    inputs: Any = "dense" if target == "own" else "compressed"
-    errors = calibrate(dense, windows(), CalibratedScheme(inputs=inputs, target=target), tmp_path / "codes")
+    errors = calibrate(dense, windows(), CalibratedScheme(), tmp_path / "codes")
     assert errors.keys() == rounding.keys()
     assert len(errors) == 21
     assert all(errors[name] < rounding[name] for name in errors)
@@ -108,7 +106,7 @@ def test_the_layer_error_is_the_error_of_the_layers_output(tmp_path: Path) -> No
 
 
 def test_a_stopped_calibration_continues_and_ends_in_the_same_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    how = CalibratedScheme(inputs="compressed")
+    how = CalibratedScheme()
     whole = calibrate(build_tiny("llama"), windows(), how, tmp_path / "whole", tmp_path / "whole-walk")
     real, calls = nf4.calibrated_codes, []
 
@@ -129,15 +127,6 @@ def test_a_stopped_calibration_continues_and_ends_in_the_same_codes(tmp_path: Pa
     for name in files:
         one, other = load_file(tmp_path / "whole" / name), load_file(tmp_path / "codes" / name)
         assert all(torch.equal(one[key], other[key]) for key in one)
-
-
-def test_weights_towards_dense_outputs_are_the_least_squares_solution() -> None:
-    torch.manual_seed(0)
-    weight_OI, x_NI = torch.randn(5, 8), torch.randn(200, 8)
-    dense_NI = x_NI + 0.3 * torch.randn(200, 8)
-    expected_OI = torch.linalg.lstsq(x_NI, dense_NI @ weight_OI.t()).solution.t()
-    found_OI = towards_dense(weight_OI, x_NI.t() @ x_NI, dense_NI.t() @ x_NI, 0.0)
-    torch.testing.assert_close(found_OI, expected_OI, rtol=1e-4, atol=1e-4)
 
 
 def test_layers_that_stand_out_are_named_with_what_to_write() -> None:
