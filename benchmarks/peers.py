@@ -4,10 +4,11 @@
     python benchmarks/peers.py quantization --envs ENVS --calibration WIKI_VALID.txt --test wikitext=WIKI_TEST.txt --test novel=NOVEL.txt
     python benchmarks/peers.py sparsity --envs ENVS ...                 # and structured, distillation
 
-Without --envs only llmlite's own rows run.
+Without --envs only llmlite's own rows run, with --rows only those named. Rows that do not run stay in the file as long as they were measured on the same texts;
+otherwise nothing starts, for their figures could not stand in one table.
 
 Quality is measured here, from the hidden states that each method leaves on the test windows; cost is measured from outside, as a whole process. Writes
-benchmarks/results/peers_TASK.json as it goes.
+benchmarks/results/peers_TASK.json, or --out, as it goes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,26 @@ def measured(python: str, script: str, arguments: list[str], threads: int, answe
     return {**json.loads(answer.read_text()), "process_seconds": time.perf_counter() - started, "process_cpu_seconds": cpu}
 
 
+def kept_rows(out: Path, about: Mapping[str, Any], known: Collection[str], running: Collection[str]) -> dict[str, Any]:
+    """The rows of an earlier file that do not run now.
+
+    Args:
+        out: the file; it need not be there.
+        about: conditions of this run, as the file holds them beside its table.
+        known: names of all rows of the task; others are left out.
+        running: those that are measured now.
+
+    Raises:
+        SystemExit: there are such rows, and they were measured under other conditions.
+    """
+    before = json.loads(out.read_text()) if out.exists() else {"table": {}}
+    kept = {name: row for name, row in before["table"].items() if name in known and name not in running}
+    other = [f"{name}: {before.get(name)} there, {value} now" for name, value in about.items() if before.get(name) != value]
+    if kept and other:
+        sys.exit(f"{out} holds {', '.join(kept)}, measured otherwise ({'; '.join(other)}). Run them too (--envs, no --rows), or write elsewhere: --out FILE.")
+    return kept
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=ROWS)
@@ -136,9 +158,24 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--test-windows", type=int, default=16)
     parser.add_argument("--rows", nargs="*", help="only these")
+    parser.add_argument("--out", type=Path, help="left out: benchmarks/results/peers_TASK.json")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    out = args.out or HERE / "results" / f"peers_{args.task}.json"
+    about = {
+        "model": Model().name,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "threads": args.threads,
+        "calibration": f"{Path(args.calibration).name}, {args.sequences} x {args.tokens} tokens",
+        "test": f"{args.test_windows} x {args.tokens} tokens of each text",
+        "seed": args.seed,
+    }
+    asked = [label for label in ROWS[args.task] if not args.rows or label in args.rows]
+    running = [label for label in asked if ROWS[args.task][label][0] == OURS or args.envs is not None]
+    for label in sorted({*asked} - {*running}):
+        print(f"{label:32s} not run: no --envs", file=sys.stderr, flush=True)
+    kept = kept_rows(out, about, ROWS[args.task], running)
 
     settings = Model()
     source = find(settings)
@@ -157,23 +194,9 @@ def main() -> None:
             dense[name] = torch.cat([model.base_model(input_ids=part, use_cache=False).last_hidden_state for part in ids_NT.split(4)])
     table: dict[str, Any] = {"dense": {name: compared(dense[name], dense[name], head, ids[name]) for name in ids}}
     table["dense"]["calibration_pass_cpu_seconds"] = seconds_of_a_pass(model, windows(args.calibration, args.sequences, args.seed))
-    out = HERE / "results" / f"peers_{args.task}.json"
-    about = {
-        "model": settings.name,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "threads": args.threads,
-        "calibration": f"{Path(args.calibration).name}, {args.sequences} x {args.tokens} tokens",
-        "test": f"{args.test_windows} x {args.tokens} tokens of each text",
-        "seed": args.seed,
-    }
-    if args.rows and out.exists():  # the other rows stay
-        table |= {name: row for name, row in json.loads(out.read_text())["table"].items() if name in ROWS[args.task] and name not in args.rows}
-    for label, (environment, script, method) in ROWS[args.task].items():
-        if args.rows and label not in args.rows:
-            continue
-        if environment and args.envs is None:
-            print(f"{label:32s} not run: no --envs", file=sys.stderr, flush=True)
-            continue
+    table |= kept
+    for label in running:
+        environment, script, method = ROWS[args.task][label]
         python = str(args.envs / environment / "bin" / "python") if environment else sys.executable
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder)

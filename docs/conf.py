@@ -1,5 +1,7 @@
 """How sphinx builds these pages: make docs."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 project = "llmlite"
@@ -14,8 +16,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 napoleon_use_rtype = False
-# Links to files of the repository outside of docs/ are checked by tests/test_docs.py, and stay links to the repository's files.
-suppress_warnings = ["myst.xref_missing", "toc.not_included", "myst.header"]
+suppress_warnings = ["toc.not_included", "myst.header"]
 default_role = "code"  # single backquotes name code, as in the pages
 
 
@@ -48,8 +49,19 @@ def _bare(_app: Any, what: str, *_: Any) -> tuple[str, str] | None:
     return ("", "") if what == "class" else None
 
 
+def _within(app: Any, _page: str, source: list[str]) -> None:
+    """Pages and folders of the repository outside of docs/ are no pages of the site: their names stay, their links go; all others are checked."""
+
+    def text_or_link(found: re.Match[str]) -> str:
+        target = Path(app.srcdir) / found[2].partition("#")[0]
+        return found[1] if target.is_dir() or target.suffix == ".md" else found[0]
+
+    source[0] = re.sub(r"\[([^\]]*)\]\((\.\./[^)]*)\)", text_or_link, source[0])
+
+
 def setup(app: Any) -> None:
     """Called by sphinx."""
+    app.connect("source-read", _within)
     app.connect("autodoc-process-docstring", _formulas, priority=400)
     app.connect("autodoc-process-docstring", _as_written, priority=600)
     app.connect("autodoc-process-signature", _bare)

@@ -273,6 +273,8 @@ class _Pipeline:
                 seconds,
                 dict(self.context.notes),
             )
+            if worst := row.worst_layers():
+                log.info("%s: %s", name, worst)
             with _memory_advice(f"{name}, saved", _TO_SAVE), writing_folder(folder) as temporary:
                 self.kept.save(model, temporary)
                 size = folder_bytes(temporary) + (weight_bytes(self.kept.base_of(index)) if is_adapted(model) else 0)

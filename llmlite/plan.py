@@ -116,10 +116,12 @@ def _rows(recipe: Recipe, context: Run, *, blocks: bool) -> tuple[list[dict[str,
     Raises:
         ConfigError: every problem of the steps, together.
     """
+    from llmlite.models.quick import slow_here
     from llmlite.models.size import runtime_bytes
 
     model = plan_of_base(context)
-    rows = [_plan_row("base", model)]
+    slow = slow_here(context.device, context.compute_dtype, model.form)
+    rows = [{**_plan_row("base", model), "notes": (slow,) if slow else ()}]
     if blocks:
         rows[0]["peak_bytes"] = blockwise_peak(model, model, context)
     problems: list[str] = []

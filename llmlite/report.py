@@ -65,6 +65,15 @@ class Row:
     seconds: Number = 0.0
     details: Details = field(default_factory=dict)
 
+    def worst_layers(self) -> str:
+        """The layers whose output the step changed most, in a sentence, with what the step suggests; empty where no layer was measured."""
+        worst = ", ".join(f"{one['layer']} {one['relative_output_error']:.2g}" for one in self.details.get("worst_layers") or ())
+        mean = self.details.get("mean_layer_error")
+        if not worst or mean is None:
+            return ""
+        sentence = f"Relative output error of a layer on calibration text: {mean:.2g} on average, largest in {worst}."
+        return " ".join(filter(None, (sentence, self.details.get("suggestion"))))
+
 
 @dataclass
 class Report:

@@ -179,6 +179,29 @@ def save_sums(file: Path, count: int) -> Path:
     return file
 
 
+_TASK = """
+task: tiny_sums
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {file}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{query}}}}"
+doc_to_choice: choices
+doc_to_target: gold
+metric_list:
+  - metric: acc
+"""
+
+
+def save_sums_task(file: Path) -> Path:
+    """A task of lm-eval's with a dozen sums and two choices for each, its rows beside it."""
+    rows = [{"query": f"What is {n} plus {n}?", "choices": [str(2 * n), str(2 * n + 1)], "gold": n % 2} for n in range(12)]
+    file.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file.write_text(_TASK.format(file=file.with_suffix(".jsonl")))
+    return file
+
+
 @pytest.fixture(scope="session")
 def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty questions and answers as JSON lines."""

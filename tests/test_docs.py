@@ -26,6 +26,32 @@ def test_linked_files_exist(page: Path) -> None:
     assert not [link for link in links if not (page.parent / link).exists()]
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub and myst give a page's headings: lower case, spaces as hyphens, no other punctuation; the second of the same name gets -1."""
+    found: dict[str, int] = {}
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    for heading in re.findall(r"^#{1,6} (.+)$", text, re.M):
+        slug = re.sub(r"[^\w\- ]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()).replace(" ", "-")
+        found[slug] = found.get(slug, -1) + 1
+    return {slug if number == 0 else f"{slug}-{number}" for slug, count in found.items() for number in range(count + 1)}
+
+
+def dead_anchors(page: Path) -> list[str]:
+    links = re.findall(r"\]\((?!https?:)([^)#\s]*)#([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    return [f"{name}#{anchor}" for name, anchor in links if anchor not in anchors(page.parent / name if name else page)]
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "README.ko.md"], ids=lambda page: page.stem)
+def test_linked_headings_exist(page: Path) -> None:
+    assert not dead_anchors(page)
+
+
+def test_a_dead_anchor_is_found(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("# `prune.ffn`: a [link](b.md)\n\n## Twice\n\n## Twice\n\n```\n# no heading\n```\n")
+    (tmp_path / "b.md").write_text("[1](a.md#pruneffn-a-link) [2](a.md#twice-1) [3](a.md#no-heading) [4](#here)\n\n# Here\n\n[5](a.md#twice-2)\n")
+    assert dead_anchors(tmp_path / "b.md") == ["a.md#no-heading", "a.md#twice-2"]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_recipes_and_steps_on_the_page_are_understood(page: Path) -> None:
     for block in re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.S):

@@ -61,14 +61,15 @@ def quantization() -> list[str]:
         "llmlite NF4 + rank 16": "`nf4`, then `correct`",
     }
     table = results("peers_quantization")["table"]
-    one_pass = table["dense"]["calibration_pass_cpu_seconds"]
+    one_pass, wide = table["dense"]["calibration_pass_cpu_seconds"], table["float32"]
     lines = []
     for name, label in said.items():
         one, texts = table[name], [table[name]["wikitext"], table[name]["novel"]]
         kl = (f"{text['kl']:.3f}" for text in texts)
         perplexity = ", ".join(f"{text['perplexity']:.2f}" for text in texts)
         size = f"{one['bytes'] / 1e6:.0f} MB"
-        lines.append(row(label, f"{one['bits_per_weight']:.2f}", size, *kl, perplexity, f"{one['cpu_seconds_inside'] / one_pass:.1f}"))
+        speed = ", ".join(f"{one[kind] / wide[kind]:.1f}" for kind in ("prefill", "decode"))
+        lines.append(row(label, f"{one['bits_per_weight']:.2f}", size, *kl, perplexity, f"{one['cpu_seconds_inside'] / one_pass:.1f}", speed))
     return lines
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import shutil
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -13,6 +16,7 @@ import llmlite
 from llmlite.cli import main, recipe_main
 from llmlite.commands import group
 from llmlite.recipes.lora_int4 import LoraInt4
+from tests.conftest import save_sums_task, save_tiny
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,7 +45,7 @@ def test_a_recipes_command_is_understood(command: str, model_folder: Path, pairs
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("llmlite ")])
 def test_an_llmlite_command_works(command: str, model_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(command)[1:]
-    if words[0] in {"evaluate", "compare", "export", "shrink"}:  # they want finished runs; their own tests run them, here they are only understood
+    if words[0] in {"evaluate", "compare", "export", "shrink"}:  # they want finished runs: run further down, here they are understood
         with click.Context(group, info_name="llmlite") as context:
             name, found, rest = group.resolve_command(context, words)
             assert found is not None
@@ -51,6 +55,35 @@ def test_an_llmlite_command_works(command: str, model_folder: Path, pairs_file: 
     if words[0] in {"run", "check"}:
         words += ["--model", str(model_folder), "--data", str(pairs_file), "--output_dir", str(tmp_path), "--max_length", "64", "--dry_run"]
     main(words)
+
+
+def the(name: str) -> list[str]:
+    (command,) = (command for command in COMMANDS if command.startswith(f"llmlite {name} "))
+    return shlex.split(command)[1:]
+
+
+def test_commands_on_finished_runs_work(model_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options: dict[str, Any] = {"max_length": 64, "evaluation_rows": 4, "calibrate": False, "report_sequences": 0, "max_steps": 1, "r": 2}
+    report = LoraInt4(model=str(model_folder), data=str(pairs_file), output_dir="outputs/lora_int4", **options).run()
+    for place in ("shrink/result", "sql", "chat"):
+        shutil.copytree(report.path, tmp_path / "outputs" / place, symlinks=False)
+    save_sums_task(tmp_path / "my_task.yaml")
+    main([*the("evaluate"), "--limit", "2", "--repeats", "1", "--batch_sizes", "1", "--answers", "0"])
+    assert json.loads(Path("outputs/shrink/result/evaluation.json").read_text())["models"]["this"]["tasks"][0]["task"] == "tiny_sums"
+    main(the("compare"))
+    assert "<svg" in Path("compare.html").read_text()
+    main(the("export"))
+    assert {path.name for path in Path("outputs/both").iterdir()} >= {"sql", "chat", "adapters.json"}
+
+
+@pytest.mark.slow
+def test_shrink_works(pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = save_tiny(tmp_path / "tiny-wide", intermediate_size=512)
+    given = {"--data": pairs_file, "--max_length": 64, "--evaluation_rows": 4, "--calibration_sequences": 4, "--heal_steps": 0, "--keeps": 0.6}
+    main([*the("shrink"), str(model), *(str(word) for pair in given.items() for word in pair)])
+    assert (tmp_path / "outputs" / "shrink" / "result" / "model.safetensors").is_file()
 
 
 def test_the_python_block_runs(model_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 TORCH = "torch==2.13.0"
 PEERS = {
-    "llmcompressor": ["llmcompressor==0.14.0.1"],
+    "llmcompressor": ["llmcompressor==0.14.0.1", "transformers==5.17.0", "accelerate==1.15.0"],
     "misc": ["hqq==0.2.8.post1", "optimum-quanto==0.2.7", "torchao==0.18.0", "torch-pruning==1.6.1", "transformers==5.23.0", "accelerate==1.15.0"],
-    "autoround": ["auto-round==0.16.1"],
+    "autoround": ["auto-round==0.16.1", "transformers==5.23.0", "accelerate==1.15.0"],
     "trl": ["trl==1.16.0", "transformers==5.23.0", "accelerate==1.15.0"],
 }
 

@@ -50,6 +50,7 @@ def run_page(report: Report, evaluation: Evaluation | None = None) -> str:
         expectation=report.expectation(),
         energy=report.energy_sentences(),
         evaluation=_evaluated(evaluation) if evaluation is not None else None,
+        worst=[{"name": row.name, "text": text} for row in report.rows if (text := row.worst_layers())],
         table=[["", *(row.name for row in report.rows)], *([name.strip(), *cells] for name, cells in report.lines().items())],
         groups=_groups(report) if plots.available() else [],
         samples=samples if len(samples) > 1 else [],

@@ -230,7 +230,8 @@ def _made(report: Report) -> str:
     data = plain(str((report.recipe.get("data") or {}).get("train", "")))
     base = report.base.get("hub_id")
     commit = f"Base: {base} at commit {report.base['revision']}. " if base and report.base.get("revision") else ""
-    return "\n".join(lines) + f"\n\n{commit}Data: {data}. Seed {report.recipe.get('seed', 0)}."
+    worst = "".join(f"\n\n`{row.name}`: {plain(text)}" for row in report.rows if (text := row.worst_layers()))
+    return "\n".join(lines) + f"{worst}\n\n{commit}Data: {data}. Seed {report.recipe.get('seed', 0)}."
 
 
 _SHOWN = ("scheme", "double_quant", "keep", "sparsity", "r", "lora_alpha", "learning_rate", "temperature")

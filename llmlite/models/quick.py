@@ -1,15 +1,16 @@
-"""A copy of a model for gradients that only have to be about right: in the type that this machine multiplies fastest."""
+"""A copy of a model for gradients that only have to be about right: in the type that this machine multiplies fastest; and what it does slowly."""
 
 from __future__ import annotations
 
 import copy
+import platform
 from collections.abc import Collection
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-__all__ = ["quick_copy", "quick_dtype", "quickened"]
+__all__ = ["quick_copy", "quick_dtype", "quickened", "slow_here"]
 
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
 
@@ -19,6 +20,27 @@ def quick_dtype(device: torch.device, own: torch.dtype) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else own
     return torch.bfloat16 if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else own
+
+
+def slow_here(device: torch.device, dtype: torch.dtype | None, form: str) -> str:
+    """What this processor computes slowly without a word of torch's or bitsandbytes', as a sentence for the plan; empty when it does not.
+
+    Args:
+        device: where the model computes.
+        dtype: what it computes in.
+        form: of its weights; see `ModelPlan.form`.
+    """
+    if device.type != "cpu" or torch.cpu._is_avx512_bf16_supported():
+        return ""
+    slow = []
+    if form in {"nf4", "fp4"}:
+        slow.append(
+            "this processor has no AVX512-BF16, which bitsandbytes' packed 4-bit kernel needs: every layer is unpacked at each forward pass, so each token is "
+            "written slower than by dense weights"
+        )
+    if dtype == torch.bfloat16 and platform.machine() in {"x86_64", "AMD64"} and not torch.cpu._is_amx_tile_supported():
+        slow.append("this processor has neither AMX nor AVX512-BF16 and only emulates products in bfloat16: float32 is usually faster, in twice the memory")
+    return "; ".join(slow)
 
 
 def quick_copy(model: AnyModel, dtype: torch.dtype, without: Collection[nn.Module] = ()) -> AnyModel:

@@ -70,7 +70,7 @@ class Quantize(Step):
             ConfigError: layers whose width bitsandbytes cannot represent, unless they are skipped; names in `skip` that no layer has; no layer left.
         """
         from llmlite.calibration.memory import backward_bytes, walk_bytes
-        from llmlite.models.quick import quick_dtype
+        from llmlite.models.quick import quick_dtype, slow_here
         from llmlite.models.size import BLOCK_SIZE, expected_bytes, linear_shapes, runtime_bytes
 
         self._require_known_names(model)
@@ -95,6 +95,8 @@ class Quantize(Step):
             notes.append("in evaluation the inputs are rounded to 8 bit too (LLM.int8); in training only the weights are")
         if unaligned:
             notes.append(f"{len(unaligned)} layers stay in 16 bit (width no multiple of {BLOCK_SIZE})")
+        if slow := slow_here(run.device, self._dense_dtype(run), self.scheme):
+            notes.append(slow)
         sequences = min(self._sequences(run), run.recipe.data.calibration_sequences)
         tokens = sequences * run.recipe.data.max_length
         if self.chooses_codes:

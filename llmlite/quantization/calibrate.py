@@ -1,18 +1,13 @@
 """Calibrated 4-bit weights of a whole model, block by block.
 
 Each projection's codes and scales are chosen by its own second-order error (`llmlite.quantization.nf4`) on the inputs that calibration text gives it. The
-dense model is overwritten with the weights that its codes stand for, so that later blocks can hear the quantized prefix; codes and scales are kept in a
-folder, from which `write_calibrated` puts them into a stock bitsandbytes model. A walk that was stopped continues behind its last complete block.
-
-    W* = W + W (C - G) inverse(G + lambda),    G = sum x x^T,  C = sum x_dense x^T     (only with target "dense")
-
-With target "dense" each layer also makes up for the error of the blocks before it: W* is the least-squares answer to the dense model's outputs.
+weights of a whole dense model are overwritten with those that their codes stand for; codes and scales are kept in a folder, from which `write_calibrated` puts
+them into a stock bitsandbytes model. A walk that was stopped continues behind its last complete block.
 
 Tokens count by how much an error at them would change what the model says (`llmlite.calibration.sensitivity`), and at the end the scales are tuned end to end
 with the codes fixed (`llmlite.quantization.tune`).
 
-Source: Frantar et al. 2022, arXiv:2210.17323; Li et al. 2025, arXiv:2504.02692 (asymmetric calibration: the dense outputs as target); Kim et al. 2025,
-arXiv:2505.07004 (tokens weighted by the loss's gradient).
+Source: Frantar et al. 2022, arXiv:2210.17323; Kim et al. 2025, arXiv:2505.07004 (tokens weighted by the loss's gradient).
 """
 
 from __future__ import annotations
@@ -42,7 +37,7 @@ if TYPE_CHECKING:
     from llmlite.calibration.blocks import Batch
     from llmlite.context import Run
 
-__all__ = ["CalibratedScheme", "calibrate", "quantization_windows", "towards_dense", "write_calibrated"]
+__all__ = ["CalibratedScheme", "calibrate", "quantization_windows", "write_calibrated"]
 
 _TUNED = "tuned"
 
@@ -55,7 +50,6 @@ class CalibratedScheme:
         scheme, double_quant: the stock format to fill.
         damping: share of the mean diagonal added to each Hessian.
         sweeps: passes of coordinate descent after GPTQ.
-        inputs, target: see `llmlite.calibration.walk.Walk`.
         token_weights: "sensitivity": tokens count by their sensitivity; "equal": all alike, one backward pass cheaper.
         tune: how the scales are tuned at the end, or None.
         seed: of the labels that the sensitivity is taken for.
@@ -66,8 +60,6 @@ class CalibratedScheme:
     double_quant: bool = False
     damping: float = 1e-3
     sweeps: int = 2
-    inputs: Literal["dense", "compressed"] = "dense"
-    target: Literal["own", "dense"] = "own"
     token_weights: Literal["sensitivity", "equal"] = "sensitivity"
     tune: TuneScales | None = field(default_factory=TuneScales)
     seed: int = 0
@@ -81,24 +73,6 @@ def quantization_windows(run: Run) -> Tensor:
 
     data = run.recipe.data
     return run.calibration_windows if data.calibration or "calibration_windows" in run.__dict__ else calibration_windows(run, data.train)
-
-
-def towards_dense(weight_OI: Tensor, gram_II: Tensor, cross_II: Tensor, damping: float) -> Tensor:
-    """The weights that give the dense model's outputs from the present inputs as well as they can, (O, I).
-
-    Args:
-        weight_OI: dense weights.
-        gram_II: sum of x x^T over the present inputs.
-        cross_II: sum of x_dense x^T.
-        damping: share of the mean diagonal added to the gram matrix; more of it stays closer to `weight_OI`.
-
-    Source: Li et al. 2025, arXiv:2504.02692, section 3.
-    """
-    gram_II = gram_II.double()
-    damped_II = gram_II + max(damping, 1e-6) * gram_II.diagonal().mean().clamp_min(1e-30) * torch.eye(len(gram_II), dtype=torch.float64, device=gram_II.device)
-    change_OI = torch.linalg.solve(damped_II, (weight_OI.double() @ (cross_II.double() - gram_II)).t()).t()
-    wanted_OI: Tensor = (weight_OI.double() + change_OI).float()
-    return wanted_OI
 
 
 @torch.no_grad()
@@ -138,26 +112,21 @@ def calibrate(model: nn.Module, batches: Sequence[Batch], how: CalibratedScheme,
             moments = statistics.all
             hessian_II = moments.gram_II / max(moments.tokens, 1)
             dense = [linear.weight_OI.float() for linear in layers]
-            wanted = dense
-            if moments.cross_JI is not None:
-                wanted = [towards_dense(weight_OI, hessian_II, moments.cross_JI / max(moments.tokens, 1), 10 * how.damping) for weight_OI in dense]
             here = grid.to(hessian_II.device)
-            chosen = calibrated_codes(wanted, hessian_II, here, double_quant=how.double_quant, damping=how.damping, sweeps=how.sweeps)
-            for linear, weight_OI, wanted_OI, (index_OI, scales_OB, double) in zip(layers, dense, wanted, chosen, strict=True):
+            chosen = calibrated_codes(dense, hessian_II, here, double_quant=how.double_quant, damping=how.damping, sweeps=how.sweeps)
+            for linear, weight_OI, (index_OI, scales_OB, double) in zip(layers, dense, chosen, strict=True):
                 quantized_OI = dequantize(index_OI, scales_OB, here)
                 whole = output_error(weight_OI, hessian_II).sum().clamp_min(1e-30)
-                errors[linear.name] = float(output_error(wanted_OI - quantized_OI, hessian_II).sum() / whole)
+                errors[linear.name] = float(output_error(weight_OI - quantized_OI, hessian_II).sum() / whole)
                 linear.weight_OI.copy_(quantized_OI)
                 _keep(codes / f"{linear.name}.safetensors", Codes(index_OI, scales_OB, double))
         return errors
 
     families = ModelView(model).family.linears
-    # of a model that is not in memory the codes are all that is needed, unless later blocks hear the quantized ones
-    keeps = how.inputs == "compressed" or not in_parts
     notes = walk_blocks(
         model,
         batches,
-        Walk(stages=(tuple(families),), inputs=how.inputs, target=how.target, keeps=keeps),
+        Walk(stages=(tuple(families),), inputs="dense", keeps=not in_parts),  # of a model that is not in memory the codes are all that is needed
         change,
         state,
         weigh if how.token_weights == "sensitivity" else None,

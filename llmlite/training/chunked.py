@@ -29,9 +29,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from llmlite.errors import ConfigError
-from llmlite.training.token_loss import IGNORE_INDEX, CrossEntropy, LogitTransform, TokenLoss, next_token_labels
+from llmlite.training.token_loss import LogitTransform, TokenLoss
 
-__all__ = ["CHUNK_ELEMENTS", "HeadLoss", "chunked_cross_entropy", "chunked_head_loss", "head_logits"]
+__all__ = ["CHUNK_ELEMENTS", "HeadLoss", "chunked_head_loss", "head_logits"]
 
 CHUNK_ELEMENTS = 24 * 2**20
 """Logits of a chunk: 100 MB of float32."""
@@ -51,49 +51,6 @@ class HeadLoss:
     loss: Tensor
     parts: dict[str, Tensor]
     per_token: dict[str, Tensor] | None
-
-
-def chunked_cross_entropy(
-    hidden_BTD: Tensor,
-    head: nn.Module | Tensor,
-    labels_BT: Tensor,
-    *,
-    head_bias_V: Tensor | None = None,
-    num_items_in_batch: Tensor | float | None = None,
-    shifted: bool = False,
-    transform: LogitTransform | None = None,
-    chunk_tokens: int | None = None,
-) -> Tensor:
-    """What transformers' `ForCausalLMLoss` returns, from hidden states instead of logits.
-
-    Args:
-        hidden_BTD: what enters the LM head, (B, T, D).
-        head: the LM head, or its weight (V, D).
-        labels_BT: token ids with -100 where a token does not count, int64, (B, T).
-        head_bias_V: with a head given as a weight, its bias.
-        num_items_in_batch: counted tokens of the whole optimizer step, over all accumulation steps and processes, as `Trainer` passes it.
-            Without it the mean over the counted tokens of these labels is returned.
-        shifted: the labels already are those of the next token.
-        transform: see `LogitTransform`.
-        chunk_tokens: see `chunked_head_loss`.
-
-    Returns:
-        The loss, float32, (). Zero when no token counts, where `ForCausalLMLoss` returns nan.
-
-    Raises:
-        ConfigError: shapes that do not fit together.
-    """
-    labels_N = (labels_BT if shifted else next_token_labels(labels_BT)).reshape(-1)
-    return chunked_head_loss(
-        hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
-        head,
-        CrossEntropy(labels_N),
-        head_bias_V=head_bias_V,
-        keep_N=labels_N != IGNORE_INDEX,
-        num_items_in_batch=num_items_in_batch,
-        transform=transform,
-        chunk_tokens=chunk_tokens,
-    ).loss
 
 
 def chunked_head_loss(

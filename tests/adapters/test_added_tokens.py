@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,7 +18,8 @@ import llmlite
 from llmlite.errors import ConfigError
 from llmlite.models.added_tokens import fill_rows
 from llmlite.quantization.bnb import Quantize
-from tests.conftest import build_tiny, build_tokenizer, save_tiny
+from tests.conftest import build_tiny, build_tokenizer, logits_of, save_tiny
+from tests.snippets import snippet
 
 TOKENS = ("<call>", "</call>")
 SHORT: dict[str, Any] = {"max_steps": 3, "per_device_train_batch_size": 2}
@@ -71,7 +73,12 @@ def test_an_adapter_on_the_stock_base_with_more_rows_gives_the_same_logits_in_a_
     trained = {name: tensor for name, tensor in weights.items() if "lora_" not in name}
     assert {tuple(tensor.shape) for tensor in trained.values()} == {(2, 64)}
     assert len(trained) == (1 if tied else 2)  # one matrix, or embedding and head
-    if tied:
+    if tied:  # as docs/adapters.md has it
+        names = {"Qwen/Qwen3-0.6B": base, "151_671": str(vocabulary + 2), "outputs/lora": report.path}
+        found: dict[str, Any] = {"AutoModelForCausalLM": AutoModelForCausalLM, "PeftModel": PeftModel}
+        exec(snippet("docs/adapters.md", "resize_token_embeddings", names), found)
+        ids_BT, (ours, _) = torch.tensor([[5, vocabulary, 6, vocabulary + 1]]), llmlite.pipeline.load_result(report.path)
+        assert torch.equal(logits_of(found["model"].eval(), ids_BT), logits_of(ours, ids_BT))
         return
     command = [sys.executable, "-c", STRANGER, str(base), str(report.path), str(tmp_path / "found.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

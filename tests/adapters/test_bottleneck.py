@@ -17,6 +17,7 @@ from llmlite.errors import ConfigError
 from llmlite.models.adapted import adapter_parameters
 from llmlite.models.safety import make_safe
 from tests.conftest import ALL_FAMILIES, build_tiny, logits_of, tiny_config
+from tests.snippets import snippet
 
 PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
 
@@ -92,6 +93,17 @@ def test_several_lie_side_by_side_and_are_switched_on_and_off(tmp_path: Path) ->
         assert torch.equal(logits_of(model), before)
     model.save_pretrained(tmp_path / "both")
     assert torch.equal(logits_of(llmlite.load_adapter(build_tiny("llama"), tmp_path / "both" / "one")), logits["one"])
+
+
+def test_the_lines_of_the_documentation_load_two_of_them_and_switch(model_folder: Path, tmp_path: Path) -> None:
+    names: dict[str, str | Path] = {"HuggingFaceTB/SmolLM2-135M-Instruct": model_folder}
+    for name, seed in (("outputs/bottleneck_adapter", 1), ("outputs/another", 2)):
+        model = filled(adapted(AutoModelForCausalLM.from_pretrained(model_folder), "pfeiffer"), seed)
+        model.save_pretrained(tmp_path / name)
+        names[name] = tmp_path / name
+    found: dict[str, Any] = {}
+    exec(snippet("docs/adapters.md", "llmlite.load_adapter", names), found)
+    assert torch.equal(logits_of(found["model"].eval()), logits_of(model))
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "int8"])

@@ -14,16 +14,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import llmlite
 from llmlite.cli import main
 from llmlite.errors import ConfigError, OutputError, RunError
 from llmlite.hub.push import push
+from llmlite.models.safety import make_safe
 from llmlite.pipeline import load_result
-from tests.conftest import save_tiny, token_ids
+from tests.conftest import logits_of, save_tiny, token_ids
 from tests.hub.conftest import STRANGERS_LINES, loopback_hub
 from tests.hub.fake_hub import FakeHub
+from tests.snippets import snippet
 
 SMALL: dict[str, Any] = {"max_length": 64, "evaluation_rows": 4, "max_steps": 1}
 BASE = "team/tiny-base"
@@ -83,9 +87,16 @@ def test_two_runs_become_one_folder_that_stock_peft_loads_and_switches_on_the_hu
     assert f"| {report.rows[1].perplexity:.4g} | {report.rows[2].perplexity:.4g} |" in card
     assert not any(b"home-of-agatha" in content for content in files.values())
 
+    # as docs/adapters.md has it
+    base = AutoModelForCausalLM.from_pretrained(runs["sql"] / "steps" / "01-quantize")
+    make_safe(base)
+    names: dict[str, Any] = {"PeftModel": PeftModel, "base": base}
+    exec(snippet("docs/adapters.md", 'set_adapter("chat")', {"outputs/both": out}), names)
+    torch.testing.assert_close(logits_of(names["model"].eval()), logits_of(load_result(runs["chat"])[0]), atol=1e-5, rtol=0)
+
     save_file({"ids": token_ids()}, tmp_path / "in.safetensors")
-    snippet = card.split("```python\n")[1].split("\n```")[0]
-    command = [sys.executable, "-c", STRANGER.format(snippet=snippet), str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors")]
+    lines = card.split("```python\n")[1].split("\n```")[0]
+    command = [sys.executable, "-c", STRANGER.format(snippet=lines), str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache")})
     assert done.returncode == 0, done.stderr
     found = load_file(tmp_path / "out.safetensors")

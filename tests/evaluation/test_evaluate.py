@@ -18,21 +18,7 @@ from llmlite.evaluation.sample import sample
 from llmlite.evaluation.tasks import TaskResult, check_tasks, flips
 from llmlite.hub.card import model_card
 from llmlite.report import Report
-from tests.conftest import build_tiny, build_tokenizer
-
-TASK = """
-task: tiny_sums
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {file}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{query}}}}"
-doc_to_choice: choices
-doc_to_target: gold
-metric_list:
-  - metric: acc
-"""
+from tests.conftest import build_tiny, build_tokenizer, save_sums_task
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +32,7 @@ def run(model_folder: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("task")
-    rows = [{"query": f"What is {n} plus {n}?", "choices": [str(2 * n), str(2 * n + 1)], "gold": n % 2} for n in range(12)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "sums.yaml").write_text(TASK.format(file=folder / "rows.jsonl"))
-    return folder / "sums.yaml"
+    return save_sums_task(tmp_path_factory.mktemp("task") / "sums.yaml")
 
 
 def test_a_run_is_measured_as_it_measured_itself_and_tasks_run_offline(run: Report, task: Path, capsys: pytest.CaptureFixture[str]) -> None:

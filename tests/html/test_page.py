@@ -81,6 +81,16 @@ def test_what_comes_from_models_and_data_is_escaped(tmp_path: Path) -> None:
     assert text.count("&lt;script&gt;") >= 5
 
 
+def test_the_worst_layers_and_what_to_do_about_them_are_said_in_words(tmp_path: Path) -> None:
+    rows = report(tmp_path).rows
+    errors = {f"layers.{n}.mlp.up_proj": 0.002 for n in range(9)} | {"layers.0.mlp.<down>": 0.25}
+    rows[1] = dataclasses.replace(rows[1], name="quantize", details=error_report(errors))
+    text = run_page(report(tmp_path, rows=rows))
+    assert "<b>quantize</b>: Relative output error of a layer on calibration text: 0.027 on average, largest in layers.0.mlp.&lt;down&gt; 0.25, " in text
+    assert "skip: [layers.0.mlp.&lt;down&gt;] leaves it in 16 bit." in text
+    assert "Relative output error of a layer" not in run_page(report(tmp_path))
+
+
 def test_a_collapsed_model_is_said_to_be_one(tmp_path: Path) -> None:
     rows = report(tmp_path).rows
     rows[-1] = dataclasses.replace(rows[-1], perplexity=float("inf"), kl=9.0, top1_agreement=0.1)

@@ -20,6 +20,7 @@ from llmlite.hub.lines import loading_lines, loading_snippet
 from llmlite.hub.multi_adapter import Adapters
 from llmlite.hub.push import push, what_is_sent
 from llmlite.plan import made_before_adapter
+from llmlite.quantization.error import error_report
 from llmlite.report import SPEED_OF_STEPS, Report, Row
 
 
@@ -90,6 +91,15 @@ def test_the_card_says_of_which_model_the_speed_is(tmp_path: Path) -> None:
     report.rows[-1] = dataclasses.replace(report.rows[-1], decode_tokens_per_second=9.0)
     assert SPEED_OF_STEPS in model_card(report, tmp_path)
     assert report.table().caption == SPEED_OF_STEPS
+
+
+def test_the_worst_layers_and_what_to_do_about_them_stand_under_how_it_was_made(tmp_path: Path) -> None:
+    report = report_of(tmp_path, [{"step": "quantize"}])
+    report.rows[1].details.update(error_report({f"layers.{n}.up": 0.002 for n in range(9)} | {"layers.0.down": 0.25}))
+    made = model_card(report, tmp_path, "me/x").partition("## How it was made")[2]
+    assert "`quantize`: Relative output error of a layer on calibration text: 0.027 on average, largest in layers.0.down 0.25, layers.0.up 0.002, " in made
+    assert r"skip: \[layers.0.down\] leaves it in 16 bit." in made
+    assert "Relative output error" not in model_card(report_of(tmp_path, [{"step": "finetune"}]), tmp_path, "me/x")
 
 
 def test_only_a_data_set_of_the_hub_is_named_as_one(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from llmlite.models.load import load_model
 from llmlite.models.safety import make_safe
 from llmlite.quantization import calibrate as calibrate_module
 from llmlite.quantization import nf4
-from llmlite.quantization.calibrate import CalibratedScheme, calibrate, towards_dense, write_calibrated
+from llmlite.quantization.calibrate import CalibratedScheme, calibrate, write_calibrated
 from llmlite.quantization.error import error_report, layer_errors
 from tests.conftest import build_tiny, logits_of, save_tiny, token_ids
 
@@ -78,13 +78,11 @@ def test_a_fresh_process_without_llmlite_loads_the_calibrated_model(tmp_path: Pa
     assert reload_difference(model, loading_lines(tmp_path / "out", dtype="float32"))[0] == 0
 
 
-@pytest.mark.parametrize("target", ["own", "dense"])
-def test_errors_of_all_layers_are_lower_than_those_of_rounding(tmp_path: Path, target: Any) -> None:
+def test_errors_of_all_layers_are_lower_than_those_of_rounding(tmp_path: Path) -> None:
     dense = build_tiny("llama")
     dense.save_pretrained(tmp_path / "dense")
     rounding = layer_errors(dense, stock(tmp_path / "dense"), windows())
-    inputs: Any = "dense" if target == "own" else "compressed"
-    errors = calibrate(dense, windows(), CalibratedScheme(inputs=inputs, target=target), tmp_path / "codes")
+    errors = calibrate(dense, windows(), CalibratedScheme(), tmp_path / "codes")
     assert errors.keys() == rounding.keys()
     assert len(errors) == 21
     assert all(errors[name] < rounding[name] for name in errors)
@@ -108,7 +106,7 @@ def test_the_layer_error_is_the_error_of_the_layers_output(tmp_path: Path) -> No
 
 
 def test_a_stopped_calibration_continues_and_ends_in_the_same_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    how = CalibratedScheme(inputs="compressed")
+    how = CalibratedScheme()
     whole = calibrate(build_tiny("llama"), windows(), how, tmp_path / "whole", tmp_path / "whole-walk")
     real, calls = nf4.calibrated_codes, []
 
@@ -131,15 +129,6 @@ def test_a_stopped_calibration_continues_and_ends_in_the_same_codes(tmp_path: Pa
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_weights_towards_dense_outputs_are_the_least_squares_solution() -> None:
-    torch.manual_seed(0)
-    weight_OI, x_NI = torch.randn(5, 8), torch.randn(200, 8)
-    dense_NI = x_NI + 0.3 * torch.randn(200, 8)
-    expected_OI = torch.linalg.lstsq(x_NI, dense_NI @ weight_OI.t()).solution.t()
-    found_OI = towards_dense(weight_OI, x_NI.t() @ x_NI, dense_NI.t() @ x_NI, 0.0)
-    torch.testing.assert_close(found_OI, expected_OI, rtol=1e-4, atol=1e-4)
-
-
 def test_layers_that_stand_out_are_named_with_what_to_write() -> None:
     errors = {f"model.layers.{n}.mlp.up_proj": 0.002 + 1e-5 * n for n in range(9)} | {"model.layers.0.mlp.down_proj": 0.3}
     report = error_report(errors)
@@ -153,7 +142,8 @@ def test_layers_that_stand_out_are_named_with_what_to_write() -> None:
 SMALL: dict[str, Any] = {"max_length": 64, "evaluation_rows": 6, "calibration_sequences": 8}
 
 
-def test_quantize_nf4_runs_from_a_folder_to_a_stock_folder(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
+def test_quantize_nf4_runs_from_a_folder_to_a_stock_folder(tmp_path: Path, model_folder: Path, pairs_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "llmlite")
     report = llmlite.QuantizeNf4(model=str(model_folder), data=str(pairs_file), output_dir=str(tmp_path / "out"), **SMALL).run()
     base, row = report.rows
     assert report.reload_difference is not None
@@ -161,6 +151,9 @@ def test_quantize_nf4_runs_from_a_folder_to_a_stock_folder(tmp_path: Path, model
     assert row.parameters == base.parameters
     assert len(row.details["layer_errors"]) == 21
     assert row.details["worst_layers"][0]["relative_output_error"] == max(row.details["layer_errors"].values())
+    assert f"quantize: {row.worst_layers()}" in caplog.messages
+    for page in ("report.html", "README.md"):
+        assert "Relative output error of a layer on calibration text" in (tmp_path / "out" / page).read_text(encoding="utf-8")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (config["quant_method"], config["bnb_4bit_quant_type"], config["bnb_4bit_use_double_quant"]) == ("bitsandbytes", "nf4", True)
     assert not list((tmp_path / "out" / "steps").glob("*.work"))
@@ -171,6 +164,18 @@ def test_quantize_int8_measures_each_layer_without_calibration(tmp_path: Path, m
     errors = report.rows[1].details["layer_errors"]
     assert len(errors) == 21
     assert all(0 < error < 1e-3 for error in errors.values())
+
+
+def test_the_threshold_of_int8_is_in_the_saved_config_and_is_computed_with(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:
+    recipe = llmlite.QuantizeInt8(model=str(model_folder), data=str(pairs_file), llm_int8_threshold=1.0, report_sequences=0, **SMALL)
+    out = recipe.run(tmp_path / "out").path
+    config, ids_BT = json.loads((out / "config.json").read_text()), token_ids(vocab_size=320)
+    assert config["quantization_config"]["llm_int8_threshold"] == 1.0
+    ours = logits_of(AutoModelForCausalLM.from_pretrained(out).eval(), ids_BT)
+    config["quantization_config"]["llm_int8_threshold"] = 6.0  # which no input of this model reaches
+    (out / "config.json").write_text(json.dumps(config))
+    usual = logits_of(AutoModelForCausalLM.from_pretrained(out).eval(), ids_BT)
+    assert 0 < (ours - usual).norm() < 0.02 * usual.norm()
 
 
 def test_quantize_after_another_step_saves_the_dense_model_once_and_reloads_it(tmp_path: Path, model_folder: Path, pairs_file: Path) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmlite.errors import UnsupportedModel
 from llmlite.training.backbone import hidden_and_head, logit_transform, supports_chunked_head
-from llmlite.training.chunked import chunked_cross_entropy
+from tests.training.cross_entropy import chunked_cross_entropy
 
 SMALL = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32}
 GROUPED = {**SMALL, "num_key_value_heads": 1, "head_dim": 8}

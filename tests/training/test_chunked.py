@@ -15,8 +15,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from llmlite.errors import ConfigError
 from llmlite.training import chunked
-from llmlite.training.chunked import chunked_cross_entropy, chunked_head_loss, head_logits
+from llmlite.training.chunked import chunked_head_loss, head_logits
 from llmlite.training.token_loss import CrossEntropy, LogitTransform, TokenLoss, next_token_labels
+from tests.training.cross_entropy import chunked_cross_entropy
 
 B, T, V, D = 3, 11, 53, 8
 TRANSFORMS = {"plain": LogitTransform(), "scaled": LogitTransform(scale=0.3), "capped": LogitTransform(softcap=2.0), "both": LogitTransform(3.0, 5.0)}
