@@ -21,11 +21,15 @@ def rows_under(page: str, heading: str, column: str) -> list[str]:
     return [" ".join(line.replace("*", "").split()) for line in found[2:]]
 
 
-def headline() -> list[str]:
+def headline(file: str = "headline", digits: int = 3) -> list[str]:
     return [
-        row(one["row"], f"{one['of_the_base']:.2f}", f"{one['perplexity_ratio']:.3f}", f"{one['kl']:.3f}", f"{one['top1_agreement']:.1%}")
-        for one in results("headline")["rows"]
+        row(one["row"], f"{one['of_the_base']:.2f}", f"{one['perplexity_ratio']:.3f}", f"{one['kl']:.{digits}f}", f"{one['top1_agreement']:.1%}")
+        for one in results(file)["rows"]
     ]
+
+
+def headline_gpt2() -> list[str]:
+    return headline("headline_gpt2", digits=4)
 
 
 def losses() -> list[str]:
@@ -85,6 +89,7 @@ def sparsity() -> list[str]:
     ("rows", "heading", "column"),
     [
         (headline, "## The headline table", "of the 16-bit bytes"),
+        (headline_gpt2, "## The headline table on a GPT-2", "of the 16-bit bytes"),
         (losses, "## Losses through the LM head", "loss"),
         (cache, "## Distillation: the teacher beside the student, or read from disk", "teacher"),
         (quantization, "## 4 and 8 bits: own formats and peers in one table", "bits a weight"),
