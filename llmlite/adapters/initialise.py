@@ -115,10 +115,13 @@ def initialise_for_run(adapted: nn.Module, run: Run, quantize: int, rows: int) -
         rows: calibration rows that are read, at most.
     """
     from llmlite.calibration.blocks import batches_of
+    from llmlite.evaluation.memory import give_back
     from llmlite.quantization.calibrate import quantization_windows
 
     dense = _dense_before(quantize, run)
     left = initialise(adapted, dense, batches_of(quantization_windows(run)[:rows]))
+    del dense
+    give_back()
     share = sum(left.values()) / max(len(left), 1)
     log.info("the adapter starts as a correction of the quantization: %.0f %% of the layers' output error is left", 100 * share)
     run.note(quantization_error_left=share)
