@@ -27,6 +27,7 @@ __all__ = [
     "describe_field",
     "field_doc",
     "fingerprint",
+    "from_mapping",
     "near",
     "parse_flag",
     "problems_of",
@@ -81,6 +82,20 @@ def validate(cls: type[T], mapping: Mapping[str, Any], where: str) -> tuple[T | 
         return cls(**mapping), []
     except ConfigError as error:
         return None, [_placed(where, problem) for problem in error.problems]
+
+
+def from_mapping(cls: type[Any]) -> pydantic.BeforeValidator:
+    """For a field that holds settings: lets it be given as a mapping of theirs, and None as the defaults."""
+
+    def made(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return cls() if value is None else value
+        found, problems = validate(cls, value, "")
+        if found is None:
+            raise ValueError("be right: " + " ".join(problems))
+        return found
+
+    return pydantic.BeforeValidator(made)
 
 
 def problems_of(error: pydantic.ValidationError, cls: type[Any]) -> list[str]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import pydantic
 
-from llmlite.config import settings, validate
+from llmlite.config import from_mapping, settings
 
 __all__ = ["Expected", "ExpectedSettings"]
 
@@ -34,14 +33,5 @@ class Expected:
         return {name: value for name, value in figures.items() if value is not None}
 
 
-def _expected_of(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return Expected() if value is None else value
-    expected, problems = validate(Expected, value, "")
-    if expected is None:
-        raise ValueError("be right: " + " ".join(problems))
-    return expected
-
-
-ExpectedSettings = Annotated[Expected, pydantic.BeforeValidator(_expected_of)]
+ExpectedSettings = Annotated[Expected, from_mapping(Expected)]
 """An `Expected`, or a mapping of its figures."""

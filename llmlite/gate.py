@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import pydantic
 
-from llmlite.config import settings, validate
+from llmlite.config import from_mapping, settings
 
 __all__ = ["COLLAPSE", "Gate", "GateSettings", "collapse_warning"]
 
@@ -59,14 +58,5 @@ def collapse_warning(base_perplexity: float, perplexity: float, kl: float | None
     return f"This model is far from its base: {'; '.join(crossed)}." if crossed else ""
 
 
-def _gate_of(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return Gate() if value is None else value
-    gate, problems = validate(Gate, value, "")
-    if gate is None:
-        raise ValueError("be right: " + " ".join(problems))
-    return gate
-
-
-GateSettings = Annotated[Gate, pydantic.BeforeValidator(_gate_of)]
+GateSettings = Annotated[Gate, from_mapping(Gate)]
 """A `Gate`, or a mapping of its limits."""

@@ -89,24 +89,24 @@ class Lora(AdapterStep):
         from llmlite.report import human_bytes
 
         run.corrected.discard(run.position)
-        if self.init_lora_weights == "auto" and (reason := self._not_corrected(model, run)):
-            return dataclasses.replace(plan, notes=(*plan.notes, f"starts as the quantized base: {reason}"))
-        if self.init_lora_weights != "quantization_error" and not (self.init_lora_weights == "auto" and model.form in _FOUR_BITS and model.rounded):
+        # in int8 `auto` would repair nothing: the inputs are rounded too
+        by_itself = self.init_lora_weights == "auto" and model.form in _FOUR_BITS and model.rounded
+        if self.init_lora_weights != "quantization_error" and not by_itself:
             return plan
+        if by_itself and (reason := self._not_corrected(run)):
+            return dataclasses.replace(plan, notes=(*plan.notes, f"starts as the quantized base: {reason}"))
         rows = self._correction_rows(model.config, run)
         peak = correction_peak_bytes(model, rows, run)
         free = free_bytes(run.device.type) // (run.layout.processes if run.device.type == "cpu" else 1)
-        if self.init_lora_weights == "auto" and not run.agreed(peak <= free):
+        if by_itself and not run.agreed(peak <= free):
             note = f"starts as the quantized base; starting as its correction would take {human_bytes(peak)} with the dense base, {human_bytes(free)} are free"
             return dataclasses.replace(plan, notes=(*plan.notes, note))
         run.corrected.add(run.position)
         note = f"starts as the correction of the quantization, from {rows} calibration rows"
         return dataclasses.replace(plan, peak_bytes=max(plan.peak_bytes, peak), notes=(*plan.notes, note))
 
-    def _not_corrected(self, model: ModelPlan, run: Run) -> str:
-        """Why `auto` is no correction where there is something to correct, as a phrase. In int8 it would repair nothing: the inputs are rounded too."""
-        if model.form not in _FOUR_BITS or not model.rounded:
-            return ""
+    def _not_corrected(self, run: Run) -> str:
+        """Why `auto` is no correction although there is something to correct, as a phrase; empty when it is one."""
         if self.use_dora:
             return "DoRA measures row sizes at the start"
         if run.layout.sharded:

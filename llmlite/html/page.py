@@ -120,21 +120,23 @@ def _step(step: Any) -> dict[str, str]:
 def _conditions(report: Report) -> str:
     about, text = report.environment, report.evaluation
     quality = f"Quality on {text.get('tokens', '?')} held-out tokens ({text.get('examples', '?')} examples) of {text.get('text', 'held-out text')}"
-    machine = f"{about.get('device', '?')} ({about.get('cpu', '?')}, {about.get('cores', '?')} cores)"
     speed = f" {SPEED_OF_STEPS}" if any(row.decode_tokens_per_second for row in report.rows) else ""
-    return f"{quality}; {machine}; {about.get('date', '')}; seed {report.recipe.get('seed', 0)}.{speed}"
+    return f"{quality}; {_machine(about)}; {about.get('date', '')}; seed {report.recipe.get('seed', 0)}.{speed}"
+
+
+def _machine(about: dict[str, Any]) -> str:
+    return f"{about.get('device', '?')} ({about.get('cpu', '?')}, {about.get('cores', '?')} cores)"
 
 
 def _evaluated(evaluation: Evaluation) -> dict[str, Any]:
     """What `llmlite evaluate` found: a table of base and result, what it was measured on, and their answers to the same questions."""
     about, names = evaluation.about, list(evaluation.models)
     grid = next((model["grid_grams_per_kwh"] for model in evaluation.models.values() if model.get("grid_grams_per_kwh") is not None), None)
-    machine = f"{about.get('device', '?')} ({about.get('cpu', '?')}, {about.get('cores', '?')} cores)"
     when = f"; {about['date']}" if about.get("date") else ""
     answers = zip(*(model.get("answers") or [] for model in evaluation.models.values()), strict=False)
     return {
         "table": [["", *names], *([name.strip(), *cells] for name, cells in evaluation.lines().items())],
-        "conditions": f"{about.get('quality_on', '')} Speed and energy on {machine}{when}."
+        "conditions": f"{about.get('quality_on', '')} Speed and energy on {_machine(about)}{when}."
         + (f" CO2 at a stated {grid:g} g per kWh." if grid is not None else ""),
         "answers": [
             {"question": given[0]["prompt"], "expected": given[0].get("expected", ""), "given": list(zip(names, (one["answer"] for one in given), strict=True))}

@@ -30,16 +30,18 @@ def storage_dtype(config: PretrainedConfig) -> torch.dtype:
 @torch.no_grad()
 def settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Round the dense weights in memory to what `dtype` can hold, keeping their own type. Adapters and quantized weights stay as they are."""
-    for parameter in _dense_parameters(model).values():
-        if parameter.dtype.itemsize > dtype.itemsize:
-            parameter.copy_(parameter.to(dtype))
+    _round(_dense_parameters(model).values(), dtype)
 
 
 @torch.no_grad()
 def settle_adapter(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """`settle` for the adapter on a model."""
-    for name, parameter in model.named_parameters():
-        if is_adapter_parameter(name) and parameter.dtype.itemsize > dtype.itemsize:
+    _round(_adapter_parameters(model), dtype)
+
+
+def _round(parameters: Iterable[torch.nn.Parameter], dtype: torch.dtype) -> None:
+    for parameter in parameters:
+        if parameter.dtype.itemsize > dtype.itemsize:
             parameter.copy_(parameter.to(dtype))
 
 
@@ -84,7 +86,7 @@ def _narrowed(parameters: Iterable[torch.nn.Parameter], dtype: torch.dtype) -> I
 
 
 def _save_adapter(model: Any, folder: Path, dtype: torch.dtype, base_name: str | None) -> None:
-    added = [parameter for name, parameter in model.named_parameters() if is_adapter_parameter(name) and parameter.is_floating_point()]
+    added = _adapter_parameters(model)
     lossless = all(bool((parameter == parameter.to(dtype).to(parameter.dtype)).all()) for parameter in added)
     configs = list(model.peft_config.values())
     folders = [config.base_model_name_or_path for config in configs]
@@ -97,6 +99,10 @@ def _save_adapter(model: Any, folder: Path, dtype: torch.dtype, base_name: str |
         for config, name in zip(configs, folders, strict=True):
             config.base_model_name_or_path = name
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty card
+
+
+def _adapter_parameters(model: Any) -> list[torch.nn.Parameter]:
+    return [parameter for name, parameter in model.named_parameters() if is_adapter_parameter(name) and parameter.is_floating_point()]
 
 
 def _dense_parameters(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:

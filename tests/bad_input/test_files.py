@@ -175,7 +175,7 @@ def test_weights_cut_off_anywhere_are_refused(share: float, good: Path, pairs_fi
         "../../../etc/passwd",
         "/etc/passwd",
         "../other/model.safetensors",
-        "/tmp/model.safetensors",
+        "/elsewhere/model.safetensors",
         "inside/model.safetensors",
         "..",
         "",

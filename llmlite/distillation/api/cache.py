@@ -72,7 +72,7 @@ class Answers:
         self.path = path
         with telling(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        with self._reading():
+        with self._using():
             self._database = sqlite3.connect(path, timeout=60, isolation_level=None)
             self._database.execute("pragma journal_mode = wal")
             self._database.execute("pragma synchronous = normal")
@@ -85,7 +85,7 @@ class Answers:
         Raises:
             OutputError: the file is damaged there.
         """
-        with self._reading():
+        with self._using():
             found = self._database.execute("select answer from answers where key = ?", (key,)).fetchone()
         if found is None:
             return None
@@ -93,7 +93,7 @@ class Answers:
             body: dict[str, Any] = json.loads(zlib.decompress(found[0]))
         except (zlib.error, ValueError, TypeError):
             log.warning("an answer in %s is damaged; the question is asked again", self.path.name)
-            with self._reading():
+            with self._using():
                 self._database.execute("delete from answers where key = ?", (key,))
             return None
         return body
@@ -105,7 +105,7 @@ class Answers:
             OutputError: the file cannot be written, for instance because the disk is full.
         """
         values = (key, teacher, _packed(request), _packed(answer), used.prompt_tokens, used.completion_tokens, asked_by)
-        with self._reading():
+        with self._using():
             self._database.execute(
                 "insert or ignore into answers (key, teacher, request, answer, prompt_tokens, completion_tokens, asked_by) values (?, ?, ?, ?, ?, ?, ?)", values
             )
@@ -116,7 +116,7 @@ class Answers:
         Raises:
             OutputError: as `add`.
         """
-        with self._reading():
+        with self._using():
             self._database.execute("insert into failed (key, asked_by) values (?, ?)", (key, asked_by))
 
     def spent(self, asked_by: str) -> Spent:
@@ -125,7 +125,7 @@ class Answers:
         Raises:
             OutputError: the file is damaged.
         """
-        with self._reading():
+        with self._using():
             answered, read, written = self._database.execute(
                 "select count(*), coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0) from answers where asked_by = ?", (asked_by,)
             ).fetchone()
@@ -136,11 +136,11 @@ class Answers:
             raise OutputError(f"cache: {self.path} is damaged ({error}). {_MOVE}") from None
 
     def __len__(self) -> int:
-        with self._reading():
+        with self._using():
             return int(self._database.execute("select count(*) from answers").fetchone()[0])
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
+    def _using(self) -> Iterator[None]:
         """Turn SQLite's errors into one that says which file it is. It is left as it is: what is whole in it was paid for."""
         try:
             yield
