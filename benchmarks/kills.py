@@ -3,6 +3,7 @@
     python benchmarks/kills.py --kills 32                                    writes benchmarks/results/kills.json
     python benchmarks/kills.py --kills 8 --processes 2                       kills_two_processes.json: one of the two, the other has to end by itself
     python benchmarks/kills.py --kills 6 --phases 'the upload' --name upload     kills_upload.json: the run is pushed to a Hub on the loopback interface
+    python benchmarks/kills.py --kills 20 --all-in-one                       kills_all_in_one.json: recipes/prune_distill_nf4.yaml on a tiny model
 
 The short ones are in tests/pipeline/test_kills.py. One process has to leave the same bytes, two processes weights that differ by less than 1e-5.
 """
@@ -31,9 +32,20 @@ sys.path.insert(0, str(HERE.parent))
 from tests.conftest import save_tiny  # noqa: E402
 from tests.hub.conftest import loopback_hub  # noqa: E402
 from tests.hub.fake_hub import FakeHub  # noqa: E402
-from tests.pipeline.kills import PHASES, RECIPE, UPLOAD, campaign, campaign_of_two, command, environment, launch  # noqa: E402
+from tests.pipeline.kills import (  # noqa: E402
+    ALL_IN_ONE,
+    PHASES,
+    PHASES_OF_ALL,
+    RECIPE,
+    UPLOAD,
+    campaign,
+    campaign_of_two,
+    command,
+    environment,
+    launch,
+    small,
+)
 
-SAME = ("steps/01-prune.ffn/model.safetensors", "steps/02-distill.whitebox/model.safetensors", "model.safetensors")
 TOLERANCE = 1e-5
 SECONDS_OF_A_REQUEST = 0.1  # so that an upload to this machine lasts for about a second
 
@@ -43,11 +55,15 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--all-in-one", action="store_true", help="the recipe that prunes, distils, quantizes and corrects, in one process")
     parser.add_argument("--phases", help="separated by semicolons; all but the upload unless said otherwise")
     parser.add_argument("--name", default="", help="of the file of results")
     args = parser.parse_args()
-    phases = args.phases.split(";") if args.phases else list(PHASES)
-    name = args.name or ("two_processes" if args.processes == 2 else "")
+    if args.all_in_one and args.processes == 2:
+        parser.error("--all-in-one is for one process")
+    signs = PHASES_OF_ALL if args.all_in_one else PHASES | UPLOAD
+    phases = args.phases.split(";") if args.phases else [phase for phase in signs if phase not in UPLOAD]
+    name = args.name or ("all_in_one" if args.all_in_one else "two_processes" if args.processes == 2 else "")
     rng = random.Random(args.seed)
     hit: Counter[str] = Counter()
     missed = runs = done = 0
@@ -55,18 +71,20 @@ def main() -> None:
     os.environ["ACCELERATE_USE_CPU"] = "1"
     with tempfile.TemporaryDirectory() as folder, hub_for(phases, Path(folder)) as hub:
         place = Path(folder)
-        recipe = write_recipe(place)
-        whole = launch(recipe, place / "whole") if args.processes == 2 else command(recipe, place / "whole")
+        recipe, options = write_recipe(place)
+        if args.all_in_one:
+            recipe, options = ALL_IN_ONE, small(place / "model", place / "pairs.jsonl")
+        whole = launch(recipe, place / "whole") if args.processes == 2 else [*command(recipe, place / "whole"), *options]
         subprocess.run(whole, env=environment(), check=True, capture_output=True)
         while sum(hit.values()) < args.kills:
             # a run is killed several times, in the order of its phases, some of them twice
-            drawn = sorted(rng.choices(phases, k=min(rng.randint(3, 6), args.kills)), key=[*PHASES, *UPLOAD].index)
+            drawn = sorted(rng.choices(phases, k=min(rng.randint(3, 6), args.kills)), key=[*signs].index)
             out, seed = place / f"killed-{done}", rng.randrange(10**6)
             if args.processes == 2:
                 found = campaign_of_two(recipe, out, drawn, seed=seed)
             else:
-                options = ["--push_to_hub", "true", "--hub_model_id", f"me/{out.name}"] if hub else []
-                found = campaign(recipe, out, drawn, seed=seed, options=options)
+                to_hub = ["--push_to_hub", "true", "--hub_model_id", f"me/{out.name}"] if hub else []
+                found = campaign(recipe, out, drawn, seed=seed, options=[*options, *to_hub], signs=signs)
             difference = max(difference, largest_difference(place / "whole", out, exact=args.processes == 1))
             if hub:
                 require_uploaded(hub, out)
@@ -87,12 +105,12 @@ def main() -> None:
             file.write_text(json.dumps({**result, "seed": args.seed}, indent=2) + "\n", encoding="utf-8")
 
 
-def write_recipe(place: Path) -> Path:
-    """A recipe in a folder, with its model and its rows."""
+def write_recipe(place: Path) -> tuple[Path, list[str]]:
+    """A recipe in a folder, with its model and its rows; and its flags, of which it needs none."""
     rows, recipe = place / "pairs.jsonl", place / "recipe.yaml"
     rows.write_text("".join(json.dumps({"prompt": f"What is {n} plus {n + 1}?", "completion": f"{n} plus {n + 1} is {2 * n + 1}."}) + "\n" for n in range(60)))
     recipe.write_text(RECIPE.format(model=save_tiny(place / "model", intermediate_size=256), rows=rows))
-    return recipe
+    return recipe, []
 
 
 @contextmanager
@@ -121,8 +139,9 @@ def largest_difference(whole: Path, killed: Path, exact: bool) -> float:
     Raises:
         AssertionError: it is not what was promised.
     """
-    largest = 0.0
-    for name in SAME:
+    largest, weights = 0.0, sorted(file.relative_to(whole) for file in whole.rglob("*.safetensors") if "00-base" not in file.parts)
+    assert len(weights) >= 3
+    for name in weights:
         if exact:
             assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
             continue

@@ -3,7 +3,8 @@
     python benchmarks/shrink.py --out OUT --dtype bfloat16 --keeps 0.8 0.65 --heal-steps 16
 
 OUT keeps every run, so that a stopped benchmark continues. Pruning and layers are healed with as many steps as shrink may use, and keep as much of the decoder
-as the target leaves room for; NF4 has one size. Quality is measured by the runs themselves, on the same held-out rows. Writes benchmarks/results/shrink.json.
+as the target leaves room for; NF4 has one size. Quality is measured by the runs themselves, on the same held-out rows. Writes benchmarks/results/shrink.json,
+where the rows of an earlier call with the same settings stay.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--model", default=llmlite.Model().name)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--data", default=llmlite.Data().train)
-    parser.add_argument("--targets", type=float, nargs="+", default=[0.75, 0.5, 0.35])
+    parser.add_argument("--targets", type=float, nargs="*", default=[0.75, 0.5, 0.35])
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6])
     parser.add_argument("--heal-steps", type=int, default=40)
     parser.add_argument("--sequences", type=int, default=16, help="calibration rows")
@@ -55,7 +56,7 @@ def main() -> None:
     config = Run(recipe).config
     full, decoder = expected_bytes(config, dtype=torch.bfloat16), 2 * size_of_config(config).decoder
     heal: list[dict[str, Any]] = [{"step": "distill.whitebox", "max_steps": args.heal_steps}]
-    rows: list[dict[str, Any]] = []
+    file = HERE / "results" / "shrink.json"
     about = {
         "model": args.model,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
@@ -63,16 +64,22 @@ def main() -> None:
         "dtype": args.dtype,
         "data": args.data,
         "calibration": f"{args.sequences} x {data.max_length} tokens",
+        "evaluation_rows": args.evaluation_rows,
         "keeps": args.keeps,
         "heal_steps": args.heal_steps,
         "vocabulary": args.vocabulary,
         "seed": args.seed,
     }
 
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    rows: list[dict[str, Any]] = before.pop("rows", [])
+    if before != about:
+        rows = []
+
     def add(row: dict[str, Any]) -> None:
-        rows.append(row)
+        rows[:] = [*(old for old in rows if (old["target"], old["method"]) != (row["target"], row["method"])), row]
         print(json.dumps(row), flush=True)
-        (HERE / "results" / "shrink.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        file.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
     def single(name: str, target: float | None, steps: list[dict[str, Any]]) -> None:
         report = recipe_of(recipe, steps, args.out / f"only-{name}-{target}").run()

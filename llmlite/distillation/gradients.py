@@ -10,6 +10,12 @@ For a loss L(log p) with g = dL / d log p the gradient by the logits is g - p * 
     reverse KL            g = p (log p - log q + 1)       p (log p - log q - KL)
     top-k, known tokens   g = -q                          p - q
     top-k, the tail       g = -q_tail * p / p_tail        p - q_tail * p / p_tail
+    JSD, m of both        g = (1 - b) p (log p - log m)   (1 - b) p (log p - log m - KL(p || m))
+    skewed forward KL     g = -(1 - a) p q / m            g - p sum(g)
+    skewed reverse KL     g = p (log p - log m + 1 - a p / m)     g - p sum(g)
+    total variation       g = p sign(p - q) / 2           g - p sum(g)
+
+Those of mixtures m are for numbers as models give them: they return None where some logit is -inf, and autograd has to do it.
 
 Shapes: N tokens, V vocabulary, K teacher tokens kept per position.
 """
@@ -23,9 +29,19 @@ from torch import Tensor
 
 from llmlite.distillation.losses import finite_logprobs, in_top_k, pointwise_kl, top_k_outcomes
 
-__all__ = ["forward_kl_gradient", "logit_mse_gradient", "reverse_kl_gradient", "top_k_forward_kl_gradient"]
+__all__ = [
+    "forward_kl_gradient",
+    "generalised_jsd_gradient",
+    "logit_mse_gradient",
+    "reverse_kl_gradient",
+    "skewed_forward_kl_gradient",
+    "skewed_reverse_kl_gradient",
+    "top_k_forward_kl_gradient",
+    "total_variation_gradient",
+]
 
-_SMALL = 1e-30  # a tail probability below it is computed from logarithms
+_SMALL = 1e-30
+"""A probability below it adds nothing to a sum; a tail below it is computed from logarithms."""
 
 
 def forward_kl_gradient(logp_NV: Tensor, logq_NV: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,15 +68,64 @@ def reverse_kl_gradient(logp_NV: Tensor, logq_NV: Tensor) -> tuple[Tensor, Tenso
     return kl_N, difference_NV.sub_(kl_N[:, None]).mul_(p_NV)
 
 
-def top_k_forward_kl_gradient(logp_NV: Tensor, ids_NK: Tensor, logprobs_NK: Tensor, tail: str) -> tuple[Tensor, Tensor]:
-    """`top_k_forward_kl` at temperature 1, and its gradient; arguments as there, with log p instead of logits."""
+def generalised_jsd_gradient(logp_NV: Tensor, logq_NV: Tensor, beta: float = 0.5) -> tuple[Tensor, Tensor] | None:
+    """`generalised_jsd` at temperature 1, and (1 - beta) p (log p - log m - KL(p || m)); `None` when some logit is not finite."""
+    if beta in (0.0, 1.0):
+        return (reverse_kl_gradient if beta else forward_kl_gradient)(logp_NV, logq_NV)
+    p_NV, q_NV = logp_NV.exp(), logq_NV.exp()
+    logm_NV = torch.lerp(p_NV, q_NV, beta).clamp_min_(_SMALL).log_()
+    kl_q_N = torch.linalg.vecdot(q_NV, logq_NV - logm_NV)
+    difference_NV = torch.sub(logp_NV, logm_NV, out=logm_NV)
+    kl_p_N = torch.linalg.vecdot(p_NV, difference_NV)
+    values_N = beta * kl_q_N + (1 - beta) * kl_p_N
+    return (values_N, difference_NV.sub_(kl_p_N[:, None]).mul_(p_NV).mul_(1 - beta)) if _all_finite(values_N) else None
+
+
+def skewed_forward_kl_gradient(logp_NV: Tensor, logq_NV: Tensor, alpha: float = 0.1) -> tuple[Tensor, Tensor] | None:
+    """`skewed_forward_kl` at temperature 1, and its gradient; `None` when some logit is not finite."""
+    if alpha == 0.0:
+        return forward_kl_gradient(logp_NV, logq_NV)
+    p_NV, q_NV = logp_NV.exp(), logq_NV.exp()
+    m_NV = torch.lerp(p_NV, q_NV, alpha).clamp_min_(_SMALL)
+    pull_NV = q_NV / m_NV
+    kl_N = torch.linalg.vecdot(q_NV, torch.sub(logq_NV, m_NV.log_(), out=m_NV))
+    return (kl_N, _through_softmax_(pull_NV.mul_(alpha - 1), p_NV)) if _all_finite(kl_N) else None
+
+
+def skewed_reverse_kl_gradient(logp_NV: Tensor, logq_NV: Tensor, alpha: float = 0.1) -> tuple[Tensor, Tensor] | None:
+    """`skewed_reverse_kl` at temperature 1, and its gradient; `None` when some logit is not finite."""
+    if alpha == 0.0:
+        return reverse_kl_gradient(logp_NV, logq_NV)
+    p_NV, q_NV = logp_NV.exp(), logq_NV.exp()
+    m_NV = torch.lerp(q_NV, p_NV, alpha, out=q_NV).clamp_min_(_SMALL)
+    share_NV = p_NV / m_NV
+    difference_NV = torch.sub(logp_NV, m_NV.log_(), out=m_NV)
+    kl_N = torch.linalg.vecdot(p_NV, difference_NV)
+    return (kl_N, _through_softmax_(difference_NV.sub_(share_NV, alpha=alpha), p_NV)) if _all_finite(kl_N) else None
+
+
+def total_variation_gradient(logp_NV: Tensor, logq_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """`total_variation` at temperature 1, and p (s - sum(p s)) / 2 with s = sign(p - q)."""
+    p_NV, q_NV = logp_NV.exp(), logq_NV.exp()
+    difference_NV = torch.sub(p_NV, q_NV, out=q_NV)
+    values_N = difference_NV.abs().sum(-1).div_(2)
+    return values_N, _through_softmax_(difference_NV.sign_().div_(2), p_NV)
+
+
+def _through_softmax_(slope_NV: Tensor, p_NV: Tensor) -> Tensor:
+    """From d L / d p, up to a number for each row, to d L / d logits, in place."""
+    return slope_NV.sub_(torch.linalg.vecdot(p_NV, slope_NV)[:, None]).mul_(p_NV)
+
+
+def top_k_forward_kl_gradient(logp_NV: Tensor, ids_NK: Tensor, logprobs_NK: Tensor, tail: str, out_NV: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`top_k_forward_kl` at temperature 1, and its gradient; arguments as there, with log p instead of logits. The gradient is written to `out_NV` if given."""
     vocabulary = logp_NV.shape[-1]
     known_NK, safe_NK, logq_NK, logq_tail_N = top_k_outcomes(ids_NK, logprobs_NK, vocabulary, tail, logp_NV.dtype)
     logp_NK = logp_NV.gather(1, safe_NK)
     kl_N = pointwise_kl(logq_NK, logp_NK).masked_fill(~known_NK, 0.0).sum(-1)
     q_NK = logq_NK.exp().masked_fill(logp_NK == -math.inf, 0.0)  # zero where unknown; where masked in the student, the term is a constant
     mass_N = q_NK.sum(-1)
-    grad_NV = logp_NV.exp()
+    grad_NV = torch.exp(logp_NV, out=out_NV)
     if logq_tail_N is None:
         return kl_N, grad_NV.mul_(mass_N[:, None]).scatter_add_(1, safe_NK, -q_NK)
 

@@ -6,7 +6,8 @@
 a time: `HiddenTeacher` applies the teacher's head to its hidden states, so that its full logits never exist either; `LogitsTeacher` and
 `TopKTeacher` read what is there already (a cache, an API).
 
-The gradients of cross entropy, forward and reverse KL, top-k forward KL and logit MSE are written out; the others are left to autograd within a block of rows.
+Gradients are written out (`llmlite.distillation.gradients`); that of ULD, which sorts, and those of logits that are not finite are left to autograd within a
+block of rows.
 
 Shapes: N tokens, C tokens of one chunk, R rows of one block of it, V vocabulary, D hidden size, K teacher tokens kept per position.
 """
@@ -21,8 +22,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from llmlite.distillation import losses
-from llmlite.distillation.gradients import forward_kl_gradient, logit_mse_gradient, reverse_kl_gradient, top_k_forward_kl_gradient
+from llmlite.distillation import gradients, losses
 from llmlite.distillation.uld import universal_logit_distance
 from llmlite.errors import ConfigError
 from llmlite.training.chunked import head_logits
@@ -41,6 +41,16 @@ DIVERGENCES: Mapping[str, Callable[..., Tensor]] = {
     "uld": universal_logit_distance,
 }
 """The distances a `Distillation` knows by name, for teachers whose whole distribution is at hand."""
+
+_GRADIENTS: Mapping[str, Callable[..., tuple[Tensor, Tensor] | None]] = {
+    "forward_kl": gradients.forward_kl_gradient,
+    "reverse_kl": gradients.reverse_kl_gradient,
+    "generalised_jsd": gradients.generalised_jsd_gradient,
+    "skewed_forward_kl": gradients.skewed_forward_kl_gradient,
+    "skewed_reverse_kl": gradients.skewed_reverse_kl_gradient,
+    "total_variation": gradients.total_variation_gradient,
+}
+"""Those of log-probabilities whose gradient is written out."""
 
 
 class TeacherSignal(Protocol):
@@ -202,21 +212,23 @@ class Distillation(TokenLoss):
 
     def _distance_and_grad(self, logits_RV: Tensor, logp_RV: Tensor | None, signal: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """The divergence and its gradient by the logits, unweighted. `logp_RV`, log softmax(logits) if at hand, is only read."""
-        top_k = isinstance(self.teacher, TopKTeacher)
         if self.divergence == "logit_mse":
             shared = min(logits_RV.shape[-1], signal[0].shape[-1])
-            result = logit_mse_gradient(logits_RV[:, :shared], signal[0][:, :shared].to(logits_RV.dtype), **self.options)
+            result = gradients.logit_mse_gradient(logits_RV[:, :shared], signal[0][:, :shared].to(logits_RV.dtype), **self.options)
             return result if result is not None else self._by_autograd(logits_RV, signal)
-        if not top_k and self.divergence not in ("forward_kl", "reverse_kl"):
+        top_k = isinstance(self.teacher, TopKTeacher)
+        if not top_k and self.divergence not in _GRADIENTS:
             return self._by_autograd(logits_RV, signal)
         shared = logits_RV.shape[-1] if top_k else min(logits_RV.shape[-1], signal[0].shape[-1])
         if logp_RV is None or self.temperature != 1.0 or shared < logits_RV.shape[-1]:
             logp_RV = self._log_softmax(logits_RV, shared)
-        if isinstance(self.teacher, TopKTeacher):
-            values_R, grad_RW = top_k_forward_kl_gradient(logp_RV, signal[0], signal[1], self.teacher.tail)
+        if isinstance(self.teacher, TopKTeacher):  # the logits are not needed any more
+            result = gradients.top_k_forward_kl_gradient(logp_RV, signal[0], signal[1], self.teacher.tail, out_NV=logits_RV)
         else:
-            gradient = forward_kl_gradient if self.divergence == "forward_kl" else reverse_kl_gradient
-            values_R, grad_RW = gradient(logp_RV, self._log_softmax(signal[0].to(logits_RV.dtype), shared))
+            result = _GRADIENTS[self.divergence](logp_RV, self._log_softmax(signal[0].to(logits_RV.dtype), shared), **self.options)
+        if result is None:
+            return self._by_autograd(logits_RV, signal)
+        values_R, grad_RW = result
         if self.temperature != 1.0:
             values_R.mul_(self.temperature**2)
             grad_RW.mul_(self.temperature)  # T^2 of the convention, 1 / T of the chain rule

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +41,31 @@ PHASES = {
 
 UPLOAD = {"the upload": "uploading "}
 """Only of a run that is pushed."""
+
+ALL_IN_ONE = Path(__file__).parents[2] / "recipes" / "prune_distill_nf4.yaml"
+"""The recipe that prunes, distils, quantizes and corrects, as users have it; `small` makes it one for a tiny model."""
+
+PHASES_OF_ALL = {
+    "loading and measuring the base": "base: loading",
+    "trials of where to cut": "gone: calibration loss",
+    "between blocks of pruning": "block 1 of",
+    "training": "step 2 of 4: distill.whitebox",
+    "a checkpoint of training": "'loss'",
+    "calibrated quantization": "step 3 of 4: quantize",
+    "tuning of the scales": "scales: step",
+    "the correction": "step 4 of 4: correct",
+    "evaluation and save of the correction": "correct took",
+    "the reload of the result": "reloading the result",
+}
+
+
+def small(model: Path, rows: Path) -> list[str]:
+    """Flags that make `ALL_IN_ONE` one for a tiny model and its rows."""
+    data = {"train": rows, "calibration": rows, "calibration_sequences": 8, "max_length": 64, "evaluation_rows": 6}
+    step = {"max_steps": 12, "save_steps": 3, "logging_steps": 1}
+    options = {"model": model, **{f"data.{name}": value for name, value in data.items()}, **{f"steps.1.{name}": value for name, value in step.items()}}
+    options |= {"steps.0.trial_sequences": 4}
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
 
 @dataclass
@@ -178,8 +203,18 @@ def campaign_of_two(recipe: Path, out: Path, phases: Sequence[str], seed: int = 
     return found
 
 
-def campaign(recipe: Path, out: Path, phases: Sequence[str], seed: int = 0, longest: float = 1.5, options: Sequence[str] = ()) -> Campaign:
+def campaign(
+    recipe: Path,
+    out: Path,
+    phases: Sequence[str],
+    seed: int = 0,
+    longest: float = 1.5,
+    options: Sequence[str] = (),
+    signs: Mapping[str, str] = PHASES | UPLOAD,
+) -> Campaign:
     """Kill a run once in each of the phases given, in their order, then let it end. `options` go to each of the commands.
+
+    `signs` are what it says in which phase.
 
     Raises:
         AssertionError: a run that was not killed ended badly.
@@ -187,7 +222,7 @@ def campaign(recipe: Path, out: Path, phases: Sequence[str], seed: int = 0, long
     rng, found = random.Random(seed), Campaign()
     for phase in phases:
         delay = rng.uniform(0, longest)
-        outcome = run_killed([*command(recipe, out), *options], {**PHASES, **UPLOAD}[phase], delay)
+        outcome = run_killed([*command(recipe, out), *options], signs[phase], delay)
         found.runs += 1
         assert not outcome.startswith("failed"), f"after {found.kills}: {outcome}"
         if outcome == "killed":

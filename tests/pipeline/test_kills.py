@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import save_tiny
-from tests.pipeline.kills import PHASES, RECIPE, campaign, command, environment, launch, rank_killed
+from tests.pipeline.kills import ALL_IN_ONE, PHASES, PHASES_OF_ALL, RECIPE, campaign, command, environment, launch, rank_killed, small
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,19 @@ def test_a_run_that_is_killed_in_several_phases_ends_with_the_same_bytes(recipe:
     assert len(found.kills) == 2
     for name in ("steps/01-prune.ffn/model.safetensors", "steps/02-distill.whitebox/model.safetensors", "model.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_the_recipe_that_does_it_all_goes_on_behind_each_kill(tmp_path: Path, pairs_file: Path) -> None:
+    flags = small(save_tiny(tmp_path / "model", intermediate_size=256), pairs_file)
+    done = subprocess.run([*command(ALL_IN_ONE, tmp_path / "whole"), *flags], env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not [sign for sign in PHASES_OF_ALL.values() if sign not in done.stdout + done.stderr]
+    phases = ["trials of where to cut", "tuning of the scales", "the correction"]
+    found = campaign(ALL_IN_ONE, tmp_path / "killed", phases, seed=1, longest=0.1, options=flags, signs=PHASES_OF_ALL)
+    assert found.kills
+    for file in (tmp_path / "whole").rglob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "killed" / file.relative_to(tmp_path / "whole")).read_bytes(), file
 
 
 TRAINED = """
