@@ -4,7 +4,7 @@
     python benchmarks/distillation.py --train WIKI_VALID.txt --test wikitext=WIKI_TEST.txt --equal tokens                               # all losses
 
 Six of thirty layers are taken away (block influence), then all weights are trained by the steps that a recipe would run, on the same rows in the same order
-(`finetune` for cross entropy, `distill.whitebox` with a live teacher for the rest). With `--equal time` a loss trains for as much processor time as the first
+(`finetune` for cross entropy, `distill.whitebox` for the rest, with a live teacher unless the name says top 64). With `--equal time` a loss trains for as much processor time as the first
 distillation loss needs for `--steps`: its own steps are timed first, and their number follows. Writes benchmarks/results/distillation_EQUAL.json as it goes.
 """
 
@@ -44,7 +44,12 @@ LOSSES: dict[str, dict[str, Any] | None] = {
     "ce+skewed_reverse_kl": {"divergence": "skewed_reverse_kl"},
     "ce+total_variation": {"divergence": "total_variation"},
     "ce+logit_mse": {"divergence": "logit_mse", "kd_weight": 0.01},
+    "ce+uld": {"divergence": "uld"},
     "ce+forward_kl+hidden": {"hidden_weight": 0.1},
+    "ce+forward_kl+hidden cosine": {"hidden_weight": 0.1, "hidden_loss": "cosine"},
+    "ce+forward_kl+attention": {"attention_weight": 0.1},
+    "ce+forward_kl, top 64": {"cache": "top_k"},
+    "ce+forward_kl, half on policy": {"on_policy": 0.5},
 }
 
 
