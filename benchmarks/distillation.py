@@ -4,8 +4,9 @@
     python benchmarks/distillation.py --train WIKI_VALID.txt --test wikitext=WIKI_TEST.txt --equal tokens                               # all losses
 
 Six of thirty layers are taken away (block influence), then all weights are trained by the steps that a recipe would run, on the same rows in the same order
-(`finetune` for cross entropy, `distill.whitebox` for the rest, with a live teacher unless the name says top 64). With `--equal time` a loss trains for as much processor time as the first
-distillation loss needs for `--steps`: its own steps are timed first, and their number follows. Writes benchmarks/results/distillation_EQUAL.json as it goes.
+(`finetune` for cross entropy, `distill.whitebox` for the rest, with a live teacher unless the name says top 64). With `--equal time` a loss trains for as much
+processor time as the first distillation loss needs for `--steps`: its own steps are timed first, and their number follows. Writes
+benchmarks/results/distillation_EQUAL.json as it goes.
 """
 
 from __future__ import annotations
