@@ -73,17 +73,17 @@ def main() -> None:
 
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     rows: list[dict[str, Any]] = before.pop("rows", [])
-    if before != about:
-        rows = []
+    if {name: before.get(name) for name in about} != about:
+        before, rows = {}, []
 
     def add(row: dict[str, Any]) -> None:
         rows[:] = [*(old for old in rows if (old["target"], old["method"]) != (row["target"], row["method"])), row]
         print(json.dumps(row), flush=True)
-        file.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        file.write_text(json.dumps({**before, **about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
-    def single(name: str, target: float | None, steps: list[dict[str, Any]]) -> None:
+    def single(name: str, target: float | None, steps: list[dict[str, Any]], **about_it: float) -> None:
         report = recipe_of(recipe, steps, args.out / f"only-{name}-{target}").run()
-        add({"target": target, "method": f"only {name}", **figures(report, full)})
+        add({"target": target, "method": f"only {name}", **about_it, **figures(report, full)})
 
     for target in args.targets:
         started = time.process_time()
@@ -95,8 +95,8 @@ def main() -> None:
     single("NF4", None, [{"step": "quantize", "scheme": "nf4", "dtype": "bfloat16"}])
     for target in args.targets if args.single_targets is None else args.single_targets:
         keep = round((target * full - (full - decoder)) / decoder - 0.005, 2)  # what is not the decoder stays whole
-        single("pruning", target, [{"step": "prune.structured", "keep_parameters": keep}, *heal])
-        single("layers", target, [{"step": "prune.layers", "keep": keep}, *heal])
+        single("pruning", target, [{"step": "prune.structured", "keep_parameters": keep}, *heal], keep=keep)
+        single("layers", target, [{"step": "prune.layers", "keep": keep}, *heal], keep=keep)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def adapters() -> list[str]:
 def shrink() -> list[str]:
     found = results("shrink")
     choices = {"int8": "int8", "nf4, 53 layers in 16 bit": "NF4, 53 of 210 layers in 16 bit", "keep 0.65, healed + nf4": "decoder to 65 %, healed, then NF4"}
-    single = {"only pruning": "decoder to {} %", "only layers": "layers to {} % (greedy)"}
+    single = {"only pruning": "decoder to {} %, {} steps of healing", "only layers": "layers to {} % (greedy), {} steps of healing"}
     alone = {"nf4": "NF4", "nf4 + rank 16": "NF4 + rank 16", "keep 0.65, healed": "decoder to 65 %, 16 steps of healing"}
 
     def digits(kl: float) -> str:
@@ -118,7 +118,8 @@ def shrink() -> list[str]:
 
     def row_of(one: dict[str, Any]) -> str:
         size, ours = f"{one['of_16_bit']:.3f}", one["method"] == "shrink"
-        how = choices[one["choice"]] if ours else f"{single[one['method']].format(round(100 * one['keep']))}, {found['heal_steps']} steps of healing"
+        keep = round(100 * one.get("keep", 1))
+        how = choices[one["choice"]] if ours else single.get(one["method"], "NF4, run by itself").format(keep, found["heal_steps"])
         expected = (digits(one["expected_kl"]), ratio(one["expected_perplexity_ratio"])) if ours else ("", "")
         target = one["target"] if ours else "alone"
         return row(target, how, size, expected[0], digits(one["kl"]), expected[1], ratio(one["perplexity_ratio"]))
