@@ -319,8 +319,7 @@ def test_the_command_line_takes_the_bare_word_and_the_table_after_a_run_names_it
     assert "`llmlite evaluate DIR --each_step`, or `evaluate: true` in the recipe" in " ".join(told.split())
     assert "1. prune.ffn = this" in told
     assert found_in(tmp_path / "out").models["this"]["latency"][0]["repeats"] == 1
-    with pytest.raises(SystemExit):
-        main(["evaluate", "--help"])
+    main(["evaluate", "--help"])
     assert "--each_step" in capsys.readouterr().out
 
 
