@@ -71,6 +71,12 @@ def copy_of(folder: Path, place: Path) -> Path:
     return Path(shutil.copytree(folder, place, ignore=shutil.ignore_patterns("evaluation.json")))
 
 
+@pytest.fixture
+def _no_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that do not prove their result in another process, which takes most of their time."""
+    monkeypatch.setattr("llmlite.evaluation.reload.require_reload", lambda *_: 0.0)
+
+
 def found_in(folder: Path) -> Evaluation:
     found = Evaluation.read(folder)
     assert found is not None
@@ -197,6 +203,7 @@ def test_what_was_measured_otherwise_or_of_another_base_is_measured_anew(plain: 
     assert measured(**{**QUICK, "text": str(text)}) == 1
 
 
+@pytest.mark.usefixtures("_no_fresh_process")
 def test_never_are_two_models_in_memory(model_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def alive() -> int:
         gc.collect()
@@ -309,6 +316,7 @@ def test_tasks_without_lm_eval_and_models_in_blocks_are_refused_before_anything_
         recipe_of(model_folder, pairs_file, tmp_path / "out", PRUNED, evaluate={"tasks": [str(task)]}).check()
 
 
+@pytest.mark.usefixtures("_no_fresh_process")
 def test_the_command_line_takes_the_bare_word_and_the_table_after_a_run_names_it(
     model_folder: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -335,6 +343,7 @@ def test_private_questions_and_places_of_every_step_stay_at_home(run: tuple[llml
     assert not [name for name in sent if "steps" in name]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo over loopback as CI has it")
 def test_in_a_launch_of_two_one_process_measures_and_finds_what_one_alone_does(
     model_folder: Path, pairs_file: Path, task: Path, plain: Path, tmp_path: Path
@@ -352,6 +361,7 @@ def test_in_a_launch_of_two_one_process_measures_and_finds_what_one_alone_does(
         assert found_in(tmp_path / "out").models[name]["tasks"] == model["tasks"]
 
 
+@pytest.mark.usefixtures("_no_fresh_process")
 def test_the_recipe_s_evaluation_runs_before_the_push(model_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
     monkeypatch.setattr("llmlite.pipeline._Pipeline._push", lambda self: seen.append((self.out / "evaluation.json").is_file()))
