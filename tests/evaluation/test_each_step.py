@@ -25,6 +25,7 @@ from llmlite.evaluation.reloaded import Reloaded
 from llmlite.evaluation.result import Evaluation
 from llmlite.evaluation.tasks import TaskResult, flips, run_tasks
 from llmlite.hub.card import model_card
+from llmlite.pipeline import _Pipeline
 from llmlite.pipeline import run as run_pipeline
 from llmlite.report import Report
 from tests.conftest import save_sums_task
@@ -207,23 +208,27 @@ def test_what_was_measured_otherwise_or_of_another_base_is_measured_anew(plain: 
 def test_never_are_two_models_in_memory(model_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def alive() -> int:
         gc.collect()
-        return sum(issubclass(type(one), PreTrainedModel) and one.num_parameters() > 0 for one in gc.get_objects())
+        return sum(issubclass(type(one), PreTrainedModel) and one.device.type != "meta" for one in gc.get_objects())  # plans keep models without weights
 
+    before: list[int] = []
     counts: list[int] = []
-    load, measure = Run.load, Reloaded.measure
+    pipelines: list[_Pipeline] = []
+    load, measure, evaluate = Run.load, Reloaded.measure, _Pipeline._evaluate
 
     def counted(self: Run, *given: Any, **more: Any) -> Any:
         counts.append(alive())
         return load(self, *given, **more)
 
     def measuring(self: Reloaded, *given: Any) -> Evaluation:
+        assert pipelines[0].model is None  # the steps' last one
+        before.append(alive())  # what others hold
         monkeypatch.setattr(Run, "load", counted)
         return measure(self, *given)
 
     monkeypatch.setattr(Reloaded, "measure", measuring)
-    before = alive()
+    monkeypatch.setattr(_Pipeline, "_evaluate", lambda self: (pipelines.append(self), evaluate(self)))
     recipe_of(model_folder, pairs_file, tmp_path / "out", PRUNED, evaluate={**QUICK, "answers": 0}).run()
-    assert counts == [before] * 3
+    assert counts == before * 3
 
 
 def test_the_command_measures_every_step_of_a_finished_run_and_says_so(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
