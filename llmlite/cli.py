@@ -24,12 +24,14 @@ from llmlite import __version__
 from llmlite.config import default_of, field_doc, near, parse_flag, read_yaml
 from llmlite.data.settings import Data
 from llmlite.errors import ConfigError, Interrupted, LlmliteError
+from llmlite.evaluating import Evaluate
 from llmlite.models.settings import Model
 from llmlite.recipe import Recipe
 from llmlite.step import name_of_step
 
 __all__ = ["main", "recipe_main"]
 
+_SWITCHED = (bool, Evaluate)  # options whose bare name means true
 _HIDDEN = frozenset({"steps", "expected"})
 # torchrun takes every option that begins like one of its own, even behind the module's name: `--r` would be its --role or --redirects.
 _ALIASES = {"r": ("--lora_r",)}
@@ -48,7 +50,7 @@ def _options_of(cls: type[Any], defaults: Any, taken: set[str], skip: frozenset[
             continue
         taken.add(field.name)
         value = default_of(field) if defaults is cls else getattr(defaults, field.name)
-        bare: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if _admits(hints[field.name], bool) else {}
+        bare: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if any(_admits(hints[field.name], kind) for kind in _SWITCHED) else {}
         shown = _shown(value)
         options.append(
             click.Option(
@@ -78,7 +80,7 @@ def _metavar(hint: Any) -> str:
         return "|".join(map(str, arguments))
     if origin in {typing.Union, types.UnionType}:
         return _metavar(next(a for a in arguments if a is not type(None)))
-    return {bool: "BOOL", int: "N", float: "X", str: "TEXT", Model: "MODEL", Data: "DATA"}.get(hint, "LIST")
+    return {bool: "BOOL", Evaluate: "BOOL", int: "N", float: "X", str: "TEXT", Model: "MODEL", Data: "DATA"}.get(hint, "LIST")
 
 
 def _admits(hint: Any, kind: type) -> bool:
@@ -202,6 +204,7 @@ def run_recipe(recipe: Recipe) -> None:
     from rich.console import Console
 
     from llmlite.context import Run
+    from llmlite.evaluation.result import Evaluation
     from llmlite.pipeline import run
     from llmlite.plan import check, size_line
     from llmlite.report import plan_table
@@ -235,6 +238,8 @@ def run_recipe(recipe: Recipe) -> None:
         console.print(
             f"Merged into 16-bit weights in {report.path / 'merged'}: perplexity {before:.4g} -> {merged:.4g} ({merged / before - 1:+.2%})", soft_wrap=True
         )
+    if recipe.evaluate is not None and (found := Evaluation.read(report.path)) is not None:
+        show_evaluation(console, found)
     console.print(f"\nThe result is in {report.path}; a fresh process loaded it with the same logits (largest difference {report.reload_difference:.1e}):\n")
     console.print(report.loading + "\n", markup=False, soft_wrap=True)
 
@@ -248,6 +253,16 @@ def _show_samples(console: Any, report: Any) -> None:
     for name, sample in (samples[0], samples[-1]):
         console.print(f"  {name:9s} {sample['answer']}", markup=False)
     console.print(f"  expected  {samples[0][1]['expected']}\n", markup=False)
+
+
+def show_evaluation(console: Any, found: Any) -> None:
+    """Print what an `Evaluation` holds: the table, then the answers below each other."""
+    console.print(found.table())
+    for asked, given in found.answers():
+        width = max(len(name) for name, _ in given)
+        answers = "".join(f"\n  {name:{max(width, 8)}}  {answer}" for name, answer in given)
+        console.print(f"\n  {'question':{max(width, 8)}}  {asked['prompt']}{answers}", markup=False)
+    console.print(f"\nThe figures: {found.path / 'evaluation.json'}", markup=False)
 
 
 def _continuing(command: str, arguments: Sequence[str]) -> str:

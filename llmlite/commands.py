@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from llmlite import __version__
-from llmlite.cli import CONTEXT, dotted_options, hush_loggers, is_main, run_recipe, takes_text
+from llmlite.cli import CONTEXT, dotted_options, hush_loggers, is_main, run_recipe, show_evaluation, takes_text
 from llmlite.config import default_of, field_doc, parse_flag, read_yaml, to_mapping, to_yaml
 from llmlite.errors import ConfigError, OutputError
 from llmlite.models.device_map import SPREADING
@@ -68,6 +68,7 @@ def _check_command(context: click.Context, file: str) -> None:
 
 @group.command("evaluate", context_settings={"token_normalize_func": lambda name: name.replace("-", "_"), "max_content_width": 120})
 @click.argument("folder", metavar="DIR")
+@click.option("--each_step", is_flag=True, help="Measure what every step of the run left, not only its result; the same command continues after a stop.")
 @click.option("--base", metavar="MODEL", help="Hub id or folder of the base. Left out: the run's own.")
 @click.option("--data", metavar="DATA", help="Whose held-out rows are measured. Left out: the run's own.")
 @click.option("--text", metavar="FILE", help="Plain text, measured by a sliding window instead of the data's rows.")
@@ -78,7 +79,7 @@ def _check_command(context: click.Context, file: str) -> None:
 @click.option("--limit", type=click.IntRange(1), help="Questions of each task.  [default: all]")
 @click.option("--batch_sizes", default="1,8", show_default=True, metavar="NUMBERS", help="Prompts at a time in the speed measurement.")
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Of the speed measurement, after one that warms up.")
-@click.option("--answers", type=click.IntRange(0), default=3, show_default=True, help="Held-out prompts that both answer.")
+@click.option("--answers", type=click.IntRange(0), default=3, show_default=True, help="Held-out prompts that every model answers.")
 @click.option("--estimate_energy", is_flag=True, help="Let codecarbon estimate where the machine has no energy counter. Needs llmlite[energy].")
 @click.option("--grid_grams_per_kwh", type=click.FloatRange(0), metavar="G", help="CO2 of your grid; without it no CO2 is stated.")
 @click.option(
@@ -93,7 +94,7 @@ def _check_command(context: click.Context, file: str) -> None:
 def _evaluate_command(folder: str, tasks: str | None, batch_sizes: str, as_json: bool, **options: Any) -> None:
     """Measure a result beside its base: quality, tasks, speed, memory, energy, answers side by side.
 
-    Both are loaded from disk, one after the other. The figures go into DIR/evaluation.json, and into the card when DIR is a run's.
+    All are loaded from disk, one after the other. The figures go into DIR/evaluation.json, and into card and page when DIR is a run's.
     """
     import json
 
@@ -116,11 +117,7 @@ def _evaluate_command(folder: str, tasks: str | None, batch_sizes: str, as_json:
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
         return
-    console = Console(highlight=False)
-    console.print(found.table())
-    for base, this in zip(found.models["base"]["answers"], found.models["this"]["answers"], strict=False):  # an offloaded model gives none
-        console.print(f"\n  question  {base['prompt']}\n  base      {base['answer']}\n  this      {this['answer']}", markup=False)
-    console.print(f"\nThe figures: {found.path / 'evaluation.json'}", markup=False)
+    show_evaluation(Console(highlight=False), found)
 
 
 class _Bytes(click.ParamType[float]):

@@ -84,10 +84,17 @@ def validate(cls: type[T], mapping: Mapping[str, Any], where: str) -> tuple[T | 
         return None, [_placed(where, problem) for problem in error.problems]
 
 
-def from_mapping(cls: type[Any]) -> pydantic.BeforeValidator:
-    """For a field that holds settings: lets it be given as a mapping of theirs, and None as the defaults."""
+def from_mapping(cls: type[Any], switched: bool = False) -> pydantic.BeforeValidator:
+    """For a field that holds settings: lets it be given as a mapping of theirs, and None as the defaults.
+
+    Args:
+        cls: the settings.
+        switched: the field is off or on: true stands for the defaults, false and None for None.
+    """
 
     def made(value: Any) -> Any:
+        if switched and (value is None or isinstance(value, bool)):
+            return cls() if value else None
         if not isinstance(value, Mapping):
             return cls() if value is None else value
         found, problems = validate(cls, value, "")

@@ -4,6 +4,7 @@
     OUT/steps/00-base/    figures of the base and its distributions on the held-out tokens
     OUT/steps/01-NAME/    the first step's result, a stock folder of its own; and so on
     OUT/steps/01-NAME.work/   what a step that was stopped continues from; gone when it is complete
+    OUT/steps/evaluation.work/   figures of the reloaded models that are measured already; gone when evaluation.json is written
 
 Every folder under steps/ is complete or absent. A recipe with other settings is refused in the same folder (`llmlite.plan`).
 """
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from llmlite.context import Run
 from llmlite.data.vocabulary import VOCABULARY
+from llmlite.evaluation.reloaded import Checkpoint
 from llmlite.recipe import Recipe
 from llmlite.report import Row
 from llmlite.step import name_of_step
@@ -28,9 +30,12 @@ from llmlite.storage import damage, link_or_copy, set_aside
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Kept", "write_row"]
+__all__ = ["KEPT_FIGURES", "Kept", "write_row"]
 
 log = logging.getLogger(__name__)
+
+KEPT_FIGURES = "evaluation.work"
+"""Under steps/; see `llmlite.evaluation.reloaded`."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,27 @@ class Kept:
             base = self.reload(index - 1) if index else self.context.load_base()
             return load_adapter(base, folder, is_trainable=True)
         return self.context.load(folder)
+
+    def checkpoints(self, measuring: Run) -> list[Checkpoint]:
+        """What every step left, to be read from its folder and measured; the last one is the result.
+
+        Args:
+            measuring: the run that measures, which takes over the tokens of the model of the moment.
+        """
+
+        def checkpoint(index: int) -> Checkpoint:
+            folder, last = self.folder(index), index == len(self.recipe.steps) - 1
+
+            def load() -> PreTrainedModel:
+                model = self.reload(index).eval()
+                measuring.take_vocabulary(folder)
+                return model
+
+            name = folder.name.partition("-")[2]
+            size = self.row(folder).bytes_on_disk if (folder / "row.json").is_file() else 0
+            return Checkpoint("this" if last else folder.name, load, size, folder, f"{index + 1}. {name}")
+
+        return [checkpoint(index) for index in range(len(self.recipe.steps))]
 
     def link_result(self) -> None:
         """Let the folder itself hold the last step's files, without storing their bytes twice."""

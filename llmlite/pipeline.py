@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from llmlite.context import Run
 from llmlite.errors import GateFailed, LlmliteError, LoadError, OutputError, ResourceError, RunError
 from llmlite.gate import COLLAPSE, Gate
-from llmlite.kept import Kept, write_row
+from llmlite.kept import KEPT_FIGURES, Kept, write_row
 from llmlite.models.adapted import adapter_parameters, is_adapted
 from llmlite.models.find import find, weight_bytes, weights_fingerprint
 from llmlite.plan import check, claim, made_before_adapter
@@ -42,6 +42,7 @@ _SHARDS = "shards"
 _TO_LOAD = "Set load: blocks, which holds one block at a time, or device_map: auto"
 _TO_EVALUATE = "Lower evaluation_rows or max_length"
 _TO_ANSWER = "Free some, or set load: blocks, with which neither speed nor answers are measured"
+_TO_MEASURE = "Lower evaluate.batch_sizes, or leave evaluate out: the result is whole without it"
 _TO_SAVE = "Free some, or set load: blocks, with which one block at a time is written"
 _NOT_IN_BLOCKS = "speed and answers: the model was loaded block by block"
 _NOT_OFFLOADED = "speed and answers of the base: part of it was brought in for each forward pass"
@@ -125,7 +126,9 @@ class _Pipeline:
             if self.context.is_main:
                 self._expect()
                 self.kept.link_result()
-                self._push()
+            del reference
+            self._evaluate()
+            self._push()
             self.context.wait()
             return self.report
         if done:
@@ -137,6 +140,8 @@ class _Pipeline:
             self._gate(index, self.report.rows[-1])
         with _memory_advice("the result, loaded once more", _TO_SAVE):
             self._finish()
+        del reference
+        self._evaluate()
         self._push()
         return self.report
 
@@ -390,6 +395,29 @@ class _Pipeline:
             self.report.expected = expected
             self.report.save()
             write_page(self.report)
+
+    def _evaluate(self) -> None:
+        """Measure what the steps left as it comes back from disk, where the recipe asks for it. A run that was stopped meanwhile measures the rest only."""
+        from llmlite.evaluation.reloaded import Reloaded, publish
+        from llmlite.evaluation.result import Evaluation
+
+        recipe, asked = self.recipe, self.recipe.evaluate
+        if asked is None:
+            return
+        self.model = None  # never two at a time
+        gc.collect()
+        if self.context.is_main:
+            context = Run(recipe)  # with all tokens of the base, some of which the steps may have taken away
+            measuring = Reloaded(context, asked, recipe.estimate_energy, recipe.grid_grams_per_kwh, self.out / "steps" / KEPT_FIGURES)
+            checkpoints = Kept(recipe, context, self.out).checkpoints(context)[0 if asked.each_step else -1 :]
+            before = Evaluation.read(self.out)
+            if before is None or before.about.get("asked") != measuring.fingerprint(checkpoints):
+                log.info("measuring the base and %d reloaded models", len(checkpoints))
+                with _memory_advice("evaluate", _TO_MEASURE):
+                    found = measuring.measure(self.out, checkpoints)
+                publish(found, self.report)
+            measuring.forget()
+        self.context.wait()
 
     def _push(self) -> None:
         """Upload the result where that was asked for. A failed upload loses nothing: the run stays complete."""

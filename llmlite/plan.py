@@ -82,6 +82,7 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
     in_blocks = rows if why_not else _rows(recipe, context, blocks=True)[0]
     loading = decide_loading(recipe, context, _peak(rows), _peak(in_blocks), why_not)
     rows = in_blocks if context.blockwise else rows
+    _require_measurable(recipe, context)
     if recipe.push_to_hub and context.is_main:
         _check_push(recipe, context, model)
     # each step's checkpoint, the held-out distributions, and twice the trained state for the checkpoints of training
@@ -228,6 +229,23 @@ def _require_new_tokens(context: Run) -> None:
         problems.append("add_tokens and prune.vocabulary in one recipe are not built: prune the vocabulary first, then add tokens to that folder.")
     if problems:
         raise ConfigError(context.recipe.name, problems)
+
+
+def _require_measurable(recipe: Recipe, context: Run) -> None:
+    """Raise for an `evaluate` that would fail only when all steps are done."""
+    from llmlite.evaluation.reloaded import require_measurable
+
+    if recipe.evaluate is None:
+        return
+    if context.blockwise:
+        raise ConfigError(
+            recipe.name,
+            [
+                "evaluate: the model is loaded one block at a time (load: blocks), and speed, answers and tasks want it whole. Leave evaluate out; afterwards "
+                "`llmlite evaluate DIR --each_step`, with --device_map auto where the models need it."
+            ],
+        )
+    require_measurable(recipe.evaluate, context, "evaluate")
 
 
 def _check_push(recipe: Recipe, context: Run, result: ModelPlan) -> None:

@@ -16,6 +16,7 @@ import pydantic
 from llmlite.config import near, read_yaml, settings, to_mapping, unknown_option, validate
 from llmlite.data.settings import Data
 from llmlite.errors import ConfigError
+from llmlite.evaluating import EvaluateSettings
 from llmlite.expected import Expected, ExpectedSettings
 from llmlite.gate import Gate, GateSettings
 from llmlite.models.settings import Model
@@ -33,7 +34,7 @@ _PARTS: dict[str, tuple[type[Any], str]] = {"model": (Model, "name"), "data": (D
 
 # What may change between a run and its continuation without changing what comes out.
 NOT_IN_IDENTITY = frozenset(
-    {"gate", "expected", "estimate_energy", "grid_grams_per_kwh", "dry_run", "overwrite_output_dir", "output_dir"}
+    {"gate", "expected", "evaluate", "estimate_energy", "grid_grams_per_kwh", "dry_run", "overwrite_output_dir", "output_dir"}
     | {"push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_accept_license"}
     | {"report_to"}  # who is told, not what is done
     | {"api_key_env", "concurrency", "max_retries", "request_timeout"}  # how a teacher's API is asked, not what
@@ -85,6 +86,9 @@ class Recipe:
     {when: end} only the last step's result is held against them. A step's own gate replaces it. It may be changed when a stopped run is continued."""
     expected: ExpectedSettings = Expected()
     """Figures that `llmlite shrink` foretold of the result; the report has them beside what was obtained. They change nothing."""
+    evaluate: EvaluateSettings = None
+    """Measure what every step left, loaded from disk, when all are done, as `llmlite evaluate DIR --each_step` does: true, or a mapping of its options, such as
+    {tasks: [my_task.yaml], batch_sizes: [1, 8], repeats: 5}. A finished run is only measured. Left out: each step gets a short look in memory."""
     estimate_energy: bool = False
     """Let codecarbon estimate the energy of each step where the machine has no counter (llmlite[energy]). Counters are read anyway."""
     grid_grams_per_kwh: Annotated[float, pydantic.Field(ge=0)] | None = None
@@ -128,7 +132,7 @@ class Recipe:
         merged: dict[str, Any] = {name: _plain(getattr(cls, name, None), name) for name in _own_fields(cls)}
         problems: list[str] = []
         for where, options in layers:
-            for key, value in sorted(options.items(), key=lambda item: item[0] not in {"model", "data", "steps"}):
+            for key, value in sorted(options.items(), key=lambda item: (str(item[0]) not in {"model", "data", "steps"}, "." in str(item[0]))):
                 problem = _assign(merged, str(key), value)
                 if problem:
                     problems.append(f"{where}: {problem}" if len(layers) > 1 else problem)
@@ -235,6 +239,8 @@ def _assign(merged: dict[str, Any], key: str, value: Any) -> str | None:
 
 
 def _assign_path(merged: dict[str, Any], path: list[str], value: Any) -> str | None:
+    if path[0] == "evaluate" and not isinstance(merged["evaluate"], dict):
+        merged["evaluate"] = {}  # an option of it switches it on
     place: Any = merged
     for depth, part in enumerate(path[:-1]):
         so_far = ".".join(path[: depth + 1])

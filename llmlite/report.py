@@ -29,7 +29,7 @@ __all__ = ["SPEED_OF_STEPS", "Report", "Row", "environment", "human_bytes", "hum
 
 SPEED_OF_STEPS = (
     "Speed is that of the model in memory as each step left it: batch 1, a prompt of at most 256 tokens and 16 more, the median of 3 repeats after one that "
-    "warms up, without spread. `llmlite evaluate` measures the reloaded result with its spread."
+    "warms up, without spread. `llmlite evaluate DIR --each_step`, or `evaluate: true` in the recipe, measures what every step left, reloaded, with its spread."
 )
 """What the rows' speed is, for wherever it is shown: the defaults of `llmlite.evaluation.speed.measure_speed`, said without torch."""
 

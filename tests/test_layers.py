@@ -11,7 +11,7 @@ import llmlite
 
 PACKAGE = Path(llmlite.__file__).parent
 LAYERS = [
-    {"config", "errors", "expected", "gate", "paths", "storage", "step", "layout", "processes", "py.typed"},
+    {"config", "errors", "evaluating", "expected", "gate", "paths", "storage", "step", "layout", "processes", "py.typed"},
     {"models", "data", "evaluation.memory"},
     {"training"},
     {"context", "report", "report_shape", "calibration", "evaluation", "html", "hub"},

@@ -58,7 +58,9 @@ class Energy:
 
 
 @contextmanager
-def measured_energy(device_type: str = "cpu", *, estimate: bool = False, rapl: Path = _RAPL, keep: Path | None = None, every: float = 10.0) -> Iterator[Energy]:
+def measured_energy(
+    device_type: str = "cpu", *, estimate: bool = False, rapl: Path = _RAPL, keep: Path | None = None, every: float = 10.0, alone: bool = False
+) -> Iterator[Energy]:
     """Measure the energy of the block. A thread reads the counters meanwhile, which start again at their range.
 
     Args:
@@ -67,9 +69,10 @@ def measured_energy(device_type: str = "cpu", *, estimate: bool = False, rapl: P
         rapl: folder of the processors' counters.
         keep: a file for what was used so far: when this process is killed, the block that continues begins with it. A kill loses `every` seconds at most.
         every: seconds between two readings.
+        alone: this process does the work, and the others of its launch wait: only its own GPUs are counted.
     """
-    before, elsewhere = _kept(keep), _on_other_machines()
-    meters = [] if elsewhere else [meter for meter in ((_Nvml.found() if device_type == "cuda" else None), _Rapl.found(rapl)) if meter is not None]
+    before, elsewhere = _kept(keep), not alone and _on_other_machines()
+    meters = [] if elsewhere else [meter for meter in ((_Nvml.found(alone) if device_type == "cuda" else None), _Rapl.found(rapl)) if meter is not None]
     if device_type == "cuda" and not any(isinstance(meter, _Nvml) for meter in meters):
         meters = []  # the processor's joules alone would pass for the whole
     finish = _codecarbon() if estimate and not meters and not elsewhere else None
@@ -132,17 +135,18 @@ class _Meter(Protocol):
 class _Nvml:
     """The counters of the GPUs that this process can see; those count on which it holds memory, or, of several processes, one for each of them.
 
-    Tested with a stand-in for NVML; untested on GPU.
+    GPUs are found by their UUID, so neither CUDA_VISIBLE_DEVICES nor the order of the bus matters. A slice of one (MIG) has no counter of its own.
+    Tested with nvidia-ml-py over a stand-in for the driver's library; untested on GPU.
     """
 
     name = "NVML"
 
-    def __init__(self, handles: list[Any], read: Callable[[Any], int]) -> None:
-        self.handles, self.read = handles, read
+    def __init__(self, handles: list[Any], read: Callable[[Any], int], alone: bool) -> None:
+        self.handles, self.read, self.alone = handles, read, alone
         self.first = [read(handle) for handle in handles]
 
     @classmethod
-    def found(cls) -> _Nvml | None:
+    def found(cls, alone: bool = False) -> _Nvml | None:
         """None without NVML, a driver, or GPUs that count (Volta and later)."""
         try:
             import pynvml
@@ -150,7 +154,7 @@ class _Nvml:
 
             pynvml.nvmlInit()
             names = [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(torch.cuda.device_count())]
-            return cls([pynvml.nvmlDeviceGetHandleByUUID(name) for name in names], pynvml.nvmlDeviceGetTotalEnergyConsumption)
+            return cls([pynvml.nvmlDeviceGetHandleByUUID(name) for name in names], pynvml.nvmlDeviceGetTotalEnergyConsumption, alone)
         except Exception as error:
             log.info("no energy counter of the GPU: %s", error)
             return None
@@ -159,7 +163,7 @@ class _Nvml:
         """See `_Meter.joules`; the counters are in millijoules."""
         import torch
 
-        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        neighbours = 1 if self.alone else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         used = [index < neighbours if neighbours > 1 else torch.cuda.max_memory_reserved(index) > 0 for index in range(len(self.handles))]
         counted = zip(self.handles, self.first, used, strict=True)
         return sum(self.read(handle) - first for handle, first, is_used in counted if is_used) / 1000

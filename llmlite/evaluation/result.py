@@ -1,4 +1,4 @@
-"""What `llmlite evaluate` found: the figures of a base and of a result side by side, as JSON, as lines of text, as a table."""
+"""What `llmlite evaluate` found: the figures of a base, of a result and of the steps between them, side by side, as JSON, as lines of text, as a table."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ __all__ = ["EVALUATION", "Evaluation"]
 
 EVALUATION = "evaluation.json"
 
+_MANY = 20
+"""Repeats from which on the 95th percentile is not simply one of the two slowest."""
+
 _LATENCY: dict[str, Callable[[dict[str, Any]], str]] = {
     "TTFT ms, p50 / p95": lambda one: f"{1e3 * one['ttft_p50']:.0f} / {1e3 * one['ttft_p95']:.0f}",
     "TPOT ms, p50 / p95": lambda one: f"{1e3 * one['tpot_p50']:.1f} / {1e3 * one['tpot_p95']:.1f}",
@@ -35,8 +38,9 @@ class Evaluation:
     Attributes:
         path: the folder that was evaluated.
         about: text, window, stride, tokens, machine, versions, date.
-        models: ``base`` and ``this``; each has bytes_on_disk, perplexity, kl, top1_agreement, latency (see `llmlite.evaluation.speed.Latency`), energy and
-            joules_per_1000_tokens, tasks, answers.
+        models: ``base``, then what each step left by the name of its folder where steps were measured, and last ``this``; each has bytes_on_disk, perplexity,
+            kl, top1_agreement, latency (see `llmlite.evaluation.speed.Latency`), energy and joules_per_1000_tokens, tasks, answers, and `step`, its number and
+            name, where a step left it and steps were asked for.
     """
 
     path: Path
@@ -61,6 +65,19 @@ class Evaluation:
         write_json(self.path / EVALUATION, self.to_json())
         return self.path / EVALUATION
 
+    def headings(self) -> list[str]:
+        """What each model is called above its column."""
+        return [" = ".join(filter(None, (model.get("step"), name if name in ("base", "this") else ""))) for name, model in self.models.items()]
+
+    def title(self) -> str:
+        """What the figures are, for wherever they stand."""
+        return f"Measured afterwards, {'both' if len(self.models) < 3 else 'each'} loaded from disk"
+
+    def answers(self) -> list[tuple[dict[str, str], list[tuple[str, str]]]]:
+        """For each held-out prompt the prompt with what is expected, and the answer of each model by its heading; none where a model gave none."""
+        found = zip(*(model.get("answers") or [] for model in self.models.values()), strict=False)
+        return [(given[0], [(name, one["answer"]) for name, one in zip(self.headings(), given, strict=True)]) for given in found]
+
     def lines(self) -> dict[str, list[str]]:
         """A name, then a cell for each model."""
         models = list(self.models.values())
@@ -79,7 +96,11 @@ class Evaluation:
             found = [model["latency"][place] if model["latency"] else None for model in models]
             at = f"batch {timed[0][place]['batch']}: "
             rows |= {f"{at}{name}": ["" if one is None else cell(one) for one in found] for name, cell in _LATENCY.items()}
-        rows["J per 1,000 tokens"] = [_joules(model) for model in models]
+        sources = {_source(model) for model in models}
+        if len(sources) == 1 and "" not in sources:
+            rows[f"J per 1,000 tokens ({sources.pop()})"] = [f"{model['joules_per_1000_tokens']:.3g}" for model in models]
+        else:
+            rows["J per 1,000 tokens"] = [f"{model['joules_per_1000_tokens']:.3g} ({source})" if (source := _source(model)) else _NONE for model in models]
         if any(model.get("grams_co2_per_1000_tokens") is not None for model in models):
             grams = [model.get("grams_co2_per_1000_tokens") for model in models]
             rows["g CO2 per 1,000 tokens"] = ["" if one is None else f"{one:.3g}" for one in grams]
@@ -97,7 +118,8 @@ class Evaluation:
             return ""
         return (
             f"Speed of the reloaded models: {timed['repeats']} repeats after one that warms up, prompts of {timed['prompt_tokens']} random tokens and "
-            f"{timed['new_tokens']} more; p50 is the median over them, p95 the 95th percentile."
+            f"{timed['new_tokens']} more; p50 is the median over them, p95 the 95th percentile"
+            + (": of so few first tokens nearly the slowest." if timed["repeats"] < _MANY else ".")
         )
 
     def table(self) -> Table:
@@ -106,9 +128,9 @@ class Evaluation:
 
         how = "\n".join(filter(None, (self.about["quality_on"], self.speed_on())))
         table = Table(title=f"{self.path}", title_justify="left", caption=how, caption_justify="left")
-        table.add_column("")
-        for name in self.models:
-            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True)
+        for name in self.headings():
+            table.add_column(name, justify="right", no_wrap=len(self.models) < 3)
         for name, cells in self.lines().items():
             table.add_row(name, *cells)
         return table
@@ -119,7 +141,9 @@ def _task(task: dict[str, Any]) -> str:
     return f"{task['value']:.3f}{error}"
 
 
-def _joules(model: dict[str, Any]) -> str:
-    if model["joules_per_1000_tokens"] is None:
-        return "not available"
-    return f"{model['joules_per_1000_tokens']:.3g} ({model['energy']['kind']}, {model['energy']['source']})"
+_NONE = "not available"
+
+
+def _source(model: dict[str, Any]) -> str:
+    """What kind of figure the energy is and where it comes from; empty where there is none."""
+    return "" if model["joules_per_1000_tokens"] is None else f"{model['energy']['kind']}, {model['energy']['source']}"

@@ -129,19 +129,20 @@ def _machine(about: dict[str, Any]) -> str:
 
 
 def _evaluated(evaluation: Evaluation) -> dict[str, Any]:
-    """What `llmlite evaluate` found: a table of base and result, what it was measured on, and their answers to the same questions."""
-    about, names = evaluation.about, list(evaluation.models)
+    """What `llmlite evaluate` found: a table of base, steps and result, what it was measured on, and their answers to the same questions."""
+    about = evaluation.about
     grid = next((model["grid_grams_per_kwh"] for model in evaluation.models.values() if model.get("grid_grams_per_kwh") is not None), None)
     when = f"; {about['date']}" if about.get("date") else ""
-    answers = zip(*(model.get("answers") or [] for model in evaluation.models.values()), strict=False)
+    conditions = " ".join(filter(None, (about.get("quality_on", ""), evaluation.speed_on())))
     return {
-        "table": [["", *names], *([name.strip(), *cells] for name, cells in evaluation.lines().items())],
-        "conditions": f"{about.get('quality_on', '')} Speed and energy on {_machine(about)}{when}."
-        + (f" CO2 at a stated {grid:g} g per kWh." if grid is not None else ""),
-        "answers": [
-            {"question": given[0]["prompt"], "expected": given[0].get("expected", ""), "given": list(zip(names, (one["answer"] for one in given), strict=True))}
-            for given in answers
+        "title": evaluation.title(),
+        # a narrow column may break a step's name behind its dot
+        "table": [
+            ["", *(name.replace(".", ".\u200b") for name in evaluation.headings())],
+            *([name.strip(), *cells] for name, cells in evaluation.lines().items()),
         ],
+        "conditions": f"{conditions} Speed and energy on {_machine(about)}{when}." + (f" CO2 at a stated {grid:g} g per kWh." if grid is not None else ""),
+        "answers": [{"question": asked["prompt"], "expected": asked.get("expected", ""), "given": given} for asked, given in evaluation.answers()],
     }
 
 

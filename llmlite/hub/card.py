@@ -45,7 +45,7 @@ def model_card(report: Report | None, folder: Path, repo_id: str | None = None, 
     if report is not None and report.rows:
         parts += ["## The base against this", _table(report), _pictures(report), _conditions(report)]
     if evaluation is not None:
-        parts += ["## Measured afterwards, both loaded from disk", _warning(evaluation), _evaluated(evaluation)]
+        parts += [f"## {evaluation.title()}", _warning(evaluation), _evaluated(evaluation)]
     parts += ["## Load it", f"```python\n{snippet}\n```", _loading_note(report, is_adapter, base_model)]
     if report is not None:
         parts += [
@@ -253,7 +253,9 @@ def _warning(measured: Report | Evaluation | None) -> str:
 
 def _evaluated(evaluation: Evaluation) -> str:
     about = evaluation.about
-    lines = ["| | base | this |", "|---|---:|---:|", *(f"| {plain(name)} | {' | '.join(map(plain, cells))} |" for name, cells in evaluation.lines().items())]
+    table = {"": evaluation.headings(), **evaluation.lines()}
+    header, *lines = (f"| {plain(name)} | {' | '.join(map(plain, cells))} |" for name, cells in table.items())
+    lines = [header, f"|---|{'---:|' * len(evaluation.models)}", *lines]
     machine = f"{about.get('cpu', '?')}, {about.get('cores', '?')} cores; torch {about.get('torch', '?')}, transformers {about.get('transformers', '?')}"
     grid = evaluation.models["this"].get("grid_grams_per_kwh")
     stated = f" CO2 at a stated {grid:g} g per kWh." if grid is not None else ""

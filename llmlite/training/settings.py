@@ -52,7 +52,7 @@ class TrainingStep(Step):
     logging_steps: PositiveInt = 5
     """Optimizer steps between two lines of the loss."""
     report_to: Names = ()
-    """Trackers that transformers knows: tensorboard, wandb, trackio, ... TensorBoard's files stay under runs/ in the output folder, never uploaded."""
+    """Trackers that transformers knows: tensorboard, wandb, trackio, ... Files of the first two stay under runs/ in the output folder, never uploaded."""
 
     def no_tracker(self) -> str:
         """Why `report_to` names a tracker that transformers does not know or cannot use here, as a sentence; empty where all can be used."""
@@ -71,6 +71,11 @@ class TrainingStep(Step):
                 INTEGRATION_TO_CALLBACK[name]()  # what the Trainer will do, hours from now
             except Exception as error:  # each looks for its library in its own way
                 return f"report_to: '{name}' cannot be used here: {shorten(str(error), 200)} Or leave it out: a run may be continued with other trackers."
+            if name == "wandb":
+                from llmlite.training.trackers import without_key
+
+                if reason := without_key():
+                    return reason
         return ""
 
     def peak_learning_rate(self, hidden_size: int) -> float:

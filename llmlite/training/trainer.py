@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import TensorBoardCallback
 
 from llmlite.errors import Interrupted, OutputError, RunError
 from llmlite.models.device_map import is_offloaded
@@ -30,6 +29,7 @@ from llmlite.training.rows import EMPTY, EvenSampler, WithEmptyRow
 from llmlite.training.settings import TrainingStep
 from llmlite.training.sharded import forget_zero3, lend, take_back
 from llmlite.training.token_loss import IGNORE_INDEX, CrossEntropy, TokenLoss, next_token_labels
+from llmlite.training.trackers import run_name, tracked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -182,7 +182,7 @@ def trainer_arguments(step: TrainingStep, run: Run, folder: Path) -> TrainingArg
         logging_steps=step.logging_steps,
         logging_strategy="steps",
         report_to=list(step.report_to) or "none",
-        run_name=f"{run.recipe.folder.name}, {run.logs.name}",
+        run_name=run_name(run, step.report_to, folder),
         seed=run.recipe.seed,
         data_seed=run.recipe.seed,
         use_cpu=run.device.type == "cpu",
@@ -242,11 +242,8 @@ def train(
         make_loss=make_loss or _cross_entropy,
         companion=companion,
     )
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:  # TENSORBOARD_LOGGING_DIR wins
-            callback.logging_dir = str(run.logs)  # not in the scratch folder, which goes with the step
     try:
-        with stopping_at_signals(stop):
+        with stopping_at_signals(stop), tracked(trainer.callback_handler.callbacks, run, arguments.run_name, folder):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         if run.layout.kind == "zero3":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -173,6 +175,120 @@ def test_a_gpu_without_a_counter_leaves_the_whole_unknown(three_gpus: dict[str, 
     with measured_energy("cuda", rapl=tmp_path) as energy:
         pass
     assert (energy.joules, energy.kind) == (None, "not available")
+
+
+def test_where_the_others_of_a_launch_wait_only_this_process_is_counted(three_gpus: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # on two machines
+    with measured_energy("cuda", rapl=tmp_path, alone=True) as energy:
+        for name, used in zip(three_gpus, (7_000, 70_000, 700), strict=True):
+            three_gpus[name] += used
+    assert (energy.joules, energy.source) == (pytest.approx(0.7), "NVML")
+
+
+class Driver:
+    """A stand-in for the driver's library beneath the real nvidia-ml-py: C functions that ctypes calls, as libnvidia-ml.so.1 exports them.
+
+    `millijoules` has the counters in the order of the bus; `refuses` is NVML's number of an error that the counter of a GPU gives.
+    """
+
+    def __init__(self, millijoules: dict[str, int], refuses: dict[str, int] | None = None) -> None:
+        self.millijoules, self.refuses = millijoules, refuses or {}
+        self.asked: list[str] = []
+        names = list(millijoules)
+
+        def handle_by_uuid(uuid: bytes, device: Any) -> int:
+            self.asked.append(uuid.decode())
+            if uuid.decode() not in names:
+                return 6  # NVML_ERROR_NOT_FOUND
+            ctypes.cast(device, ctypes.POINTER(ctypes.c_size_t))[0] = 1 + names.index(uuid.decode())
+            return 0
+
+        def energy(device: int, found: Any) -> int:
+            name = names[device - 1]
+            ctypes.cast(found, ctypes.POINTER(ctypes.c_uint64))[0] = self.millijoules[name]
+            return self.refuses.get(name, 0)
+
+        pointer, number = ctypes.c_void_p, ctypes.c_int
+        self.nvmlInitWithFlags = ctypes.CFUNCTYPE(number, ctypes.c_uint)(lambda flags: 0)
+        self.nvmlDeviceGetHandleByUUID = ctypes.CFUNCTYPE(number, ctypes.c_char_p, pointer)(handle_by_uuid)
+        self.nvmlDeviceGetTotalEnergyConsumption = ctypes.CFUNCTYPE(number, pointer, pointer)(energy)
+
+
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Driver]:
+    """The real nvidia-ml-py over such a driver; torch sees the GPUs with these UUIDs, in its own order, and this process holds memory on the first."""
+    pynvml = pytest.importorskip("pynvml")
+
+    def installed(visible: list[str], millijoules: dict[str, int], refuses: dict[str, int] | None = None) -> Driver:
+        driver = Driver(millijoules, refuses)
+        monkeypatch.setattr(pynvml, "nvmlLib", driver)
+        monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(visible))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=visible[index]))
+        monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda index: 10**9 if index == 0 else 0)
+        return driver
+
+    return installed
+
+
+ONE, TWO = "8e2f1c3a-0000-1111-2222-333344445555", "9f3a2d4b-0000-1111-2222-333344445555"
+
+
+def test_nvidia_ml_py_reads_millijoules_of_the_gpu_that_torch_computes_on_by_its_uuid(nvml: Callable[..., Driver], tmp_path: Path) -> None:
+    driver = nvml([TWO, ONE], {f"GPU-{ONE}": 5_000, f"GPU-{TWO}": 2**40})  # CUDA_VISIBLE_DEVICES has turned the bus around
+    with measured_energy("cuda", rapl=tmp_path) as energy:
+        driver.millijoules[f"GPU-{ONE}"] += 9_000
+        driver.millijoules[f"GPU-{TWO}"] += 2_500
+    assert (energy.joules, energy.source, energy.kind) == (pytest.approx(2.5), "NVML", "measured")
+    assert driver.asked == [f"GPU-{TWO}", f"GPU-{ONE}"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "refuses", "said"),
+    [
+        ([ONE], {f"GPU-{ONE}": 3}, "Not Supported"),  # before Volta
+        ([TWO], {}, "Not Found"),  # a slice (MIG): its UUID is no GPU's
+        ([ONE], {f"GPU-{ONE}": 4}, "Insufficient Permissions"),
+    ],
+)
+def test_a_gpu_that_nvidia_ml_py_cannot_read_ends_in_the_next_source(
+    visible: list[str], refuses: dict[str, int], said: str, nvml: Callable[..., Driver], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    nvml(visible, {f"GPU-{ONE}": 5_000}, refuses)
+    counter(tmp_path, "intel-rapl:0", 0)
+    with measured_energy("cuda", rapl=tmp_path) as energy:
+        pass
+    assert (energy.joules, energy.kind) == (None, "not available")
+    assert f"no energy counter of the GPU: {said}" in caplog.messages
+    with measured_energy("cuda", rapl=tmp_path, estimate=True) as energy:
+        sum(range(10**5))
+    assert (energy.source, energy.kind) == ("codecarbon", "estimated")
+
+
+def test_a_gpu_that_is_lost_in_the_middle_leaves_nothing_half_counted(nvml: Callable[..., Driver], tmp_path: Path) -> None:
+    driver = nvml([ONE], {f"GPU-{ONE}": 5_000})
+    with measured_energy("cuda", rapl=tmp_path) as energy:
+        driver.refuses[f"GPU-{ONE}"] = 15  # NVML_ERROR_GPU_IS_LOST
+    assert (energy.joules, energy.source) == (None, "NVML could not be read to the end (NVMLError_GpuIsLost)")
+
+
+def test_without_a_driver_nvidia_ml_py_says_so_and_the_next_source_is_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pynvml = pytest.importorskip("pynvml")
+    try:
+        pynvml.nvmlInit()
+        pytest.skip("this machine has NVIDIA's driver")
+    except pynvml.NVMLError as error:
+        missing = str(error)
+    caplog.set_level("INFO")
+    with measured_energy("cuda", rapl=tmp_path) as energy:
+        pass
+    assert (energy.joules, energy.kind) == (None, "not available")
+    assert f"no energy counter of the GPU: {missing}" in caplog.messages
+    with measured_energy("cuda", rapl=tmp_path, estimate=True) as energy:
+        sum(range(10**5))
+    assert (energy.source, energy.kind) == ("codecarbon", "estimated")
 
 
 def test_the_card_adds_up_neither_kinds_nor_steps_of_which_one_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,32 @@ def test_nothing_overflows_and_no_plot_of_a_run_is_empty(browser: Browser, run: 
     assert width < 700 or found["scrolling"] == []
 
 
+STEPS = ("prune.structured", "distill.whitebox", "quantize", "correct", "merge")
+
+
+@pytest.mark.parametrize(("width", "dark"), [(390, False), (390, True), (PAPER, False), (1200, False), (1200, True)])
+def test_every_step_measured_again_has_a_column_that_can_be_read_on_a_phone_on_paper_and_on_a_desktop(
+    browser: Browser, tmp_path: Path, width: int, dark: bool
+) -> None:
+    found = evaluated(tmp_path, STEPS)
+    found.models["this"]["step"] = "6. finetune"
+    for model in found.models.values():
+        model["answers"] = [model["answers"][0] | {"answer": "It is blue, because air scatters blue light more than red. " * 4}]
+    (tmp_path / "page.html").write_text(run_page(report(tmp_path), found), encoding="utf-8")
+    page = browser.open(tmp_path / "page.html")
+    page.show(width, dark=dark, paper=width == PAPER)
+    layout = require_readable(page, 9)
+    assert width < 700 or "wide" not in layout["scrolling"]  # seven columns and their names fit a desktop and paper; a phone scrolls the table alone
+    heads = "[...[...document.querySelectorAll('table')].at(-1).querySelectorAll('th')].map(e => [e.textContent, e.getBoundingClientRect().width])"
+    columns = page.evaluate(heads)
+    assert [name.replace("\u200b", "") for name, _ in columns] == ["", "base", *(f"{n}. {name}" for n, name in enumerate(STEPS, 1)), "6. finetune = this"]
+    assert min(wide for _, wide in columns) > 40
+    answers = "[...document.querySelectorAll('.beside > div')].map(e => e.getBoundingClientRect().width)"
+    given = page.evaluate(answers)
+    assert len(given) == 7
+    assert min(given) > 200
+
+
 @pytest.mark.parametrize("width", [390, PAPER, 1200])
 def test_nothing_overflows_in_a_comparison_and_its_numbered_points_can_be_told_apart(browser: Browser, comparison: Path, width: int) -> None:
     page = browser.open(comparison)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,16 +106,19 @@ def words_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "available", lambda: False)
 
 
-def evaluated(path: Path, **changes: Any) -> Evaluation:
-    """What `llmlite evaluate` leaves beside `report`, with a word of the caller's wherever text can stand."""
+def evaluated(path: Path, steps: Sequence[str] = (), **changes: Any) -> Evaluation:
+    """What `llmlite evaluate` leaves beside `report`, with steps between base and result, and with a word of the caller's wherever text can stand."""
     latency = {"batch": 8, "ttft_p50": 0.1, "ttft_p95": 0.2, "tpot_p50": 0.01, "tpot_p95": 0.02, "decode_tokens_per_second": 5.0}
-    latency |= {"prefill_tokens_per_second": 10.0, "peak_memory_bytes": 10**9}
+    latency |= {"prefill_tokens_per_second": 10.0, "peak_memory_bytes": 10**9, "repeats": 5, "prompt_tokens": 256, "new_tokens": 16}
     task = {"task": "arc", "metric": "acc", "value": 0.5, "standard_error": 0.05, "flips": None}
     base: dict[str, Any] = {"bytes_on_disk": 4_000_000, "perplexity": 20.0, "kl": None, "top1_agreement": None, "latency": [latency], "tasks": [task]}
     base |= {"energy": {"kind": "measured", "source": "RAPL"}, "joules_per_1000_tokens": 250.0, "grid_grams_per_kwh": None}
     base |= {"answers": [{"prompt": "Why is the sky blue?", "expected": "Scattering.", "answer": "Air scatters blue."}]}
+    step: dict[str, Any] = {"kl": 0.2, "top1_agreement": 0.8, "tasks": [task | {"flips": 0.25}]}
     this = base | {"kl": 0.15, "top1_agreement": 0.82, "tasks": [task | {"flips": 0.125}], "answers": [base["answers"][0] | {"answer": "It is blue."}]}
-    return Evaluation(path, {"quality_on": "Quality on 99 tokens.", "device": "cpu", "cpu": "x86_64", "cores": 2} | changes, {"base": base, "this": this})
+    between = {f"{number:02d}-{name}": base | step | {"step": f"{number}. {name}"} for number, name in enumerate(steps, 1)}
+    models = {"base": base, **between, "this": this}
+    return Evaluation(path, {"quality_on": "Quality on 99 tokens.", "device": "cpu", "cpu": "x86_64", "cores": 2} | changes, models)
 
 
 @pytest.mark.usefixtures("words_only")
@@ -128,12 +132,22 @@ def test_what_evaluate_finds_stands_in_the_page(tmp_path: Path) -> None:
         ("batch 8: TPOT ms, p50 / p95", "10.0 / 20.0", "10.0 / 20.0"),
         ("arc (acc)", "0.500 ± 0.050", "0.500 ± 0.050"),
         ("arc: answers flipped", "", "12.5%"),
-        ("J per 1,000 tokens", "250 (measured, RAPL)", "250 (measured, RAPL)"),
+        ("J per 1,000 tokens (measured, RAPL)", "250", "250"),
     ):
         assert "".join(f"<td>{cell}</td>" for cell in cells) in text
-    assert "Quality on 99 tokens. Speed and energy on cpu (x86_64, 2 cores)" in text
+    assert "Quality on 99 tokens. Speed of the reloaded models: 5 repeats" in text
+    assert "of so few first tokens nearly the slowest. Speed and energy on cpu (x86_64, 2 cores)" in text
     for words in ("Why is the sky blue?", "Air scatters blue.", "It is blue.", "Scattering."):
         assert f"<blockquote>{words}</blockquote>" in text
+
+
+@pytest.mark.usefixtures("words_only")
+def test_energy_from_several_sources_names_the_source_of_each(tmp_path: Path) -> None:
+    found = evaluated(tmp_path, ["lora"])
+    found.models["01-lora"] |= {"energy": {"kind": "estimated", "source": "codecarbon"}}
+    found.models["this"] |= {"energy": {"kind": "not available", "source": ""}, "joules_per_1000_tokens": None}
+    cells = ("J per 1,000 tokens", "250 (measured, RAPL)", "250 (estimated, codecarbon)", "not available")
+    assert "".join(f"<td>{cell}</td>" for cell in cells) in run_page(report(tmp_path), found)
 
 
 @pytest.mark.usefixtures("words_only")

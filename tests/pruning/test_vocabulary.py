@@ -191,10 +191,10 @@ def test_a_finished_run_is_measured_again_as_it_measured_itself_and_on_other_tex
     from llmlite.side_by_side import evaluate
 
     out, _, report = finished
-    again = evaluate(out, answers=1, batch_sizes=(1,), repeats=1).models
-    for name, row in (("base", report.rows[0]), ("this", report.rows[-1])):
-        assert again[name]["perplexity"] == pytest.approx(row.perplexity, rel=1e-4)
-    assert again["this"]["kl"] == pytest.approx(report.rows[-1].kl, rel=1e-2, abs=1e-4)
+    again = evaluate(out, each_step=True, answers=1, batch_sizes=(1,), repeats=1).models
+    for model, row in zip(again.values(), report.rows, strict=True):  # the base with all its tokens, then the steps with those that are left
+        assert model["perplexity"] == pytest.approx(row.perplexity, rel=1e-4)
+        assert row.kl is None or model["kl"] == pytest.approx(row.kl, rel=1e-2, abs=1e-4)
     (tmp_path / "other.txt").write_text("Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. " * 2, encoding="utf-8")
     other = evaluate(out, text=str(tmp_path / "other.txt"), window=16, answers=1, batch_sizes=(1,), repeats=1).models
     assert other["this"]["tokens"] == other["base"]["tokens"]  # of the base's tokenizer, both of them
