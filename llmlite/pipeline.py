@@ -242,7 +242,6 @@ class _Pipeline:
         with telling(scratch):
             scratch.mkdir(parents=True, exist_ok=True)
         self.context.position, self.context.scratch, self.context.notes = index, scratch, {}
-        started = time.perf_counter()
         device = self.context.device.type
         used = scratch / "energy.json" if self.context.is_main else None
         advice = self._to_apply(step)
@@ -253,8 +252,7 @@ class _Pipeline:
             elif not is_adapted(model):
                 settle(model, self.context.storage_dtype)
         self.context.note(energy=energy.to_json())
-        seconds = time.perf_counter() - started
-        log.info("step %d of %d: %s took %.0f s; measuring", index + 1, len(self.recipe.steps), name, seconds)
+        log.info("step %d of %d: %s took %.0f s; measuring", index + 1, len(self.recipe.steps), name, energy.seconds)
         with _memory_advice(f"{name}, measured", _TO_EVALUATE):
             quality = measure_quality(model, self.context.evaluation_batches(), self.context.over_present_tokens(reference), shared=True)
         if self.context.is_main:  # one process writes and is timed, the others keep still
@@ -275,7 +273,7 @@ class _Pipeline:
                 speed.prefill_tokens_per_second if speed else None,
                 speed.decode_tokens_per_second if speed else None,
                 peak.bytes,
-                seconds,
+                energy.seconds,
                 dict(self.context.notes),
             )
             if worst := row.worst_layers():

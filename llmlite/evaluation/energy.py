@@ -17,9 +17,10 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,11 +43,13 @@ class Energy:
         joules: None when it could not be had.
         source: where the figure comes from.
         kind: ``measured``, ``estimated`` or ``not available``.
+        seconds: how long the work took.
     """
 
     joules: float | None = None
     source: str = ""
     kind: str = "not available"
+    seconds: float = 0.0
 
     def grams_co2(self, grams_per_kwh: float | None) -> float | None:
         """Grams of CO2 equivalent with a stated grid intensity; None without either."""
@@ -67,7 +70,8 @@ def measured_energy(
         device_type: ``cuda`` reads the counters of the GPUs in use as well.
         estimate: let codecarbon estimate where there is no counter.
         rapl: folder of the processors' counters.
-        keep: a file for what was used so far: when this process is killed, the block that continues begins with it. A kill loses `every` seconds at most.
+        keep: a file for what was used so far, joules and seconds: when this process is killed, the block that continues begins with it. A kill loses `every`
+            seconds at most.
         every: seconds between two readings.
         alone: this process does the work, and the others of its launch wait: only its own GPUs are counted.
     """
@@ -87,10 +91,10 @@ def measured_energy(
         yield energy
     finally:
         found = watch.stop()
-        found = found if finish is None else Energy(finish(), "codecarbon", "estimated")
+        found = found if finish is None else Energy(finish(), "codecarbon", "estimated", found.seconds)
         watch.write(found)
-        total = _together(before, found)
-        energy.joules, energy.source, energy.kind = total.joules, total.source, total.kind
+        for name, value in asdict(_together(before, found)).items():
+            setattr(energy, name, value)
 
 
 _ASK = "; estimate_energy asks codecarbon instead"
@@ -116,6 +120,11 @@ def _together(before: Energy | None, now: Energy) -> Energy:
     """The whole of work that was stopped and continued: unknown when one part is, or when one is measured and the other estimated."""
     if before is None:
         return now
+    return replace(_both(before, now), seconds=before.seconds + now.seconds)
+
+
+def _both(before: Energy, now: Energy) -> Energy:
+    """Joules of two parts, with where they come from."""
     if before.joules is not None and now.joules is not None and before.kind == now.kind:
         return Energy(before.joules + now.joules, now.source if before.source == now.source else f"{before.source}, then {now.source}", now.kind)
     if before.joules is None and now.joules is None and before.source == now.source:
@@ -216,18 +225,18 @@ class _Watch:
 
     def __init__(self, meters: Sequence[_Meter], begins: Energy, before: Energy | None, keep: Path | None, every: float) -> None:
         self.meters, self.found, self.before, self.keep, self.every = meters, begins, before, keep, every
-        self.ended = threading.Event()
+        self.ended, self.started = threading.Event(), time.perf_counter()
         self.thread = threading.Thread(target=self._run, name="energy", daemon=True)
         self.write(begins)
-        if meters:
+        if meters or keep is not None:
             self.thread.start()
 
     def stop(self) -> Energy:
-        """The energy since the start."""
+        """Energy and seconds since the start."""
         self.ended.set()
-        if self.meters:
+        if self.thread.ident is not None:
             self.thread.join()
-            self._read()
+        self._read()
         return self.found
 
     def write(self, found: Energy) -> None:
@@ -247,6 +256,7 @@ class _Watch:
                 self.found.joules = sum(meter.joules() for meter in self.meters)
         except Exception as error:  # a counter that went away, or a driver's own error
             self.found = Energy(source=f"{self.found.source} could not be read to the end ({type(error).__name__})")
+        self.found.seconds = time.perf_counter() - self.started
 
 
 def _codecarbon() -> Callable[[], float] | None:

@@ -103,6 +103,20 @@ def test_what_a_killed_process_had_used_counts_for_the_step_that_continues(tmp_p
     assert (whole.joules, whole.source, whole.kind) == (pytest.approx(0.35), "RAPL", "measured")
 
 
+def test_seconds_of_a_killed_process_count_where_no_counter_is(tmp_path: Path) -> None:
+    keep = tmp_path / "energy.json"
+    with measured_energy(rapl=tmp_path / "none", keep=keep, every=0.005):
+        await_seconds = time.monotonic() + 10
+        while not json.loads(keep.read_text())["seconds"] and time.monotonic() < await_seconds:  # it is kept while the work lasts
+            time.sleep(0.005)
+        assert json.loads(keep.read_text())["seconds"] > 0
+    keep.write_text(json.dumps({**json.loads(keep.read_text()), "seconds": 3600.0}))
+    with measured_energy(rapl=tmp_path / "none", keep=keep) as energy:
+        pass
+    assert 3600 < energy.seconds < 3660
+    assert energy.joules is None
+
+
 @pytest.mark.parametrize(
     "before",
     [
