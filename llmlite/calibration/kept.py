@@ -33,7 +33,7 @@ def digest_of(*parts: object) -> str:
             seen.update(digest_of(*(each for name in sorted(part) for each in (name, part[name]))).encode())
         elif isinstance(part, Tensor):
             seen.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            seen.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            seen.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         else:
             seen.update(repr(part).encode())
         seen.update(b"\0")
