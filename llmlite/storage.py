@@ -27,6 +27,7 @@ __all__ = [
     "cache_folder",
     "damage",
     "file_sums",
+    "flush",
     "folder_bytes",
     "link_or_copy",
     "locked",
@@ -71,7 +72,7 @@ def writing_folder(folder: Path) -> Iterator[Path]:
                 shutil.rmtree(old, ignore_errors=True)
             else:
                 temporary.rename(folder)
-            _fsync(folder.parent)
+            flush(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -164,10 +165,10 @@ def seal(folder: Path) -> None:
     """Write the manifest of a folder, last, and flush everything to disk: from now on the folder counts as complete."""
     entries: dict[str, Any] = {}
     for file in _files(folder):
-        _fsync(file)
+        flush(file)
         entries[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
     write_json(folder / MANIFEST, entries)
-    _fsync(folder)
+    flush(folder)
 
 
 def damage(folder: Path) -> str | None:
@@ -307,7 +308,8 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

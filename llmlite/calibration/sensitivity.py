@@ -13,12 +13,15 @@ Legend: N tokens, R rows of a chunk, V vocabulary, O outputs, I inputs of a proj
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from llmlite.models.quick import quickened
+from llmlite.calibration.kept import digest_of, made_once
+from llmlite.models.quick import quick_dtype, quickened
 from llmlite.models.view import LinearView, ModelView
 from llmlite.processes import places_of, rank_and_processes, sum_over_processes
 from llmlite.training.backbone import hidden_and_head
@@ -86,9 +89,28 @@ def token_sensitivity(model: nn.Module, batches: Sequence[Batch], places: Sequen
     return found
 
 
-def quick_sensitivity(model: nn.Module, batches: Sequence[Batch], places: Sequence[int], seed: int = 0) -> list[dict[str, Tensor]]:
-    """`token_sensitivity` in the type that this machine multiplies fastest, on a copy where that is not the model's own."""
-    return token_sensitivity(quickened(model), batches, places, seed)
+def quick_sensitivity(model: nn.Module, batches: Sequence[Batch], places: Sequence[int], seed: int = 0, state: Path | None = None) -> list[dict[str, Tensor]]:
+    """`token_sensitivity` in the type that this machine multiplies fastest, on a copy where that is not the model's own.
+
+    Args:
+        model, batches, places, seed: see `token_sensitivity`.
+        state: a folder of this process; each batch's sensitivities are kept there (`sensitivity-000` and so on), and a pass that was stopped goes on behind
+            those that are complete. The model has to be the same one.
+    """
+    first = next(model.parameters())
+    copies: list[nn.Module] = []
+
+    def make(place: int) -> dict[str, Tensor]:
+        if not copies:  # none where all batches are kept
+            copies.append(quickened(model))
+        return token_sensitivity(copies[0], batches, [place], seed)[0]
+
+    found = []
+    for place in places:
+        folder = None if state is None else state / f"sensitivity-{place:03d}"
+        made_of = digest_of("sensitivity", batches[place], seed, quick_dtype(first.device, first.dtype))
+        found.append(made_once(folder, made_of, partial(make, place), first.device))
+    return found
 
 
 def cost_of_changes(model: nn.Module, batches: Sequence[Batch], changes: Mapping[str, Tensor], seed: int = 0) -> dict[str, float]:

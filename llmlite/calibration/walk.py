@@ -84,7 +84,8 @@ def walk_blocks(
     stream = Blocks(model, batches, quick=walk.inputs == "dense")
     dense = list(stream.hidden) if walk.target == "dense" else None
     complete = _complete(stream, state)
-    weights = weigh(stream.places) if weigh is not None and complete < len(stream.view.blocks) else None
+    left = complete < len(stream.view.blocks)  # else nothing is heard any more
+    weights = weigh(stream.places) if weigh is not None and left else None
     remembered: list[dict[str, Any]] = []
     for block in stream.view.blocks:
         folder = None if state is None else state / f"block-{block.index:03d}"
@@ -92,9 +93,9 @@ def walk_blocks(
         if done and not remembered:
             log.info("continuing behind block %d", complete - 1)
         with present(block):
-            if walk.inputs == "dense" and done:
+            if walk.inputs == "dense" and done and left:
                 stream.advance(block)
-            ahead = None if dense is None else stream.through(block, dense)
+            ahead = None if dense is None or not left else stream.through(block, dense)
             if done and folder is not None:
                 remembered.append(_restore(block, folder))
             else:
@@ -102,7 +103,7 @@ def walk_blocks(
                 if folder is not None:
                     _keep(block, remembered[-1], folder, walk.keeps, shelf_of(model) is not None)
                 log.info("block %d of %d", block.index + 1, len(stream.view.blocks))
-            if walk.inputs != "dense":
+            if walk.inputs != "dense" and left:
                 stream.advance(block)
         if folder is not None and walk.keeps:
             replace(block, folder / "block.safetensors")

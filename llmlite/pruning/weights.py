@@ -148,7 +148,7 @@ class PruneWeights(Step):
                 walk_blocks(model, [], Walk(stages=((),)), change, walk_state(run))  # nothing to hear, and resumed as the others are
             else:
                 batches = batches_of(run.calibration_windows)
-                weigh = (lambda places: quick_sensitivity(model, batches, places, run.recipe.seed)) if self._goes_backward else None
+                weigh = (lambda places: quick_sensitivity(model, batches, places, run.recipe.seed, walk_state(run))) if self._goes_backward else None
                 walk_blocks(model, batches, walk, change, walk_state(run), weigh)
         zeros = count_zeros(model)
         run.note(zeros=zeros.zeros, weights=zeros.weights, sparsity=zeros.sparsity)

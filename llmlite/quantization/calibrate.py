@@ -2,7 +2,7 @@
 
 Each projection's codes and scales are chosen by its own second-order error (`llmlite.quantization.nf4`) on the inputs that calibration text gives it. The
 weights of a whole dense model are overwritten with those that their codes stand for; codes and scales are kept in a folder, from which `write_calibrated` puts
-them into a stock bitsandbytes model. A walk that was stopped continues behind its last complete block.
+them into a stock bitsandbytes model. What was stopped continues, in each of its parts.
 
 Tokens count by how much an error at them would change what the model says (`llmlite.calibration.sensitivity`), and at the end the scales are tuned end to end
 with the codes fixed (`llmlite.quantization.tune`).
@@ -12,9 +12,12 @@ Source: Frantar et al. 2022, arXiv:2210.17323; Kim et al. 2025, arXiv:2505.07004
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,21 +26,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmlite.calibration.blocks import Statistics, last_hidden
+from llmlite.calibration.kept import digest_of, made_once
 from llmlite.calibration.sensitivity import quick_sensitivity
 from llmlite.calibration.walk import Walk, walk_blocks
 from llmlite.models.blockwise import is_blockwise, shelf_of
 from llmlite.models.device_map import is_offloaded
+from llmlite.models.quick import quick_dtype
 from llmlite.models.view import BlockView, LinearView, ModelView
+from llmlite.processes import rank_and_processes
 from llmlite.quantization.nf4 import DoubleScales, Grid, calibrated_codes, dequantize, grid_of, output_error
 from llmlite.quantization.stock_format import write_codes
 from llmlite.quantization.tune import Codes, TuneScales, tune_scales
-from llmlite.storage import damage, writing_folder
+from llmlite.storage import damage, file_sums, flush, set_aside, writing_folder
 
 if TYPE_CHECKING:
     from llmlite.calibration.blocks import Batch
     from llmlite.context import Run
 
 __all__ = ["CalibratedScheme", "calibrate", "quantization_windows", "write_calibrated"]
+
+log = logging.getLogger(__name__)
 
 _TUNED = "tuned"
 
@@ -84,7 +92,9 @@ def calibrate(model: nn.Module, batches: Sequence[Batch], how: CalibratedScheme,
         batches: calibration inputs.
         how: see `CalibratedScheme`.
         codes: folder for codes and scales, one file for each layer; those with tuned scales in its folder `tuned`.
-        state: folder from which a stopped walk continues. Tuning that was stopped starts again.
+        state: folder of this process from which a calibration that was stopped continues, in whichever of its parts: the sensitivities and the dense model's
+            hidden states batch by batch, the walk block by block, the descent on scales by its own state; it ends in the codes of one that was not stopped.
+            The model given has to be the same dense one again.
 
     Raises:
         ValueError: a model that is loaded block by block or offloaded, and a scheme that needs a backward pass.
@@ -97,13 +107,13 @@ def calibrate(model: nn.Module, batches: Sequence[Batch], how: CalibratedScheme,
         raise ValueError("sensitivities and tuned scales need a backward pass through the whole model; this one is loaded block by block, or offloaded")
     grid = grid_of(how.scheme)
     codes.mkdir(parents=True, exist_ok=True)
-    hidden = [one.cpu() for one in last_hidden(model, batches)] if how.tune is not None and damage(codes / _TUNED) is not None else []
+    hidden = _dense_hidden(model, batches, state) if how.tune is not None and not _is_tuned(codes) else []
 
     def weigh(places: Sequence[int]) -> list[dict[str, Tensor]]:
-        return quick_sensitivity(model, batches, places, how.seed)
+        return quick_sensitivity(model, batches, places, how.seed, state)
 
     def change(block: BlockView, found: dict[str, Statistics]) -> dict[str, Any]:
-        errors: dict[str, float] = {}
+        notes: dict[str, Any] = {}
         together: dict[int, tuple[Statistics, list[LinearView]]] = {}  # the layers that hear the same input
         for role, statistics in found.items():
             if block.linears[role].name not in how.skip:
@@ -117,11 +127,13 @@ def calibrate(model: nn.Module, batches: Sequence[Batch], how: CalibratedScheme,
             for linear, weight_OI, (index_OI, scales_OB, double) in zip(layers, dense, chosen, strict=True):
                 quantized_OI = dequantize(index_OI, scales_OB, here)
                 whole = output_error(weight_OI, hessian_II).sum().clamp_min(1e-30)
-                errors[linear.name] = float(output_error(weight_OI - quantized_OI, hessian_II).sum() / whole)
+                error = float(output_error(weight_OI - quantized_OI, hessian_II).sum() / whole)
                 linear.weight_OI.copy_(quantized_OI)
-                _keep(codes / f"{linear.name}.safetensors", Codes(index_OI, scales_OB, double))
-        return errors
+                notes[linear.name] = {"error": error, "sha256": _keep(codes / f"{linear.name}.safetensors", Codes(index_OI, scales_OB, double))}
+        return notes
 
+    if state is not None and (rank_and_processes()[0] == 0 or not is_blockwise(model)):  # whose state is common to all processes
+        _set_aside_blocks(state, codes)
     families = ModelView(model).family.linears
     notes = walk_blocks(
         model,
@@ -133,19 +145,50 @@ def calibrate(model: nn.Module, batches: Sequence[Batch], how: CalibratedScheme,
     )
     if how.tune is not None:
         if hidden:
-            _tune(model, batches, hidden, how.tune, grid, codes)
+            _tune(model, batches, hidden, how.tune, grid, codes, state)
         for linear in ModelView(model).linears():
             if (file := codes / _TUNED / f"{linear.name}.safetensors").is_file():
                 one = _read(file)
                 linear.weight_OI.copy_(dequantize(one.index_OI, one.scales_OB, grid))
-    return {name: float(error) for block in notes for name, error in block.items()}
+    return {name: float(layer["error"]) for block in notes for name, layer in block.items()}
 
 
-def _tune(model: nn.Module, batches: Sequence[Batch], hidden: Sequence[Tensor], how: TuneScales, grid: Grid, codes: Path) -> None:
+def _set_aside_blocks(state: Path, codes: Path) -> None:
+    """Let the walk do a block again whose codes are not those that it chose."""
+    sums = file_sums(codes)
+    for folder in sorted(state.glob("block-*")):
+        if folder.suffix or damage(folder) is not None:
+            continue  # set aside before, or the walk says it
+        for name, layer in json.loads((folder / "notes.json").read_text(encoding="utf-8")).items():
+            if sums.get(f"{name}.safetensors") != layer["sha256"]:
+                log.warning("the codes of %s are damaged; %s is set aside as %s and done again", name, folder.name, set_aside(folder).name)
+                break
+
+
+def _dense_hidden(model: nn.Module, batches: Sequence[Batch], state: Path | None) -> list[Tensor]:
+    """What the dense model says, for tuning to aim at: taken before the walk overwrites its weights, in the type that tuning computes in, on the CPU."""
+    first = next(model.parameters())
+    dtype = quick_dtype(first.device, first.dtype)
+
+    def make(batch: Batch) -> dict[str, Tensor]:
+        return {"hidden": next(last_hidden(model, [batch])).to("cpu", dtype)}
+
+    folders = [None if state is None else state / f"hidden-{place:03d}" for place in range(len(batches))]
+    return [made_once(folder, digest_of("hidden", batch, dtype), partial(make, batch))["hidden"] for folder, batch in zip(folders, batches, strict=True)]
+
+
+def _is_tuned(codes: Path) -> bool:
+    reason = damage(codes / _TUNED)
+    if reason and (codes / _TUNED).exists():
+        log.warning("the tuned scales are damaged (%s); set aside as %s and tuned again", reason, set_aside(codes / _TUNED).name)
+    return reason is None
+
+
+def _tune(model: nn.Module, batches: Sequence[Batch], hidden: Sequence[Tensor], how: TuneScales, grid: Grid, codes: Path, state: Path | None) -> None:
     """Tuned codes in their own folder, whole or not at all."""
     chosen = {file.name.removesuffix(".safetensors"): _read(file) for file in sorted(codes.glob("*.safetensors"))}
     with writing_folder(codes / _TUNED) as temporary:
-        for name, one in tune_scales(model, chosen, grid, batches, hidden, how).items():
+        for name, one in tune_scales(model, chosen, grid, batches, hidden, how, state).items():
             _keep(temporary / f"{name}.safetensors", one)
 
 
@@ -178,13 +221,13 @@ def write_calibrated(model: nn.Module, codes: Path, scheme: Literal["nf4", "fp4"
     return sum(put(block) for block in ModelView(model).blocks)
 
 
-def _keep(file: Path, codes: Codes) -> None:
-    tensors = {"index": codes.index_OI, "scales": codes.scales_OB}
-    if codes.double is not None:
-        tensors |= {"offset": codes.double.offset.reshape(1), "absmax": codes.double.absmax_G, "code": codes.double.code_256}
+def _keep(file: Path, codes: Codes) -> str:
+    """Write one layer's codes, whole or not at all. Returns the SHA-256 of the file."""
     temporary = file.with_suffix(f".{os.getpid()}.part")  # every process of a launch writes the same codes
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
+    save_file({name: tensor.contiguous().cpu() for name, tensor in codes.tensors().items()}, temporary)
+    flush(temporary)
     temporary.replace(file)
+    return file_sums(file.parent, file.name)[file.name]
 
 
 def _read(file: Path) -> Codes:

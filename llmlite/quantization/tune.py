@@ -19,15 +19,18 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from llmlite.calibration.kept import digest_of
 from llmlite.distillation.objective import Distillation, HiddenTeacher
 from llmlite.models.quick import quick_copy, quick_dtype
 from llmlite.models.view import LinearView, ModelView
 from llmlite.quantization.nf4 import DoubleScales, Grid
+from llmlite.quantization.tune_state import DescentState
 from llmlite.training.backbone import hidden_and_head
 from llmlite.training.chunked import chunked_head_loss
 
@@ -48,6 +51,13 @@ class Codes:
     index_OI: Tensor
     scales_OB: Tensor
     double: DoubleScales | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name, as it is kept in a file."""
+        found = {"index": self.index_OI, "scales": self.scales_OB}
+        if self.double is not None:
+            found |= {"offset": self.double.offset.reshape(1), "absmax": self.double.absmax_G, "code": self.double.code_256}
+        return found
 
     def to(self, device: torch.device) -> Codes:
         """The same codes on another device."""
@@ -104,7 +114,15 @@ def scaled_product(x: Tensor, levels_OI: Tensor, scales_OB: Tensor) -> Tensor:
     return product
 
 
-def tune_scales(model: Any, codes: Mapping[str, Codes], grid: Grid, batches: Sequence[Batch], hidden: Sequence[Tensor], how: TuneScales) -> dict[str, Codes]:
+def tune_scales(
+    model: Any,
+    codes: Mapping[str, Codes],
+    grid: Grid,
+    batches: Sequence[Batch],
+    hidden: Sequence[Tensor],
+    how: TuneScales,
+    state: Path | None = None,
+) -> dict[str, Codes]:
     """The same codes with better scales.
 
     Args:
@@ -114,9 +132,14 @@ def tune_scales(model: Any, codes: Mapping[str, Codes], grid: Grid, batches: Seq
         batches: calibration inputs.
         hidden: of the dense model, see `llmlite.calibration.blocks.last_hidden`.
         how: see `TuneScales`.
+        state: a folder of this process in which the descent keeps where it stands (`llmlite.quantization.tune_state`). One that was stopped goes on there with
+            the same arguments, and ends in the bits that it would have ended in; a state that is damaged, or of other codes, rows or settings, is not used.
 
     Returns:
         Codes with new scales, all of them above 0, and with their second level such that they can be stored; the codes given where the descent overflows.
+
+    Raises:
+        OutputError, ResourceError: `state` cannot be written, or the disk is full.
     """
     device = next(model.parameters()).device
     dtype = quick_dtype(device, model.dtype)
@@ -126,30 +149,34 @@ def tune_scales(model: Any, codes: Mapping[str, Codes], grid: Grid, batches: Seq
     for name, linear in linears.items():
         _replace(linear, codes[name], grid, dtype, factors[name])
     rows = [(batch, place) for batch in range(len(batches)) for place in range(len(hidden[batch]))]
-    steps = how.epochs * math.ceil(len(rows) / how.rows)
+    schedule = _schedule(len(rows), how)
     optimizer = torch.optim.Adam(factors.values(), lr=how.learning_rate, betas=(0.9, 0.95))
-    generator = torch.Generator().manual_seed(how.seed)
-    recent: list[float] = []
-    done = 0
-    for _ in range(how.epochs):
-        order = torch.randperm(len(rows), generator=generator).tolist()
-        for start in range(0, len(rows), how.rows):
-            for group in optimizer.param_groups:
-                group["lr"] = how.learning_rate * min(1.0, (done + 1) / 4) * 0.5 * (1 + math.cos(math.pi * done / steps))
-            for chosen in order[start : start + how.rows]:
-                batch, place = rows[chosen]
-                inputs = {name: tensor[place : place + 1].to(device) for name, tensor in batches[batch].items()}
-                recent.append(_descend(model, inputs, hidden[batch][place].to(device, dtype), how.rows))
-            optimizer.step()
-            optimizer.zero_grad()
-            done += 1
-            if done % _LOG_EVERY == 0 or done == steps:
-                log.info("scales: step %d of %d, %.4f nats a token from the dense model", done, steps, sum(recent) / len(recent))
-                recent = []
+    stands = DescentState(state, digest_of("scales", how, dtype, *batches, {name: one.tensors() for name, one in codes.items()}), factors, optimizer)
+    begun, recent = stands.restore()
+    log.info("scales: %s", f"continuing behind step {begun} of {len(schedule)}" if begun else f"tuned in {len(schedule)} steps")
+    for done, chosen in enumerate(schedule[begun:], start=begun):
+        for group in optimizer.param_groups:
+            group["lr"] = how.learning_rate * min(1.0, (done + 1) / 4) * 0.5 * (1 + math.cos(math.pi * done / len(schedule)))
+        for batch, place in (rows[each] for each in chosen):
+            inputs = {name: tensor[place : place + 1].to(device) for name, tensor in batches[batch].items()}
+            recent.append(_descend(model, inputs, hidden[batch][place].to(device, dtype), how.rows))
+        optimizer.step()
+        optimizer.zero_grad()
+        if (done + 1) % _LOG_EVERY == 0 or done + 1 == len(schedule):
+            log.info("scales: step %d of %d, %.4f nats a token from the dense model", done + 1, len(schedule), sum(recent) / len(recent))
+            recent = []
+        stands.keep(done + 1, recent)
     if not all(bool(factor.isfinite().all()) for factor in factors.values()):
         log.warning("scales: the descent overflows in %s, so they stay as calibration chose them", dtype)
         return dict(codes)
     return {name: Codes(one.index_OI, _stored(one, factors[name].detach().to(one.scales_OB.device)), one.double) for name, one in codes.items()}
+
+
+def _schedule(rows: int, how: TuneScales) -> list[list[int]]:
+    """The rows of each step: every epoch in an order of its own, all of which follow from the seed."""
+    generator = torch.Generator().manual_seed(how.seed)
+    orders = [torch.randperm(rows, generator=generator).tolist() for _ in range(how.epochs)]
+    return [order[start : start + how.rows] for order in orders for start in range(0, rows, how.rows)]
 
 
 def _descend(model: Any, inputs: dict[str, Tensor], hidden_TD: Tensor, rows: int) -> float:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from llmlite.calibration.blocks import Blocks, batches_of
-from llmlite.calibration.sensitivity import OwnLabels, cost_of_changes, cost_of_silence, token_sensitivity
+from llmlite.calibration.sensitivity import OwnLabels, cost_of_changes, cost_of_silence, quick_sensitivity, token_sensitivity
 from llmlite.errors import RunError
 from llmlite.models.view import ModelView
 from tests.conftest import build_tiny, token_ids
@@ -128,3 +131,31 @@ def test_equal_weights_change_nothing() -> None:
     alike = [{linear.name: torch.full((batch["input_ids"].numel(),), 7.0) for linear in block.linears.values()} for batch in batches]
     weighted, plain = blocks.collect(block, ["o"], weights=alike), blocks.collect(block, ["o"])
     torch.testing.assert_close(weighted["o"].all.gram_II, plain["o"].all.gram_II)
+
+
+def test_a_pass_that_is_stopped_goes_on_behind_its_last_whole_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmlite.calibration import sensitivity as module
+
+    model = build_tiny("llama")
+    batches = batches_of(token_ids(rows=8, length=16, seed=1))
+    whole = quick_sensitivity(model, batches, [0, 1, 2, 3], 3)
+    real, read = module.token_sensitivity, []
+
+    def dies(model: Any, batches: Any, places: list[int], seed: int) -> Any:
+        if len(read) == 2:
+            raise KeyboardInterrupt
+        read.extend(places)
+        return real(model, batches, places, seed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "token_sensitivity", dies)
+        with pytest.raises(KeyboardInterrupt):
+            quick_sensitivity(model, batches, [0, 1, 2, 3], 3, tmp_path)
+    monkeypatch.setattr(module, "token_sensitivity", lambda *args: (read.extend(args[2]), real(*args))[1])
+    found = quick_sensitivity(model, batches, [0, 1, 2, 3], 3, tmp_path)
+    assert read == [0, 1, 2, 3]
+    for one, other in zip(found, whole, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    quick_sensitivity(model, batches, [2], 4, tmp_path)  # other labels are another pass
+    assert read == [0, 1, 2, 3, 2]
