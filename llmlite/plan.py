@@ -87,8 +87,8 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
         _check_push(recipe, context, model)
     # each step's checkpoint, the held-out distributions, and twice the trained state for the checkpoints of training
     disk = sum(row["disk_bytes"] + 8 * 2 * row["trained_parameters"] for row in rows[1:]) + rows[0]["disk_bytes"] // 2
-    if context.blockwise:  # the walk's changed blocks, in the type they are computed in, until the step is complete
-        disk += expected_bytes(config, dtype=context.compute_dtype)
+    disk += expected_bytes(config, dtype=context.compute_dtype)  # at most: a walk's changed blocks, until its step is complete
+    if context.blockwise:
         measured = recipe.data.evaluation_rows * recipe.data.max_length
         disk += max(spilled_bytes(config, context.compute_dtype, row["tokens"], measured) for row in rows)
     require_space(recipe.folder, int(disk))
