@@ -201,6 +201,9 @@ def _unknown_flag(name: str, known: Sequence[str]) -> str:
 
 
 def run_recipe(recipe: Recipe) -> None:
+    quiet = not is_main()
+    if quiet:
+        keep_still()
     from rich.console import Console
 
     from llmlite.context import Run
@@ -209,7 +212,6 @@ def run_recipe(recipe: Recipe) -> None:
     from llmlite.plan import check, size_line
     from llmlite.report import plan_table
 
-    quiet = not is_main()
     logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
     _hush()
     console = Console(quiet=quiet, highlight=False)
@@ -298,6 +300,22 @@ def _lost_another_process(error: Exception) -> bool:
     return bool(_speaker()) and any(sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "remote process exited"))
 
 
+def _told_to_all(error: BaseException | None) -> bool:
+    """Whether an error comes from a checkpoint that all write together, of which torch tells each process; see `llmlite.training.sharded.plain_errors`."""
+    while error is not None and type(error).__name__ != "CheckpointException":
+        error = error.__cause__
+    return error is not None
+
+
+def keep_still() -> None:
+    """In a process that is not the main one: no bar and no warning of any library. To be called before they are imported; what fails still speaks."""
+    import os
+
+    os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    warnings.simplefilter("ignore")
+
+
 def hush_loggers() -> None:
     """Silence what other libraries log harmlessly: each request, and of bitsandbytes a kernel that it cannot fetch."""
     for name in ("accelerate", "bitsandbytes", "httpx", "httpx2", "httpcore", "httpcore2", "filelock", "urllib3", "fsspec"):
@@ -319,7 +337,15 @@ def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() or letter in "\n\t\xa0" else ascii(letter)[1:-1] for letter in text)
 
 
+def _end_bars() -> None:
+    """Close the bars that are under way, so that what is said next does not stand behind one."""
+    if "tqdm" in sys.modules:
+        for bar in list(sys.modules["tqdm"].tqdm._instances):
+            bar.close()
+
+
 def _say(text: str) -> None:
+    _end_bars()
     click.echo(_printable(text), err=True)
 
 
@@ -338,7 +364,7 @@ def _exits(command: str) -> Iterator[None]:
         sys.exit(130)
     except LlmliteError as error:
         if error.exit_code == 2 and not is_main():
-            time.sleep(3)  # the main process finds the same in the settings, says it, and the launcher then ends this one
+            time.sleep(30 if _told_to_all(error) else 3)  # the main process finds the same, says it, and the launcher then ends this one
         _say(f"{_speaker()}{type(error).__name__}: {error}")
         if isinstance(error, Interrupted):
             _say(f"To continue:\n  {command}")
@@ -347,6 +373,7 @@ def _exits(command: str) -> Iterator[None]:
         if _lost_another_process(error):
             _say(f"{_speaker()}stopped, because another process of the launch has ended; the reason stands above. What was complete is kept.")
             sys.exit(1)
+        _end_bars()
         traceback.print_exc()
         _say(f"\n{_speaker()}This is a bug in llmlite {__version__}. What was complete is kept; the same command continues.")
         sys.exit(1)

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from llmlite import __version__
-from llmlite.cli import CONTEXT, dotted_options, hush_loggers, is_main, run_recipe, show_evaluation, takes_text
+from llmlite.cli import CONTEXT, dotted_options, hush_loggers, is_main, keep_still, run_recipe, show_evaluation, takes_text
 from llmlite.config import default_of, field_doc, parse_flag, read_yaml, to_mapping, to_yaml
 from llmlite.errors import ConfigError, OutputError
 from llmlite.models.device_map import SPREADING
@@ -98,6 +98,8 @@ def _evaluate_command(folder: str, tasks: str | None, batch_sizes: str, as_json:
     """
     import json
 
+    if not is_main():
+        keep_still()
     from rich.console import Console
 
     from llmlite.side_by_side import evaluate

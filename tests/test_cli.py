@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from llmlite.cli import main, recipe_main
 from llmlite.recipes.lora_int4 import LoraInt4
@@ -221,3 +222,13 @@ def test_torchrun_swallows_no_option_that_has_no_other_name() -> None:
 def test_running_a_preset_as_a_module_warns_of_nothing() -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-m", "llmlite.recipes.lora_int4", "--help"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_error_stands_on_a_line_of_its_own_and_not_behind_a_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with tqdm(total=3, file=sys.stderr) as bar:
+        bar.update(1)
+        with pytest.raises(SystemExit):
+            main(["run", str(tmp_path / "nowhere.yaml")])
+    said = capsys.readouterr().err
+    assert "| 1/3 [" in said
+    assert next(line for line in said.splitlines() if "nowhere.yaml" in line).startswith(("ConfigError: ", "LoadError: "))

@@ -46,9 +46,9 @@ class Merge(Step):
 
         if not model.adapters:
             raise ConfigError("merge", ["there is no adapter to merge: no step before this one makes one."])
-        fixed = [step.label for step in run.recipe.steps if isinstance(step, AdapterStep) and not step.mergeable]
-        if fixed:
-            raise ConfigError("merge", [f"what {fixed[0]} learns is no change of weights, so it cannot be merged. Keep the adapter beside the base."])
+        made = [step for step in run.recipe.steps[: run.position] if isinstance(step, AdapterStep)][-1:]  # one behind this step is another adapter
+        if made and not made[0].mergeable:
+            raise ConfigError("merge", [f"what {made[0].label} learns is no change of weights, so it cannot be merged. Keep the adapter beside the base."])
         dense = expected_bytes(model.config, dtype=run.compute_dtype)
         return dataclasses.replace(
             model,

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import filelock
 
 from llmlite.config import near, shorten
 from llmlite.errors import LoadError
@@ -17,8 +21,9 @@ from llmlite.models.gguf import converted, is_packaged, packaged_gguf
 from llmlite.models.settings import Model
 from llmlite.models.stored_codes import require_whole_codes
 from llmlite.paths import path_problem
+from llmlite.storage import cache_folder
 
-__all__ = ["Source", "find", "stock_files", "weight_bytes", "weight_files", "weights_fingerprint"]
+__all__ = ["Source", "find", "has_tokenizer", "stock_files", "weight_bytes", "weight_files", "weights_fingerprint"]
 
 _STRETCHES, _STRETCH = 32, 4096  # of each weight file, and bytes of one
 _INDEX = "model.safetensors.index.json"
@@ -62,7 +67,8 @@ def find(model: Model, weights: bool = True) -> Source:
         guess = near(path.name, [p.name for p in path.parent.glob("*/")]) if path.parent.is_dir() else None
         hint = f" Did you mean '{path.parent / guess}'?" if guess else " Give a Hub id (owner/name), a folder or a .gguf file."
         raise LoadError(f"model: no folder '{model.name}'.{hint}")
-    return Source(model.name, _hub_folder(model, weights), model.name)
+    with _one_at_a_time(model.name):
+        return Source(model.name, _hub_folder(model, weights), model.name)
 
 
 def _looks_like_hub_id(name: str) -> bool:
@@ -141,6 +147,12 @@ def stock_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a vocabulary, in any of the forms that transformers reads."""
+    names = {path.name for path in folder.iterdir()} - {"tokenizer_config.json"}
+    return any(name.startswith(("tokenizer.", "vocab", "spiece", "sentencepiece", "tekken")) or name.endswith((".tiktoken", ".model")) for name in names)
+
+
 def weight_bytes(folder: Path) -> int:
     """Bytes of a model's weights on disk: of the files that `stock_files` names."""
     return sum(file.stat().st_size for file in stock_files(folder))
@@ -171,12 +183,28 @@ def weight_files(folder: Path) -> list[tuple[str, int, int]]:
 # The Hub ------------------------------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _one_at_a_time(name: str) -> Iterator[None]:
+    """Let one process of this machine look for a model and download it, and the others find it then: half of a folder looks like one."""
+    lock = filelock.FileLock(cache_folder() / "locks" / f"{name.replace('/', '--')}.lock")
+    try:
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except (OSError, NotImplementedError):  # a place that cannot be written, or knows no locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _hub_folder(model: Model, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
     cached = _cached_hub_folder(model, weights)
-    if cached:
+    if cached and has_tokenizer(cached):  # else a download may have been killed behind the config
         return cached
     if is_packaged(model.name) and model.revision is None:
         packaged = packaged_gguf(model.name)
@@ -193,6 +221,8 @@ def _hub_folder(model: Model, weights: bool) -> Path:
     except RepositoryNotFoundError:
         raise LoadError(f"model: no '{model.name}' on the Hub. Check the spelling; a private one needs `hf auth login` or HF_TOKEN.") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if cached:
+            return cached
         raise LoadError(_unreachable(model, error)) from None
     if weights:
         _require_stock_folder(folder)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llmlite.errors import LoadError, ResourceError
 from llmlite.models.added_tokens import add_to_tokenizer, fill_rows, pieces_of
 from llmlite.models.device_map import dispatch_map
-from llmlite.models.find import Source
+from llmlite.models.find import Source, has_tokenizer
 from llmlite.models.generation import require_generation_config
 from llmlite.models.safety import make_safe
 from llmlite.models.settings import Model
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["compute_dtype", "fill_added_tokens", "has_tokenizer", "load_config", "load_model", "load_tokenizer", "require_matching"]
+__all__ = ["compute_dtype", "fill_added_tokens", "load_config", "load_model", "load_tokenizer", "require_matching"]
 
 
 def load_config(source: Source, model: Model) -> PretrainedConfig:
@@ -70,12 +70,6 @@ def load_tokenizer(source: Source, model: Model) -> PreTrainedTokenizerBase:
     if model.add_tokens:
         add_to_tokenizer(tokenizer, model.add_tokens)
     return tokenizer
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a vocabulary, in any of the forms that transformers reads."""
-    names = {path.name for path in folder.iterdir()} - {"tokenizer_config.json"}
-    return any(name.startswith(("tokenizer.", "vocab", "spiece", "sentencepiece", "tekken")) or name.endswith((".tiktoken", ".model")) for name in names)
 
 
 def require_matching(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:

@@ -12,16 +12,18 @@ Source: Zhao et al. 2023, arXiv:2304.11277 (FSDP); Rajbhandari et al. 2020, arXi
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-__all__ = ["forget_zero3", "lend", "share_out", "take_back"]
+__all__ = ["forget_zero3", "lend", "plain_errors", "share_out", "take_back"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -90,6 +92,20 @@ def share_out(model: nn.Module, blocks: Sequence[nn.Module], device: torch.devic
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Raise what went wrong in a checkpoint of which each process writes its part, on every process: the first one's error itself.
+
+    torch raises a `CheckpointException` there, which is no `Exception`: whoever looks for a full disk would not see it.
+    """
+    try:
+        yield
+    except CheckpointException as error:
+        if not error.failures:
+            raise RuntimeError(str(error)) from error
+        raise error.failures[min(error.failures)][0] from error
 
 
 def forget_zero3() -> None:

@@ -27,7 +27,7 @@ from llmlite.training.chunked import chunked_head_loss
 from llmlite.training.keep_zeros import KeepZeros
 from llmlite.training.rows import EMPTY, EvenSampler, WithEmptyRow
 from llmlite.training.settings import TrainingStep
-from llmlite.training.sharded import forget_zero3, lend, take_back
+from llmlite.training.sharded import forget_zero3, lend, plain_errors, take_back
 from llmlite.training.token_loss import IGNORE_INDEX, CrossEntropy, TokenLoss, next_token_labels
 from llmlite.training.trackers import run_name, tracked
 
@@ -186,6 +186,7 @@ def trainer_arguments(step: TrainingStep, run: Run, folder: Path) -> TrainingArg
         seed=run.recipe.seed,
         data_seed=run.recipe.seed,
         use_cpu=run.device.type == "cpu",
+        ddp_find_unused_parameters=False,  # there are none; looking for them costs time, and torch then says so in the middle of the bar
         dataloader_pin_memory=run.device.type != "cpu",
         remove_unused_columns=False,
         disable_tqdm=not run.is_main,
@@ -243,7 +244,7 @@ def train(
         companion=companion,
     )
     try:
-        with stopping_at_signals(stop), tracked(trainer.callback_handler.callbacks, run, arguments.run_name, folder):
+        with stopping_at_signals(stop), tracked(trainer.callback_handler.callbacks, run, arguments.run_name, folder), plain_errors():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         if run.layout.kind == "zero3":

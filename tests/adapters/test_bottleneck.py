@@ -129,3 +129,9 @@ def test_merging_is_refused_early_and_in_the_layer(pairs_file: Path, model_folde
         llmlite.Recipe(steps=[Bottleneck(merge=True)], **options).check()
     with pytest.raises(ConfigError, match="what bottleneck learns is no change of weights"):
         llmlite.Recipe(steps=[Bottleneck(), llmlite.Merge()], **options).check()
+
+
+def test_an_adapter_that_cannot_be_merged_may_come_behind_the_merge_of_another(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
+    steps = [llmlite.Ia3(max_steps=1), llmlite.Merge(), Bottleneck(max_steps=1)]
+    plan = llmlite.Recipe(model=str(model_folder), data=str(pairs_file), output_dir=str(tmp_path / "out"), max_length=64, steps=steps).check()
+    assert [row["step"] for row in plan.rows][1:] == ["ia3", "merge", "bottleneck"]

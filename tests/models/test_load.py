@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,66 @@ def test_another_file_of_the_same_name_is_converted_anew(gguf: tuple[Path, list[
     file.write_bytes(b"GGUF and more")
     find(Model(name=str(file)))
     assert len(set(written)) == 2
+
+
+@pytest.fixture
+def slow_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[str], threading.Event]]:
+    """A Hub that hands over config.json at once, the tokenizer when it is told to, and counts; what it gives lies in the cache as the client lays it out."""
+    monkeypatch.setenv("LLMLITE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    asked: list[str] = []
+    go_on = threading.Event()
+
+    def download(name: str, **_: Any) -> str:
+        asked.append(name)
+        repo = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        folder = repo / "snapshots" / "0a1b2c"
+        folder.mkdir(parents=True, exist_ok=True)
+        (repo / "refs").mkdir(exist_ok=True)
+        (repo / "refs" / "main").write_text("0a1b2c")
+        (folder / "config.json").write_text("{}")
+        if not go_on.wait(20):
+            raise OSError("the connection was lost")
+        (folder / "tokenizer.json").write_text("{}")
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    yield asked, go_on
+    go_on.set()
+
+
+def test_of_two_that_want_a_model_one_downloads_it_and_the_other_waits_for_all_of_it(slow_hub: tuple[list[str], threading.Event], tmp_path: Path) -> None:
+    asked, go_on = slow_hub
+    found: list[set[str]] = []
+
+    def want() -> None:
+        found.append({path.name for path in find(Model(name="team/slow"), weights=False).folder.iterdir()})
+
+    threads = [threading.Thread(target=want) for _ in range(2)]
+    threads[0].start()
+    while not list(tmp_path.glob("hub/*/snapshots/*/config.json")):
+        time.sleep(0.01)
+    threads[1].start()
+    threads[1].join(0.5)
+    assert found == []
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert asked == ["team/slow"]
+    assert found == [{"config.json", "tokenizer.json"}] * 2
+
+
+def test_a_download_that_was_killed_behind_the_config_goes_on(slow_hub: tuple[list[str], threading.Event], tmp_path: Path) -> None:
+    asked, go_on = slow_hub
+    folder = tmp_path / "hub" / "models--team--slow" / "snapshots" / "0a1b2c"
+    for file, text in ((folder / "config.json", "{}"), (folder.parents[1] / "refs" / "main", "0a1b2c")):
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    go_on.set()
+    assert (find(Model(name="team/slow"), weights=False).folder / "tokenizer.json").is_file()
+    find(Model(name="team/slow"), weights=False)
+    assert asked == ["team/slow"]
 
 
 def test_a_sharded_folder_with_a_shard_missing_is_refused(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 
-def _believe() -> None:
+def believe() -> None:
     """Every new state of a launch over gloo calls itself MULTI_GPU, which accelerate turns into FSDP."""
     make = PartialState.__init__
 
@@ -81,5 +81,5 @@ def run_watched() -> None:
 
 
 if __name__ == "__main__":
-    _believe()
+    believe()
     run_watched()

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
+from torch.distributed.checkpoint import CheckpointException
 from torch.utils.data import BatchSampler
 
 import llmlite
 from llmlite.context import Run
 from llmlite.data.collate import PackedCollator, PaddedCollator
+from llmlite.errors import ResourceError
 from llmlite.recipe import Recipe
+from llmlite.storage import telling_full
 from llmlite.training.checkpoints import newest_complete
 from llmlite.training.rows import EMPTY, EvenSampler, WithEmptyRow
+from llmlite.training.sharded import plain_errors
 from llmlite.training.trainer import train
 
 
@@ -39,6 +45,16 @@ def test_after_the_clock_went_back_the_newest_checkpoints_stay_and_training_ends
     assert sorted(place.name for place in work.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
     assert newest_complete(work) == work / "checkpoint-4"
     assert all(torch.equal(at_once[name], continued[name]) for name in at_once)
+
+
+@pytest.mark.parametrize("failed_on", [0, 1])
+def test_what_one_process_could_not_write_of_a_checkpoint_in_parts_is_the_error_of_all(failed_on: int, tmp_path: Path) -> None:
+    refused = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "__1_0.distcp"))
+    with pytest.raises(ResourceError, match="the disk is full") as caught, telling_full(tmp_path), plain_errors():
+        raise CheckpointException("write", {failed_on: (refused, traceback.StackSummary())})
+    assert caught.value.__cause__ is refused
+    with pytest.raises(KeyError, match="ours"), telling_full(tmp_path), plain_errors():
+        raise CheckpointException("plan", {failed_on: (KeyError("ours"), traceback.StackSummary())})
 
 
 @pytest.mark.parametrize(("rows", "batch", "processes"), [(18, 2, 2), (7, 3, 4), (1, 2, 3), (12, 2, 3)])
