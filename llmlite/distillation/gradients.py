@@ -150,13 +150,20 @@ def top_k_forward_kl_gradient(logp_NV: Tensor, ids_NK: Tensor, logprobs_NK: Tens
     return kl_N, grad_NV.scatter_add_(1, safe_NK, -q_NK)
 
 
-def logit_mse_gradient(student_NV: Tensor, teacher_NV: Tensor, centred: bool = False) -> tuple[Tensor, Tensor] | None:
-    """`logit_mse` of real logits, and 2 (s - t) / V with s - t centred or not; `None` when some logit is not finite."""
-    difference_NV = student_NV - teacher_NV
+def logit_mse_gradient(student_NV: Tensor, teacher_NV: Tensor, centred: bool = False, out_NV: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`logit_mse`, and 2 (s - t) / V with s - t centred or not. The gradient is written to `out_NV` if given, which may be the student's logits."""
+    vocabulary = student_NV.shape[-1]
+    difference_NV = torch.sub(student_NV, teacher_NV, out=out_NV)
+    if not centred:
+        mse_N = torch.linalg.vecdot(difference_NV, difference_NV) / vocabulary
+        if _all_finite(mse_N):
+            return mse_N, difference_NV.mul_(2 / vocabulary)
+    valid_NV = torch.isfinite(difference_NV)  # tokens masked on either side count zero
+    count_N1 = valid_NV.sum(-1, keepdim=True).clamp(min=1)
+    difference_NV.masked_fill_(~valid_NV, 0.0)
     if centred:
-        difference_NV.sub_(difference_NV.mean(-1, keepdim=True))
-    mse_N = torch.linalg.vecdot(difference_NV, difference_NV) / student_NV.shape[-1]
-    return (mse_N, difference_NV.mul_(2 / student_NV.shape[-1])) if _all_finite(mse_N) else None
+        difference_NV.sub_(difference_NV.sum(-1, keepdim=True) / count_N1).masked_fill_(~valid_NV, 0.0)
+    return difference_NV.square().sum(-1) / count_N1.squeeze(-1), difference_NV.mul_(2 / count_N1)
 
 
 def _all_finite(values_N: Tensor) -> bool:

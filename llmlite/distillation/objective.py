@@ -212,17 +212,17 @@ class Distillation(TokenLoss):
 
     def _distance_and_grad(self, logits_RV: Tensor, logp_RV: Tensor | None, signal: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """The divergence and its gradient by the logits, unweighted. `logp_RV`, log softmax(logits) if at hand, is only read."""
-        if self.divergence == "logit_mse":
+        if self.divergence == "logit_mse":  # here and for top-k the logits are not needed any more
             shared = min(logits_RV.shape[-1], signal[0].shape[-1])
-            result = gradients.logit_mse_gradient(logits_RV[:, :shared], signal[0][:, :shared].to(logits_RV.dtype), **self.options)
-            return result if result is not None else self._by_autograd(logits_RV, signal)
+            student_RW, teacher_RW = logits_RV[:, :shared], signal[0][:, :shared].to(logits_RV.dtype)
+            return gradients.logit_mse_gradient(student_RW, teacher_RW, **self.options, out_NV=student_RW)
         top_k = isinstance(self.teacher, TopKTeacher)
         if not top_k and self.divergence not in _GRADIENTS:
             return self._by_autograd(logits_RV, signal)
         shared = logits_RV.shape[-1] if top_k else min(logits_RV.shape[-1], signal[0].shape[-1])
         if logp_RV is None or self.temperature != 1.0 or shared < logits_RV.shape[-1]:
             logp_RV = self._log_softmax(logits_RV, shared)
-        if isinstance(self.teacher, TopKTeacher):  # the logits are not needed any more
+        if isinstance(self.teacher, TopKTeacher):
             result = gradients.top_k_forward_kl_gradient(logp_RV, signal[0], signal[1], self.teacher.tail, out_NV=logits_RV)
         else:
             result = _GRADIENTS[self.divergence](logp_RV, self._log_softmax(signal[0].to(logits_RV.dtype), shared), **self.options)

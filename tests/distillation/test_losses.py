@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llmlite.distillation import losses
+from llmlite.distillation import gradients, losses
 from llmlite.distillation.hidden import attention_transfer, hidden_cosine, hidden_mse
 from llmlite.distillation.objective import DIVERGENCES, Distillation, HiddenTeacher, LogitsTeacher, TopKTeacher
 from llmlite.errors import ConfigError
@@ -313,6 +313,20 @@ def test_chunked_equals_autograd_on_full_logits(name, teacher_vocabulary, temper
     with torch.no_grad():
         again = chunked_head_loss(hidden_ND, weight_VD, objective, keep_N=keep_N, num_items_in_batch=11, transform=student, chunk_tokens=6)
     torch.testing.assert_close(again.loss, full.detach())
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_the_written_gradient_of_logit_mse_leaves_out_masked_tokens_as_autograd_does(centred):
+    student_NV, teacher_NV = pair()
+    student_NV = student_NV.detach().index_fill(1, torch.tensor([3, 7]), -math.inf).requires_grad_()
+    teacher_NV[2:9, 7:11] = -math.inf
+    expected_N = losses.logit_mse(student_NV, teacher_NV, centred=centred)
+    (expected_NV,) = torch.autograd.grad(expected_N.sum(), student_NV)
+    logits_NV = student_NV.detach().clone()
+    values_N, grad_NV = gradients.logit_mse_gradient(logits_NV, teacher_NV, centred, out_NV=logits_NV)
+    assert grad_NV is logits_NV
+    torch.testing.assert_close(values_N, expected_N.detach())
+    torch.testing.assert_close(grad_NV, expected_NV)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
