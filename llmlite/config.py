@@ -95,6 +95,8 @@ def from_mapping(cls: type[Any], switched: bool = False) -> pydantic.BeforeValid
     def made(value: Any) -> Any:
         if switched and (value is None or isinstance(value, bool)):
             return cls() if value else None
+        if switched and not isinstance(value, Mapping | cls):
+            raise ValueError("be true, false or a mapping of its options")
         if not isinstance(value, Mapping):
             return cls() if value is None else value
         found, problems = validate(cls, value, "")
@@ -128,7 +130,7 @@ def _sentence(path: str, items: Sequence[Any], cls: type[Any]) -> str:
     wanted = " or ".join(dict.fromkeys(_wanted(i) for i in items))
     if not path:
         return wanted[:1].upper() + wanted[1:]
-    return f"{path}={_short(item['input'])} should {wanted}. {describe_field(cls, path)}".rstrip()
+    return f"{path}={_short(item['input'])} should {wanted.rstrip('.')}. {describe_field(cls, path)}".rstrip()
 
 
 def _wanted(item: Any) -> str:

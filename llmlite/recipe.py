@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 import pydantic
 
-from llmlite.config import near, read_yaml, settings, to_mapping, unknown_option, validate
+from llmlite.config import near, read_yaml, settings, shorten, to_mapping, unknown_option, validate
 from llmlite.data.settings import Data
 from llmlite.errors import ConfigError
 from llmlite.evaluating import EvaluateSettings
@@ -229,6 +229,8 @@ def _assign(merged: dict[str, Any], key: str, value: Any) -> str | None:
         # another model or text starts from the defaults: what a preset sets for its own text (how many rows, say) is not meant for yours
         part, shorthand = _PARTS[key]
         merged[key] = _plain(part(), key) | (dict(value) if isinstance(value, Mapping) else {shorthand: value})
+    elif key == "evaluate" and value is True and isinstance(merged[key], dict):
+        pass  # a flag without a value switches on what the file says
     elif key in merged:
         merged[key] = value
     elif "." in key:
@@ -239,7 +241,9 @@ def _assign(merged: dict[str, Any], key: str, value: Any) -> str | None:
 
 
 def _assign_path(merged: dict[str, Any], path: list[str], value: Any) -> str | None:
-    if path[0] == "evaluate" and not isinstance(merged["evaluate"], dict):
+    if path[0] == "evaluate" and not isinstance(given := merged["evaluate"], dict):
+        if not (given is None or isinstance(given, bool)):
+            return f"evaluate={shorten(repr(given))} should be true, false or a mapping of its options, {'.'.join(path)} among them."
         merged["evaluate"] = {}  # an option of it switches it on
     place: Any = merged
     for depth, part in enumerate(path[:-1]):

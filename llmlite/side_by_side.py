@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from llmlite.kept import KEPT_FIGURES
 from llmlite.models.find import weight_bytes
 from llmlite.paths import require_path
 from llmlite.report import Report
-from llmlite.storage import damage, folder_bytes, read_object
+from llmlite.storage import damage, folder_bytes, locked, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,10 +91,11 @@ def evaluate(
     require_measurable(asked, context)
     keep = folder / "steps" / KEPT_FIGURES if each_step and not context.tensor_parallel else None
     measuring = Reloaded(context, asked, estimate_energy, grid_grams_per_kwh, keep)
-    found = measuring.measure(folder, checkpoints)
-    if context.is_main:
-        publish(found, report)
-        measuring.forget()
+    with nullcontext() if keep is None else locked(folder):
+        found = measuring.measure(folder, checkpoints)
+        if context.is_main:
+            publish(found, report)
+            measuring.forget()
     return found
 
 

@@ -142,9 +142,11 @@ class Reloaded:
 
     @cached_property
     def _asked(self) -> list[Any]:
+        from llmlite.evaluation.tasks import task_files
+
         context, asked = self.context, to_mapping(self.asked, defaults=True)
         context.source = find(context.recipe.model, weights=True)
-        files = [Path(name) for name in (*asked["tasks"], *([asked["text"]] if asked["text"] else [])) if Path(name).is_file()]
+        files = [*task_files(asked["tasks"]), *([Path(asked["text"])] if asked["text"] else [])]
         sums = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
         rows = "" if asked["text"] else context.evaluation_data.fingerprint()
         settings = {name: value for name, value in asked.items() if name != "each_step"}  # which models, not what of them
@@ -156,11 +158,11 @@ class Reloaded:
         """What was found of a model before a stop; None where it is still to be measured, or was measured otherwise."""
         if self.keep is None or damage(self.keep / name) is not None:
             return None
-        found: dict[str, Any] = json.loads((self.keep / name / "figures.json").read_text(encoding="utf-8"))
-        if found["key"] != self._key(checkpoint):
+        found: Any = json.loads((self.keep / name / "figures.json").read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or found.get("key") != self._key(checkpoint):
             return None
         log.info("%s was measured before", name)
-        return found
+        return dict(found)
 
     def _save(self, name: str, figures: dict[str, Any], checkpoint: Checkpoint | None = None) -> None:
         if self.keep is None:

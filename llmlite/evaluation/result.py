@@ -56,7 +56,8 @@ class Evaluation:
         """What `save` wrote into a folder; None where nothing was, or something else."""
         try:
             values = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
-            return cls(folder, values["about"], values["models"])
+            found = cls(folder, values["about"], values["models"])
+            return found if all(isinstance(one, dict) for one in (found.about, found.models["base"], found.models["this"])) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -128,9 +129,9 @@ class Evaluation:
 
         how = "\n".join(filter(None, (self.about["quality_on"], self.speed_on())))
         table = Table(title=f"{self.path}", title_justify="left", caption=how, caption_justify="left")
-        table.add_column("", no_wrap=True)
+        table.add_column("", no_wrap=len(self.models) < 5, overflow="fold")  # with more, words make room for figures
         for name in self.headings():
-            table.add_column(name, justify="right", no_wrap=len(self.models) < 3)
+            table.add_column(name, justify="right", no_wrap=len(self.models) < 3, overflow="fold")  # no digit is cut
         for name, cells in self.lines().items():
             table.add_row(name, *cells)
         return table

@@ -23,7 +23,10 @@ from llmlite.paths import path_problem
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["TaskResult", "check_tasks", "flips", "run_tasks"]
+__all__ = ["TaskResult", "check_tasks", "flips", "run_tasks", "task_files"]
+
+_LOCAL = frozenset({"csv", "json", "parquet", "text"})
+"""What `dataset_path` says of data that lies in files."""
 
 _MAIN = ("acc_norm,none", "acc,none", "exact_match,none", "exact_match,strict-match", "f1,none", "bleu,none", "word_perplexity,none", "perplexity,none")
 
@@ -51,15 +54,17 @@ def check_tasks(tasks: Sequence[str]) -> None:
     """Say now what would fail after the weights are loaded.
 
     Raises:
-        ConfigError: lm-eval is not installed, a YAML file is missing or names no task, nobody knows a task of that name, or both kinds are mixed.
+        ConfigError: lm-eval is not installed, a YAML file or its data is missing, it names no task, nobody knows a task of that name, or both kinds are mixed.
     """
     try:
         import lm_eval.tasks  # noqa: F401
     except ImportError:
         raise ConfigError("tasks", ["benchmark tasks need lm-eval: pip install 'llmlite[eval]'."]) from None
-    _named(tasks)
+    own, folders = _named(tasks)
+    if folders:
+        _require_own(tasks, own, folders)
     names = [task for task in tasks if not task.endswith((".yaml", ".yml"))]
-    known = set(_manager(()).all_tasks) if names else set()
+    known = set(_known_tasks().all_tasks) if names else set()
     unknown = [f"no task '{name}'." + (f" Did you mean '{guess}'?" if (guess := near(name, known)) else "") for name in names if name not in known]
     if unknown:
         raise ConfigError("tasks", [*unknown, "Give names that `lm-eval ls tasks` lists, or a task's YAML file."])
@@ -113,6 +118,40 @@ def _result(name: str, metrics: dict[str, Any], samples: list[dict[str, Any]]) -
     return TaskResult(name, metric, numbers[main], float(error) if isinstance(error, int | float) else None, correct)
 
 
+def task_files(tasks: Sequence[str]) -> list[Path]:
+    """The YAML files among tasks, and the files on this machine that they name: what their questions come from."""
+    own = [Path(task) for task in tasks if task.endswith((".yaml", ".yml")) and Path(task).is_file()]
+    return [*own, *(Path(text) for task in own for text in _texts(_yaml(task)) if not path_problem(text) and Path(text).is_file())]
+
+
+def _require_own(tasks: Sequence[str], names: Sequence[str], folders: Sequence[str]) -> None:
+    """Raise ConfigError for YAML files that lm-eval would not read, or of which it would read another of that name, and for data files that are not there."""
+    index, problems = _manager(tuple(dict.fromkeys(folders))).task_index, []
+    for task, name in zip(tasks, names, strict=True):
+        entry, content = index.get(name), _yaml(Path(task))
+        if entry is None or entry.yaml_path is None:
+            problems.append(f"lm-eval does not take {task} for a task. Its name should end in .yaml, and its content be as docs/evaluating.md shows.")
+        elif not entry.yaml_path.samefile(task):
+            problems.append(f"{task} and {entry.yaml_path} are both called '{name}', and lm-eval would read the second. Give one another 'task:' name.")
+        more = content.get("dataset_kwargs")
+        if content.get("dataset_path") in _LOCAL and isinstance(more, dict) and "data_dir" not in more:
+            gone = [text for text in _texts(more.get("data_files")) if not set("*?[:") & set(text) and not Path(text).is_file()]
+            problems += [f"{task}: no file {text}, which its data_files name." for text in gone]
+    if problems:
+        raise ConfigError("tasks", problems)
+
+
+def _yaml(path: Path) -> Any:
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+
+
+def _texts(value: Any) -> list[str]:
+    """All texts in what a YAML file gives, whatever holds them."""
+    if isinstance(value, dict | list):
+        return [text for inner in (value.values() if isinstance(value, dict) else value) for text in _texts(inner)]
+    return [value] if isinstance(value, str) and value else []
+
+
 def flips(base: TaskResult, other: TaskResult) -> float | None:
     """Share of questions whose correctness changed, in [0, 1]; None where answers are not right or wrong."""
     shared = base.correct.keys() & other.correct.keys()
@@ -150,9 +189,16 @@ def _named(tasks: Sequence[str]) -> tuple[list[str], list[str]]:
     return names, folders
 
 
-@functools.cache
 def _manager(folders: tuple[str, ...]) -> Any:
-    """lm-eval's index of tasks; making it reads thousands of files. Files of your own alone need no other."""
+    """lm-eval's index of tasks. Files of your own want no other, and may change between two calls."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=list(folders) or None, include_defaults=not folders)
+    return TaskManager(include_path=list(folders), include_defaults=False) if folders else _known_tasks()
+
+
+@functools.cache
+def _known_tasks() -> Any:
+    """Making it reads thousands of files."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()

@@ -100,6 +100,7 @@ def load_model(source: Source | Path, model: Model, device: torch.device, *, ten
         LoadError: the weights do not fit the config, or cannot be laid out as asked.
         ResourceError: they do not fit into memory.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from llmlite.evaluation.memory import out_of_memory
@@ -119,7 +120,7 @@ def load_model(source: Source | Path, model: Model, device: torch.device, *, ten
         options["attn_implementation"] = model.attn_implementation
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, MemoryError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, MemoryError, SafetensorError) as error:
         if out_of_memory(error):
             raise ResourceError(
                 f"model: '{folder}' does not fit into memory ({(str(error).strip().splitlines() or ['MemoryError'])[0][:120]}). Pruning and quantization "

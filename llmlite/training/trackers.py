@@ -20,6 +20,7 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from llmlite.config import shorten
 from llmlite.errors import RunError
+from llmlite.storage import write_text
 
 if TYPE_CHECKING:
     from llmlite.context import Run
@@ -94,5 +95,5 @@ def _mark(folder: Path) -> str:
     note = folder / "tracker.txt"
     if not note.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        note.write_text(secrets.token_hex(4), encoding="utf-8")
+        write_text(note, secrets.token_hex(4))
     return note.read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import io
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ import llmlite
 from llmlite.cli import main
 from llmlite.config import to_yaml
 from llmlite.context import Run
-from llmlite.errors import ConfigError, DataError, LoadError
+from llmlite.errors import ConfigError, DataError, LoadError, OutputError
 from llmlite.evaluating import Evaluate
 from llmlite.evaluation.reloaded import Reloaded
 from llmlite.evaluation.result import Evaluation
@@ -28,6 +29,7 @@ from llmlite.hub.card import model_card
 from llmlite.pipeline import _Pipeline
 from llmlite.pipeline import run as run_pipeline
 from llmlite.report import Report
+from llmlite.storage import locked, writing_folder
 from tests.conftest import save_sums_task
 
 QUICK: dict[str, Any] = {"batch_sizes": [1], "repeats": 2, "answers": 1}
@@ -202,6 +204,13 @@ def test_what_was_measured_otherwise_or_of_another_base_is_measured_anew(plain: 
     text.write_text("What was the question? It was the question of the answer. " * 20)
     assert measured(**{**QUICK, "text": str(text)}) == 2
     assert measured(**{**QUICK, "text": str(text)}) == 1
+    (tmp_path / "own").mkdir()
+    own = save_sums_task(tmp_path / "own" / "sums.yaml")
+    assert measured(**{**QUICK, "tasks": [str(own)]}) == 2
+    assert measured(**{**QUICK, "tasks": [str(own)]}) == 1
+    questions = own.with_suffix(".jsonl")
+    questions.write_text("".join(questions.read_text().splitlines(keepends=True)[1:]))
+    assert measured(**{**QUICK, "tasks": [str(own)]}) == 2
 
 
 @pytest.mark.usefixtures("_no_fresh_process")
@@ -254,6 +263,40 @@ def test_steps_that_are_not_there_are_named_before_anything_is_loaded(plain: Pat
         llmlite.evaluate(tmp_path / "out", each_step=True)
 
 
+def test_a_result_that_was_cut_is_named(plain: Path, model_folder: Path, tmp_path: Path) -> None:
+    out = copy_of(plain, tmp_path / "out")
+    shutil.copytree(out / "steps" / "02-prune.weights", tmp_path / "stock")
+    for weights in (out / "steps" / "02-prune.weights" / "model.safetensors", tmp_path / "stock" / "model.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(LoadError, match="02-prune.weights' cannot be loaded"):
+        llmlite.evaluate(out, **QUICK)
+    with pytest.raises(LoadError, match="stock' cannot be loaded"):
+        llmlite.evaluate(tmp_path / "stock", base=str(model_folder), **QUICK)
+
+
+def test_two_at_once_do_not_take_each_other_s_figures_away(plain: Path, tmp_path: Path) -> None:
+    out = copy_of(plain, tmp_path / "out")
+    with locked(out), pytest.raises(OutputError, match="another run is working in"):
+        llmlite.evaluate(out, each_step=True, **QUICK)
+    assert not (out / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"about": [], "models": 3}', '{"about": [], "models": {"base": {}, "this": {}}}', '{"about": {}, "models": {"base": {}}}']
+)
+def test_figures_that_were_damaged_count_as_none(content: str, tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text(content)
+    assert Evaluation.read(tmp_path) is None
+
+
+def test_kept_figures_of_another_make_are_measured_anew(plain: Path, tmp_path: Path) -> None:
+    out = copy_of(plain, tmp_path / "out")
+    for content in ("[]", "{}"):
+        with writing_folder(out / "steps" / "evaluation.work" / "base") as folder:
+            (folder / "figures.json").write_text(content)
+        assert llmlite.evaluate(out, each_step=True, **{**QUICK, "answers": 0}).models["base"]["perplexity"] > 1
+
+
 # The option ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -269,6 +312,7 @@ def test_steps_that_are_not_there_are_named_before_anything_is_loaded(plain: Pat
         ({"evaluate.tasks": "a,b", "evaluate.batch_sizes": "1,16"}, Evaluate(tasks=("a", "b"), batch_sizes=(1, 16))),
         ({"evaluate.batch_sizes": 2, "evaluate": True}, Evaluate(batch_sizes=(2,))),
         ({"evaluate": {"limit": 3}, "evaluate.each_step": False}, Evaluate(limit=3, each_step=False)),
+        ({"evaluate": False, "evaluate.limit": 3}, Evaluate(limit=3)),
     ],
 )
 def test_the_option_is_a_word_or_a_mapping_or_paths_to_its_options(given: dict[str, Any], asked: Evaluate | None) -> None:
@@ -278,6 +322,13 @@ def test_the_option_is_a_word_or_a_mapping_or_paths_to_its_options(given: dict[s
     assert recipe.identity() == llmlite.Recipe.from_options(("options", {"steps": ["quantize"]})).identity()
 
 
+def test_the_bare_word_switches_on_what_the_file_asks_for() -> None:
+    file = ("file", {"steps": ["quantize"], "evaluate": {"tasks": ["a"], "repeats": 2}})
+    assert llmlite.Recipe.from_options(file, ("flags", {"evaluate": True})).evaluate == Evaluate(tasks=("a",), repeats=2)
+    assert llmlite.Recipe.from_options(file, ("flags", {"evaluate": False})).evaluate is None
+    assert llmlite.Recipe.from_options(file, ("flags", {"evaluate": {}})).evaluate == Evaluate()
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -285,7 +336,11 @@ def test_the_option_is_a_word_or_a_mapping_or_paths_to_its_options(given: dict[s
         ({"evaluate": {"batch_sizes": [0]}}, "batch_sizes.0=0 should be at least 1"),
         ({"evaluate": {"batch_sizes": []}}, "batch_sizes"),
         ({"evaluate": {"repeats": "many"}}, "repeats='many' should be a whole number"),
-        ({"evaluate": "yes"}, "evaluate='yes' should be"),
+        ({"evaluate": "yes"}, "evaluate='yes' should be true, false or a mapping of its options. Measure"),
+        ({"evaluate": 3}, "evaluate=3 should be true, false or a mapping of its options. Measure"),
+        ({"evaluate": []}, "evaluate=[] should be true, false or a mapping of its options. Measure"),
+        ({"evaluate": 3, "evaluate.limit": 2}, "evaluate=3 should be true, false or a mapping of its options, evaluate.limit among them"),
+        ({"evaluate": {"repeats": 0}}, "repeats=0 should be at least 1. Of the speed measurement, after one that warms up. Measure"),
     ],
 )
 def test_its_mistakes_are_named(given: dict[str, Any], message: str) -> None:
@@ -319,6 +374,21 @@ def test_tasks_without_lm_eval_and_models_in_blocks_are_refused_before_anything_
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(ConfigError, match=r"pip install 'llmlite\[eval\]'"):
         recipe_of(model_folder, pairs_file, tmp_path / "out", PRUNED, evaluate={"tasks": [str(task)]}).check()
+
+
+def test_the_table_of_many_steps_cuts_no_figure_in_a_narrow_terminal() -> None:
+    from rich.console import Console
+
+    figures = {"bytes_on_disk": 616_000, "perplexity": 322.12, "kl": 0.0187, "top1_agreement": 0.944, "tokens": 9, "tasks": [], "answers": [], "latency": []}
+    models = {name: {**figures, "joules_per_1000_tokens": None} for name in ("base", *(f"0{n}-distill.whitebox" for n in range(1, 7)), "this")}
+    screen = io.StringIO()
+    console = Console(width=80, file=screen)
+    console.print(Evaluation(Path("out"), {"quality_on": "Quality."}, models).table())
+    told = screen.getvalue()
+    assert "\u2026" not in told
+    kl = told[told.index("KL") : told.index("top-1")]
+    assert "".join(kl.split()).count("0.018") == len(models)
+    assert kl.count("7") == len(models)
 
 
 @pytest.mark.usefixtures("_no_fresh_process")

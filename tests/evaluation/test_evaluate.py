@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,21 @@ def test_tasks_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
 def test_tasks_of_both_kinds_are_refused_before_anything_is_loaded(task: Path) -> None:
     with pytest.raises(ConfigError, match="go into two calls"):
         check_tasks([str(task), "hellaswag"])
+
+
+def test_a_task_of_one_s_own_that_lm_eval_would_read_otherwise_is_refused_at_once(tmp_path: Path) -> None:
+    task = save_sums_task(tmp_path / "sums.yaml")
+    check_tasks([str(task)])
+    shutil.copy(task, tmp_path / "a_copy.yaml")
+    with pytest.raises(ConfigError, match=r"sums.yaml and .*a_copy.yaml are both called 'tiny_sums', and lm-eval would read the second"):
+        check_tasks([str(task)])
+    (tmp_path / "a_copy.yaml").unlink()
+    check_tasks([str(task)])
+    task.with_suffix(".jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"sums.yaml: no file .*sums.jsonl, which its data_files name"):
+        check_tasks([str(task)])
+    with pytest.raises(ConfigError, match=r"lm-eval does not take .*sums.yml for a task. Its name should end in .yaml"):
+        check_tasks([str(task.rename(tmp_path / "sums.yml"))])
 
 
 @pytest.mark.parametrize(
