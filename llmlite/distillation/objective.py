@@ -222,6 +222,7 @@ class Distillation(TokenLoss):
         shared = logits_RV.shape[-1] if top_k else min(logits_RV.shape[-1], signal[0].shape[-1])
         if logp_RV is None or self.temperature != 1.0 or shared < logits_RV.shape[-1]:
             logp_RV = self._log_softmax(logits_RV, shared)
+        result: tuple[Tensor, Tensor] | None
         if isinstance(self.teacher, TopKTeacher):
             result = gradients.top_k_forward_kl_gradient(logp_RV, signal[0], signal[1], self.teacher.tail, out_NV=logits_RV)
         else:
