@@ -298,7 +298,7 @@ def test_tokens_count_by_their_sensitivity_where_asked_for(method: str, monkeypa
     assert not torch.equal(equal, weighted)
     assert (weighted == 0).float().mean() == pytest.approx(0.5, abs=0.01)
 
-    def ones(model: Any, batches: Any, places: Any, seed: int) -> list[dict[str, torch.Tensor]]:
+    def ones(model: Any, batches: Any, places: Any, seed: int, state: Any = None) -> list[dict[str, torch.Tensor]]:
         return [{linear.name: torch.ones(batches[place]["input_ids"].numel()) for linear in ModelView(model).linears()} for place in places]
 
     monkeypatch.setattr("llmlite.calibration.sensitivity.quick_sensitivity", ones)
