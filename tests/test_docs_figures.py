@@ -87,6 +87,11 @@ def distillation() -> list[str]:
         "ce+total_variation": "CE + total variation",
         "ce+logit_mse": "CE + 0.01 logit MSE",
         "ce+forward_kl+hidden": "CE + forward KL + 0.1 hidden-state MSE",
+        "ce+uld": "CE + ULD",
+        "ce+forward_kl+hidden cosine": "CE + forward KL + 0.1 hidden-state cosine",
+        "ce+forward_kl+attention": "CE + forward KL + 0.1 attention maps",
+        "ce+forward_kl, top 64": "CE + forward KL of the cached top 64",
+        "ce+forward_kl, half on policy": "CE + forward KL, half of the batches on policy",
     }
     timed = sorted(results("distillation_time")["rows"], key=lambda one: (one.get("seed", -1), one["loss"]))
     return [
