@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llmlite.calibration.kept import digest_of, made_once
-from llmlite.models.quick import quick_dtype, quickened
+from llmlite.models.quick import quick_dtype_of, quickened
 from llmlite.models.view import LinearView, ModelView
 from llmlite.processes import places_of, rank_and_processes, sum_over_processes
 from llmlite.training.backbone import hidden_and_head
@@ -97,7 +97,7 @@ def quick_sensitivity(model: nn.Module, batches: Sequence[Batch], places: Sequen
         state: a folder of this process; each batch's sensitivities are kept there (`sensitivity-000` and so on), and a pass that was stopped goes on behind
             those that are complete. The model has to be the same one.
     """
-    first = next(model.parameters())
+    device, dtype = next(model.parameters()).device, quick_dtype_of(model)
     copies: list[nn.Module] = []
 
     def make(place: int) -> dict[str, Tensor]:
@@ -108,8 +108,8 @@ def quick_sensitivity(model: nn.Module, batches: Sequence[Batch], places: Sequen
     found = []
     for place in places:
         folder = None if state is None else state / f"sensitivity-{place:03d}"
-        made_of = digest_of("sensitivity", batches[place], seed, quick_dtype(first.device, first.dtype))
-        found.append(made_once(folder, made_of, partial(make, place), first.device))
+        made_of = digest_of("sensitivity", batches[place], seed, dtype)
+        found.append(made_once(folder, made_of, partial(make, place), device))
     return found
 
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-__all__ = ["quick_copy", "quick_dtype", "quickened", "slow_here"]
+__all__ = ["quick_copy", "quick_dtype", "quick_dtype_of", "quickened", "slow_here"]
 
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
 
@@ -20,6 +20,12 @@ def quick_dtype(device: torch.device, own: torch.dtype) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else own
     return torch.bfloat16 if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else own
+
+
+def quick_dtype_of(model: nn.Module) -> torch.dtype:
+    """`quick_dtype` for a model where it lies and as it is."""
+    first = next(model.parameters())
+    return quick_dtype(first.device, first.dtype)
 
 
 def slow_here(device: torch.device, dtype: torch.dtype | None, form: str) -> str:
@@ -61,6 +67,5 @@ def quick_copy(model: AnyModel, dtype: torch.dtype, without: Collection[nn.Modul
 
 def quickened(model: AnyModel) -> AnyModel:
     """The model itself where its type is the quickest, else a quick copy."""
-    first = next(model.parameters())
-    dtype = quick_dtype(first.device, first.dtype)
-    return model if dtype == first.dtype else quick_copy(model, dtype)
+    dtype = quick_dtype_of(model)
+    return model if dtype == next(model.parameters()).dtype else quick_copy(model, dtype)

@@ -31,7 +31,7 @@ from llmlite.calibration.sensitivity import quick_sensitivity
 from llmlite.calibration.walk import Walk, walk_blocks
 from llmlite.models.blockwise import is_blockwise, shelf_of
 from llmlite.models.device_map import is_offloaded
-from llmlite.models.quick import quick_dtype
+from llmlite.models.quick import quick_dtype_of
 from llmlite.models.view import BlockView, LinearView, ModelView
 from llmlite.processes import rank_and_processes
 from llmlite.quantization.nf4 import DoubleScales, Grid, calibrated_codes, dequantize, grid_of, output_error
@@ -167,8 +167,7 @@ def _set_aside_blocks(state: Path, codes: Path) -> None:
 
 def _dense_hidden(model: nn.Module, batches: Sequence[Batch], state: Path | None) -> list[Tensor]:
     """What the dense model says, for tuning to aim at: taken before the walk overwrites its weights, in the type that tuning computes in, on the CPU."""
-    first = next(model.parameters())
-    dtype = quick_dtype(first.device, first.dtype)
+    dtype = quick_dtype_of(model)
 
     def make(batch: Batch) -> dict[str, Tensor]:
         return {"hidden": next(last_hidden(model, [batch])).to("cpu", dtype)}

@@ -258,6 +258,17 @@ def test_nvidia_ml_py_reads_millijoules_of_the_gpu_that_torch_computes_on_by_its
     assert driver.asked == [f"GPU-{TWO}", f"GPU-{ONE}"]
 
 
+def require_next_source(rapl: Path, said: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Want a GPU that cannot be read to make energy unknown, or estimated where that is asked for."""
+    with measured_energy("cuda", rapl=rapl) as energy:
+        pass
+    assert (energy.joules, energy.kind) == (None, "not available")
+    assert f"no energy counter of the GPU: {said}" in caplog.messages
+    with measured_energy("cuda", rapl=rapl, estimate=True) as energy:
+        sum(range(10**5))
+    assert (energy.source, energy.kind) == ("codecarbon", "estimated")
+
+
 @pytest.mark.parametrize(
     ("visible", "refuses", "said"),
     [
@@ -272,13 +283,7 @@ def test_a_gpu_that_nvidia_ml_py_cannot_read_ends_in_the_next_source(
     caplog.set_level("INFO")
     nvml(visible, {f"GPU-{ONE}": 5_000}, refuses)
     counter(tmp_path, "intel-rapl:0", 0)
-    with measured_energy("cuda", rapl=tmp_path) as energy:
-        pass
-    assert (energy.joules, energy.kind) == (None, "not available")
-    assert f"no energy counter of the GPU: {said}" in caplog.messages
-    with measured_energy("cuda", rapl=tmp_path, estimate=True) as energy:
-        sum(range(10**5))
-    assert (energy.source, energy.kind) == ("codecarbon", "estimated")
+    require_next_source(tmp_path, said, caplog)
 
 
 def test_a_gpu_that_is_lost_in_the_middle_leaves_nothing_half_counted(nvml: Callable[..., Driver], tmp_path: Path) -> None:
@@ -296,13 +301,7 @@ def test_without_a_driver_nvidia_ml_py_says_so_and_the_next_source_is_asked(tmp_
     except pynvml.NVMLError as error:
         missing = str(error)
     caplog.set_level("INFO")
-    with measured_energy("cuda", rapl=tmp_path) as energy:
-        pass
-    assert (energy.joules, energy.kind) == (None, "not available")
-    assert f"no energy counter of the GPU: {missing}" in caplog.messages
-    with measured_energy("cuda", rapl=tmp_path, estimate=True) as energy:
-        sum(range(10**5))
-    assert (energy.source, energy.kind) == ("codecarbon", "estimated")
+    require_next_source(tmp_path, missing, caplog)
 
 
 def test_the_card_adds_up_neither_kinds_nor_steps_of_which_one_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,17 +16,22 @@ from tests.pipeline.split_training import require_equal_weights, require_halves,
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo over loopback as CI has it")
 
-RECIPE = """
+FINETUNED = """
 model: {model}
 data: {{train: {pairs}, max_length: 64, evaluation_rows: 4}}
 steps:
   - {{step: finetune, max_steps: 3, save_steps: 2, per_device_train_batch_size: {batch}, learning_rate: 0.005}}
+"""
+RECIPE = (
+    FINETUNED
+    + """\
   - {{step: distill.whitebox, cache: none, max_steps: 2, per_device_train_batch_size: {batch}, learning_rate: 0.005}}
   - {{step: quantize, scheme: nf4, calibrate: false, report_sequences: 0}}
   - {{step: lora, r: 4, max_steps: 2, per_device_train_batch_size: {batch}, init_lora_weights: default}}
   - {{step: merge}}
   - {{step: lora, r: 4, max_steps: 2, per_device_train_batch_size: {batch}, gradient_accumulation_steps: 2, learning_rate: 0.005}}
 """
+)
 FSDP2 = {
     "ACCELERATE_USE_CPU": "1",
     "ACCELERATE_USE_FSDP": "true",

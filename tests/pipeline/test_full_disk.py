@@ -16,16 +16,9 @@ from llmlite.recipe import Recipe
 from llmlite.storage import damage
 from tests.conftest import save_tiny
 from tests.pipeline.split_training import require_equal_weights
-from tests.pipeline.test_fsdp2 import FSDP2
+from tests.pipeline.test_fsdp2 import FINETUNED, FSDP2
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo over loopback as CI has it")
-
-RECIPE = """
-model: {model}
-data: {{train: {pairs}, max_length: 64, evaluation_rows: 4}}
-steps:
-  - {{step: finetune, max_steps: 3, save_steps: 2, per_device_train_batch_size: {batch}, learning_rate: 0.005}}
-"""
 
 
 @pytest.fixture
@@ -75,7 +68,7 @@ def require_continued(folder: Path, out: Path, recipe: Path, monkeypatch: pytest
 def written(folder: Path, pairs: Path) -> Path:
     model = save_tiny(folder / "tied", tie_word_embeddings=True)
     for name, batch in (("one", 4), ("two", 2)):
-        (folder / f"{name}.yaml").write_text(RECIPE.format(model=model, pairs=pairs, batch=batch), encoding="utf-8")
+        (folder / f"{name}.yaml").write_text(FINETUNED.format(model=model, pairs=pairs, batch=batch), encoding="utf-8")
     return folder / "two.yaml"
 
 
