@@ -1,4 +1,4 @@
-"""Every recipe, and every step that no recipe has, under `accelerate launch` (and two under `torchrun`) on two CPU processes over gloo.
+"""Every recipe, and every step that no recipe has, under `accelerate launch` (recipes under `torchrun` too) on two CPU processes over gloo.
 
 Recipes and steps are found, not listed: a new one is covered at once, with its defaults. What two processes make is what one makes with the same global batch.
 All of that is slow. The quick suite has two recipes in one launch, which imports once for all.
@@ -145,7 +145,7 @@ def test_two_recipes_on_two_processes_leave_what_they_leave_on_one(model_folder:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("module", "launcher"), [*((module, "accelerate") for module in MODULES), ("lora", "torchrun"), ("prune_unstructured", "torchrun")])
+@pytest.mark.parametrize(("module", "launcher"), [(module, launcher) for launcher in ("accelerate", "torchrun") for module in MODULES])
 def test_a_recipe_on_two_processes_leaves_what_it_leaves_on_one(
     module: str, launcher: str, model_folder: Path, pairs_file: Path, teacher: FakeApi, tmp_path: Path
 ) -> None:
