@@ -3,7 +3,7 @@
     python benchmarks/distillation_cache.py
     python benchmarks/distillation_cache.py --threads 2 --repeats 7 --kinds live hidden top_k-32
 
-A step is all of it: the teacher's signal, forward and backward of the student, AdamW. The student is the teacher with a fifth of its layers gone. Steps of all
+A step is all of it, as the recipe distill_whitebox makes it: the teacher's signal, forward and backward of the student, twice, then AdamW. The student is the teacher with a fifth of its layers gone. Steps of all
 kinds alternate in one process on the same batches, and the figure is the ratio of medians to the live step, on the clock and of the processor. The error of a
 kind is that of the gradient which enters the student's body from the loss (0.5 CE + 0.5 forward KL, and the KL alone), relative to the live teacher's.
 The cache is made in a temporary folder; how long the teacher took to fill it is given in live steps for the same tokens.
@@ -67,11 +67,11 @@ def batches_of(run: Run, rows: int, count: int) -> list[tuple[dict[str, Any], Te
     return found
 
 
-def train_step(student: Any, optimizer: torch.optim.Optimizer, teacher: Any, batch: tuple[dict[str, Any], Tensor]) -> None:
-    inputs, labels_N = batch
-    hidden_BTD, head, transform = hidden_and_head(student, {name: value for name, value in inputs.items() if name != "rows"})
-    loss = Distillation(teacher.signal(inputs, labels_N), labels_N)
-    chunked_head_loss(hidden_BTD.flatten(0, 1), head, loss, keep_N=labels_N != IGNORE_INDEX, transform=transform).loss.backward()
+def train_step(student: Any, optimizer: torch.optim.Optimizer, teacher: Any, batches: list[tuple[dict[str, Any], Tensor]]) -> None:
+    for inputs, labels_N in batches:
+        hidden_BTD, head, transform = hidden_and_head(student, {name: value for name, value in inputs.items() if name != "rows"})
+        loss = Distillation(teacher.signal(inputs, labels_N), labels_N)
+        chunked_head_loss(hidden_BTD.flatten(0, 1), head, loss, keep_N=labels_N != IGNORE_INDEX, transform=transform).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6, help="layers that the student lacks")
     parser.add_argument("--kinds", nargs="+", default=["hidden", "top_k-32", "top_k-64", "top_k-128"])
     parser.add_argument("--rows", type=int, default=1, help="rows in a batch")
+    parser.add_argument("--accumulate", type=int, default=2, help="batches in a step, as gradient_accumulation_steps of the recipe")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--examples", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=5)
@@ -127,27 +128,27 @@ def main() -> None:
             rows[name] = {"kind": name, "bytes_per_token": cache.bytes_per_token, "fill_cpu_seconds": time.process_time() - started}
             teachers[name] = cache.read(run.device)
         student = student_of(model, args.layers)
-        batches = batches_of(run, args.rows, args.repeats + 1)
+        batches = batches_of(run, args.rows, args.accumulate * (args.repeats + 1))
         for ce_weight, what in ((0.5, "gradient_error"), (0.0, "gradient_error_kl_alone")):
             for name, error in errors(student, teachers, batches[:2], ce_weight).items():
                 rows[name][what] = error
         print("caches filled, gradients compared", flush=True)
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in teachers}
-        for index, batch in enumerate(batches):
+        for first in range(0, len(batches), args.accumulate):
             for name, teacher in teachers.items():
                 clock, processor = time.perf_counter(), time.process_time()
-                train_step(student, optimizer, teacher, batch)
-                if index:  # the first round warms up
+                train_step(student, optimizer, teacher, batches[first : first + args.accumulate])
+                if first:  # the first round warms up
                     times[name].append((time.perf_counter() - clock, time.process_time() - processor))
     clock, processor = ({name: statistics.median(both[i] for both in taken) for name, taken in times.items()} for i in (0, 1))
-    live_steps = len(data.dataset) / args.rows
+    live_steps = len(data.dataset) / args.rows / args.accumulate
     for name, row in rows.items():
         row |= {"time": round(clock[name] / clock["live"], 3), "cpu_time": round(processor[name] / processor["live"], 3)}
         if "fill_cpu_seconds" in row:
             row["fill_in_live_steps"] = round(row.pop("fill_cpu_seconds") / live_steps / processor["live"], 3)  # type: ignore[operator]
     trained = sum(int((labels_N != IGNORE_INDEX).sum()) for _, labels_N in batches) / sum(len(labels_N) for _, labels_N in batches)
-    print(f"{args.rows} x {args.max_length} tokens a step, {trained:.0%} of them trained, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
+    print(f"{args.accumulate} x {args.rows} x {args.max_length} tokens a step, {trained:.0%} of them trained, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
     print(f"{'teacher':12} {'step':>6} {'cpu':>6} {'bytes/token':>12} {'grad. error':>12} {'KL alone':>9} {'filling':>8}")
     for name, row in rows.items():
         filling = f"{row['fill_in_live_steps']:.2f}" if "fill_in_live_steps" in row else ""

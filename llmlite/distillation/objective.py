@@ -6,6 +6,8 @@
 a time: `HiddenTeacher` applies the teacher's head to its hidden states, so that its full logits never exist either; `LogitsTeacher` and
 `TopKTeacher` read what is there already (a cache, an API).
 
+Logit MSE alone needs no logits at all (`llmlite.distillation.logit_products`).
+
 Gradients are written out (`llmlite.distillation.gradients`); that of ULD, which sorts, and those of logits that are not finite are left to autograd within a
 block of rows.
 
@@ -23,10 +25,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from llmlite.distillation import gradients, losses
+from llmlite.distillation.logit_products import LogitProducts, pays
 from llmlite.distillation.uld import universal_logit_distance
 from llmlite.errors import ConfigError
-from llmlite.training.chunked import head_logits
-from llmlite.training.token_loss import LogitTransform, TokenLoss
+from llmlite.training.chunked import as_weight_and_bias, head_logits
+from llmlite.training.token_loss import CrossEntropy, LogitTransform, PlainHead, TokenLoss, WithoutLogits
 
 __all__ = ["DIVERGENCES", "Distillation", "HiddenTeacher", "LogitsTeacher", "TeacherSignal", "TopKTeacher"]
 
@@ -92,6 +95,12 @@ class HiddenTeacher:
         if out_CV is None:
             self._buffer_CV = logits_CV
         return (logits_CV.to(device),)
+
+    def plain(self, rows_K: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Hidden states of some tokens, (K, D), and the weight (V, D) of a head that is a product with it and nothing else, `None` for other heads."""
+        hidden_KD = self.hidden_ND[_places(rows_K, self.where_N).to(self.hidden_ND.device)]
+        weight_VD, bias_V = as_weight_and_bias(self.head, self.head_bias_V) or (None, None)
+        return hidden_KD, weight_VD if bias_V is None and (self.transform or LogitTransform()) == LogitTransform() else None
 
 
 class LogitsTeacher:
@@ -181,6 +190,26 @@ class Distillation(TokenLoss):
             self.distance(two_12, *args)
         except TypeError as error:
             raise ConfigError("distillation", [f"{self.divergence} does not take these options: {error}."]) from None
+
+    def without_logits(self, head: PlainHead) -> WithoutLogits | None:
+        """Logit MSE to a teacher with a plain head of the same hidden size, when the batch is large enough for it to be quicker."""
+        if self.divergence != "logit_mse" or self.options.get("centred") or not isinstance(self.teacher, HiddenTeacher):
+            return None
+        teacher_ND, teacher_VD = self.teacher.plain(head.rows_K)
+        if teacher_VD is None or teacher_VD.shape[1] != head.weight_VD.shape[1] or not pays(*head.hidden_KD.shape):
+            return None
+        if (teacher_VD.dtype, teacher_VD.device) != (head.weight_VD.dtype, head.weight_VD.device):
+            return None
+        teacher_ND = teacher_ND.to(teacher_VD.device, teacher_VD.dtype)
+        products = LogitProducts(head.weight_VD, teacher_VD)
+        values_K, grad_KD = products.mse_and_gradient(head.hidden_KD, teacher_ND)
+        return WithoutLogits(
+            name=self.divergence,
+            values_K=values_K,
+            grad_hidden_KD=grad_KD.mul_(self.kd_weight),
+            add_weight_gradient_=partial(products.add_weight_gradient_, head.hidden_KD, teacher_ND, self.kd_weight),
+            rest=None if self.labels_N is None else CrossEntropy(self.labels_N, self.ce_weight),
+        )
 
     def prepare(self, rows_C: Tensor, device: torch.device) -> tuple[Tensor, ...]:
         """The teacher's signal, and the labels if there are any."""

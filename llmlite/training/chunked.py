@@ -5,7 +5,8 @@
 
 A full `(tokens, vocabulary)` tensor costs 400 MB at 2,048 tokens and a vocabulary of 49,152, and autograd keeps several. Here two sizes
 rule instead: `chunk_tokens` rows go through the matrix products, and of those a handful at a time (as many as fit a CPU cache; all of
-them on a GPU) through the element-wise mathematics. Nothing is recomputed, which is what makes it faster than checkpointing.
+them on a GPU) through the element-wise mathematics. Nothing is recomputed, which is what makes it faster than checkpointing. A loss may take a part
+of itself out of the loop when that part needs no logits at all (`TokenLoss.without_logits`).
 
 What is computed per token is a `TokenLoss`: cross entropy, or the distillation losses in `llmlite.distillation.objective`.
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,9 +30,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from llmlite.errors import ConfigError
-from llmlite.training.token_loss import LogitTransform, TokenLoss
+from llmlite.training.token_loss import LogitTransform, PlainHead, TokenLoss, WithoutLogits
 
-__all__ = ["CHUNK_ELEMENTS", "HeadLoss", "chunked_head_loss", "head_logits"]
+__all__ = ["CHUNK_ELEMENTS", "HeadLoss", "as_weight_and_bias", "chunked_head_loss", "head_logits"]
 
 CHUNK_ELEMENTS = 24 * 2**20
 """Logits of a chunk: 100 MB of float32."""
@@ -91,7 +92,7 @@ def chunked_head_loss(
         ConfigError: shapes that do not fit together, or `chunk_tokens` below 1.
     """
     _check(hidden_ND, head, head_bias_V, keep_N, chunk_tokens)
-    linear = _as_weight_and_bias(head, head_bias_V)
+    linear = as_weight_and_bias(head, head_bias_V)
     if chunk_tokens is None:
         chunk_tokens = _fitting_chunk(len(linear[0]) if linear is not None else getattr(head, "out_features", hidden_ND.shape[-1]))
     rows_K = torch.arange(len(hidden_ND), device=hidden_ND.device)
@@ -130,7 +131,7 @@ def head_logits(
     hidden_ND: Tensor, head: nn.Module | Tensor, head_bias_V: Tensor | None = None, transform: LogitTransform | None = None, out: Tensor | None = None
 ) -> Tensor:
     """Logits of a few tokens without a gradient, (N, D) to (N, V); `out` is a buffer to write them to when the head is a plain linear map."""
-    linear = _as_weight_and_bias(head, head_bias_V)
+    linear = as_weight_and_bias(head, head_bias_V)
     transform = transform or LogitTransform()
     if linear is None:
         assert isinstance(head, nn.Module)
@@ -165,7 +166,7 @@ def _fitting_chunk(vocabulary: int) -> int:
     return max(64, min(2048, CHUNK_ELEMENTS // max(vocabulary, 1) // 64 * 64))
 
 
-def _as_weight_and_bias(head: nn.Module | Tensor, bias_V: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+def as_weight_and_bias(head: nn.Module | Tensor, bias_V: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a head that is nothing but `x @ W.T + b`, else `None`: then only calling it is right."""
     if isinstance(head, Tensor):
         return head, bias_V
@@ -222,6 +223,34 @@ class _Job:
 
     def run(self, hidden_KD: Tensor, *parameters: Tensor | None, needs: tuple[bool, ...]) -> tuple[Tensor, list[Tensor | None]]:
         """Values of all tokens, (P, K), and the unscaled gradients of hidden states and parameters."""
+        part = self._without_logits(hidden_KD, *parameters)
+        if part is None:
+            return self._through_logits(hidden_KD, *parameters, needs=needs)
+        if part.rest is None:
+            tensors = (hidden_KD, *parameters)
+            grad_hidden_KD, *grads = (torch.zeros_like(x) if x is not None and need else None for x, need in zip(tensors, needs, strict=True))
+            values_PK = part.values_K[None]
+        else:
+            rest = replace(self, loss=part.rest)
+            values_PK, (grad_hidden_KD, *grads) = rest._through_logits(hidden_KD, *parameters, needs=needs)
+            found = dict(zip(part.rest.names, values_PK, strict=True)) | {part.name: part.values_K}
+            values_PK = torch.stack([found[name] for name in self.loss.names])
+        if grad_hidden_KD is not None:
+            grad_hidden_KD += part.grad_hidden_KD
+        if grads and grads[0] is not None:
+            part.add_weight_gradient_(grads[0])
+        return values_PK, [grad_hidden_KD, *grads]
+
+    def _without_logits(self, hidden_KD: Tensor, *parameters: Tensor | None) -> WithoutLogits | None:
+        """See `TokenLoss.without_logits`; never where products run in another dtype than the weights', or logits are more than a product."""
+        weight_VD, bias_V = (None, None) if self.module is not None else parameters
+        if weight_VD is None or bias_V is not None or self.transform != LogitTransform():
+            return None
+        if weight_VD.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(weight_VD.device.type):
+            return None
+        return self.loss.without_logits(PlainHead(hidden_KD.detach().to(weight_VD.dtype), weight_VD.detach(), self.rows))
+
+    def _through_logits(self, hidden_KD: Tensor, *parameters: Tensor | None, needs: tuple[bool, ...]) -> tuple[Tensor, list[Tensor | None]]:
         head: _LinearHead | _ModuleHead
         if self.module is None:
             assert parameters[0] is not None

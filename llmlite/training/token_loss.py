@@ -8,13 +8,14 @@ Shapes: B sequences, T positions, N = B * T tokens, C tokens of one chunk, R row
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-__all__ = ["IGNORE_INDEX", "CrossEntropy", "LogitTransform", "TokenLoss", "next_token_labels"]
+__all__ = ["IGNORE_INDEX", "CrossEntropy", "LogitTransform", "PlainHead", "TokenLoss", "WithoutLogits", "next_token_labels"]
 
 IGNORE_INDEX = -100
 """The label of a token that does not count, as in transformers and `torch.nn.functional.cross_entropy`."""
@@ -56,6 +57,40 @@ class LogitTransform:
         return grad if self.scale == 1.0 else grad.mul_(self.scale)
 
 
+@dataclass(frozen=True)
+class PlainHead:
+    """An LM head that is nothing but `hidden @ W.T`, and the hidden states that enter it.
+
+    Attributes:
+        hidden_KD: of the tokens that count, (K, D), in the weight's dtype.
+        weight_VD: the weight, (V, D).
+        rows_K: their places among the N tokens of the batch, int64.
+    """
+
+    hidden_KD: Tensor
+    weight_VD: Tensor
+    rows_K: Tensor
+
+
+@dataclass(frozen=True)
+class WithoutLogits:
+    """One of a loss's parts, computed from hidden states and heads alone.
+
+    Attributes:
+        name: which part.
+        values_K: the part for each token, unweighted, (K,).
+        grad_hidden_KD: gradient of the weighted part's sum by the hidden states, (K, D).
+        add_weight_gradient_: adds its gradient by the head's weight to a tensor (V, D).
+        rest: the loss of the other parts, for which logits are needed; `None` if that was all.
+    """
+
+    name: str
+    values_K: Tensor
+    grad_hidden_KD: Tensor
+    add_weight_gradient_: Callable[[Tensor], None]
+    rest: TokenLoss | None
+
+
 class TokenLoss(ABC):
     """One or more losses per token as a function of the student's logits. Their weighted sum is what is minimised.
 
@@ -65,6 +100,10 @@ class TokenLoss(ABC):
 
     names: tuple[str, ...]
     weights: tuple[float, ...]
+
+    def without_logits(self, head: PlainHead) -> WithoutLogits | None:
+        """The part that needs no logits where the head is plain, if there is one and it is worth it; asked once for a batch, before everything else."""
+        return None
 
     @abstractmethod
     def prepare(self, rows_C: Tensor, device: torch.device) -> tuple[Tensor, ...]:

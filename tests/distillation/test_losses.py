@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llmlite.distillation import gradients, losses
+from llmlite.distillation import gradients, logit_products, losses
 from llmlite.distillation.hidden import attention_transfer, hidden_cosine, hidden_mse
 from llmlite.distillation.objective import DIVERGENCES, Distillation, HiddenTeacher, LogitsTeacher, TopKTeacher
 from llmlite.errors import ConfigError
@@ -389,6 +389,76 @@ def test_neither_student_nor_teacher_ever_has_full_logits(name):
     with Largest() as largest:
         chunked_head_loss(hidden_ND, weight_VD, objective, chunk_tokens=16).loss.backward()
     assert largest.elements == 16 * vocabulary
+
+
+@pytest.mark.parametrize("with_labels", [True, False], ids=["ce", "alone"])
+@pytest.mark.parametrize("trains", ["everything", "hidden states", "head"])
+@pytest.mark.parametrize("teacher_vocabulary", [V, V - 6, V + 6, None], ids=["same size", "smaller", "larger", "same head"])
+def test_logit_mse_of_plain_heads_needs_no_logits(teacher_vocabulary, trains, with_labels, monkeypatch):
+    monkeypatch.setattr(logit_products, "_ROWS", 7)
+    generator = torch.Generator().manual_seed(5)
+    hidden_ND, weight_VD = torch.randn(N, D, generator=generator), torch.randn(V, D, generator=generator)
+    teacher_ND = torch.randn(N, D, generator=generator)
+    head_VD = weight_VD if teacher_vocabulary is None else torch.randn(teacher_vocabulary, D, generator=generator)
+    labels_N, keep_N = torch.randint(0, V, (N,), generator=generator), torch.arange(N) % 4 != 1
+    leaves = [tensor.requires_grad_() for tensor, what in ((hidden_ND, "head"), (weight_VD, "hidden states")) if trains != what]
+
+    logits_NV = (hidden_ND @ weight_VD.T)[keep_N]
+    kd_N = losses.logit_mse(logits_NV, (teacher_ND @ head_VD.detach().T)[keep_N])
+    full = 0.7 * kd_N.sum() / 11 + (0.3 * F.cross_entropy(logits_NV, labels_N[keep_N], reduction="sum") / 11 if with_labels else 0)
+    expected = torch.autograd.grad(full, leaves)
+
+    teacher = HiddenTeacher(teacher_ND, head_VD)
+    objective = Distillation(teacher, labels_N if with_labels else None, divergence="logit_mse", ce_weight=0.3, kd_weight=0.7)
+    monkeypatch.setattr(teacher, "signal", lambda *_: pytest.fail("the teacher's logits were asked for"))
+    with Largest() as largest:
+        result = chunked_head_loss(hidden_ND, weight_VD, objective, keep_N=keep_N, num_items_in_batch=11, chunk_tokens=6, return_per_token=True)
+        gradients_ = torch.autograd.grad(result.loss, leaves)
+    assert largest.elements == (V if teacher_vocabulary is None else max(V, teacher_vocabulary)) * D  # a head; a chunk of logits has 6 V
+    torch.testing.assert_close(result.loss, full.detach())
+    assert result.per_token is not None
+    torch.testing.assert_close(result.per_token["logit_mse"][keep_N], kd_N.detach())
+    for ours, theirs in zip(gradients_, expected, strict=True):
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+    with torch.no_grad():
+        torch.testing.assert_close(chunked_head_loss(hidden_ND, weight_VD, objective, keep_N=keep_N, num_items_in_batch=11).loss, full.detach())
+
+
+def test_logit_mse_without_logits_is_exact_for_a_student_close_to_its_teacher():
+    generator = torch.Generator().manual_seed(6)
+    teacher_ND, head_VD = torch.randn(N, D, generator=generator), torch.randn(V, D, generator=generator)
+    hidden_ND = (teacher_ND + 1e-4 * torch.randn(N, D, generator=generator)).requires_grad_()
+    weight_VD = (head_VD + 1e-4 * torch.randn(V, D, generator=generator)).requires_grad_()
+    ours = torch.autograd.grad(
+        chunked_head_loss(hidden_ND, weight_VD, Distillation(HiddenTeacher(teacher_ND, head_VD), divergence="logit_mse", kd_weight=1.0)).loss,
+        [hidden_ND, weight_VD],
+    )
+    exact_ND, exact_VD = (tensor.detach().double().requires_grad_() for tensor in (hidden_ND, weight_VD))
+    exact = losses.logit_mse(exact_ND @ exact_VD.T, teacher_ND.double() @ head_VD.double().T).mean()
+    for mine, theirs in zip(ours, torch.autograd.grad(exact, [exact_ND, exact_VD]), strict=True):
+        assert (mine - theirs).norm() < 1e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize("what", ["few tokens", "centred", "bias", "softcap", "teacher's softcap", "bfloat16", "autocast", "narrower", "module"])
+def test_logit_mse_goes_through_logits_where_products_of_heads_would_not_do(what):
+    tokens = D if what == "few tokens" else N
+    hidden_ND, weight_VD = torch.randn(tokens, D), torch.randn(V, D)
+    teacher = HiddenTeacher(
+        torch.randn(tokens, E if what == "narrower" else D),
+        nn.Sequential(nn.Linear(D, V, bias=False)) if what == "module" else torch.randn(V, E if what == "narrower" else D),
+        head_bias_V=torch.randn(V) if what == "bias" else None,
+        transform=LogitTransform(softcap=3.0) if what == "teacher's softcap" else None,
+    )
+    asked = []
+    signal = teacher.signal
+    teacher.signal = lambda *args: asked.append(1) or signal(*args)  # type: ignore[method-assign]
+    if what == "bfloat16":
+        hidden_ND, weight_VD = hidden_ND.bfloat16(), weight_VD.bfloat16()
+    objective = Distillation(teacher, divergence="logit_mse", kd_weight=1.0, **({"centred": True} if what == "centred" else {}))
+    transform = LogitTransform(softcap=3.0) if what == "softcap" else None
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=what == "autocast"):
+        chunked_head_loss(hidden_ND.requires_grad_(), weight_VD, objective, transform=transform).loss.backward()
+    assert asked
 
 
 # hidden states and attention
