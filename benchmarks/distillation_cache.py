@@ -3,7 +3,8 @@
     python benchmarks/distillation_cache.py
     python benchmarks/distillation_cache.py --threads 2 --repeats 7 --kinds live hidden top_k-32
 
-A step is all of it, as the recipe distill_whitebox makes it: the teacher's signal, forward and backward of the student, twice, then AdamW. The student is the teacher with a fifth of its layers gone. Steps of all
+A step is all of it, as the recipe distill_whitebox makes it: the teacher's signal, forward and backward of the student, twice, then AdamW. The student
+is the teacher with a fifth of its layers gone. Steps of all
 kinds alternate in one process on the same batches, and the figure is the ratio of medians to the live step, on the clock and of the processor. The error of a
 kind is that of the gradient which enters the student's body from the loss (0.5 CE + 0.5 forward KL, and the KL alone), relative to the live teacher's.
 The cache is made in a temporary folder; how long the teacher took to fill it is given in live steps for the same tokens.
@@ -148,7 +149,8 @@ def main() -> None:
         if "fill_cpu_seconds" in row:
             row["fill_in_live_steps"] = round(row.pop("fill_cpu_seconds") / live_steps / processor["live"], 3)  # type: ignore[operator]
     trained = sum(int((labels_N != IGNORE_INDEX).sum()) for _, labels_N in batches) / sum(len(labels_N) for _, labels_N in batches)
-    print(f"{args.accumulate} x {args.rows} x {args.max_length} tokens a step, {trained:.0%} of them trained, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
+    size = f"{args.accumulate} x {args.rows} x {args.max_length}"
+    print(f"{size} tokens a step, {trained:.0%} of them trained, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
     print(f"{'teacher':12} {'step':>6} {'cpu':>6} {'bytes/token':>12} {'grad. error':>12} {'KL alone':>9} {'filling':>8}")
     for name, row in rows.items():
         filling = f"{row['fill_in_live_steps']:.2f}" if "fill_in_live_steps" in row else ""
