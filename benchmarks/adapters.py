@@ -30,6 +30,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "rslora, r 64": {"step": "lora", "r": 64, "lora_alpha": 16, "use_rslora": True},
     "dora, r 16": {"step": "lora", "r": 16, "use_dora": True},
     "ia3": {"step": "ia3"},
+    "prefix, 16 tokens": {"step": "prefix", "num_virtual_tokens": 16, "gradient_accumulation_steps": 7},  # a row each: as many steps as of packed rows
     "bottleneck, pfeiffer": {"step": "bottleneck"},
     "bottleneck, houlsby": {"step": "bottleneck", "placement": "houlsby", "bottleneck_size": 32},
     "bottleneck, parallel": {"step": "bottleneck", "placement": "parallel"},
@@ -43,7 +44,7 @@ def one(args: argparse.Namespace) -> None:
     import llmlite
     from llmlite.step import parse_step
 
-    step, problems = parse_step({**ROWS[args.row], **BATCH}, 0)
+    step, problems = parse_step({**BATCH, **ROWS[args.row]}, 0)
     assert step is not None, problems
     apply, spent = type(step).apply, []
 
@@ -55,10 +56,9 @@ def one(args: argparse.Namespace) -> None:
 
     type(step).apply = timed  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
-        recipe = llmlite.Recipe(
-            steps=[step], output_dir=folder, seed=args.seed, data=llmlite.Data(max_train_rows=args.examples, evaluation_rows=args.evaluation_rows)
-        )
-        report = recipe.run()
+        packing = not args.row.startswith("prefix")  # a prefix belongs to one text
+        data = llmlite.Data(max_train_rows=args.examples, evaluation_rows=args.evaluation_rows, packing=packing)
+        report = llmlite.Recipe(steps=[step], output_dir=folder, seed=args.seed, data=data).run()
     base, row = report.rows
     answer = {
         "trained_tokens": row.details["trained_tokens"],

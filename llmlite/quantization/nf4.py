@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from llmlite.calibration.inverse_factor import inverse_factor
 from llmlite.models.size import BLOCK_SIZE
 
 __all__ = [
@@ -202,10 +203,8 @@ def _damped(hessian_II: Tensor, damping: float) -> Tensor:
 def _inverse_cholesky(hessian_II: Tensor, damping: float) -> Tensor:
     """Upper U with inverse(H + damping) = U^T U; the damping grows tenfold until H is positive definite."""
     while True:
-        lower, failed = torch.linalg.cholesky_ex(_damped(hessian_II, damping).flip(0, 1))
-        if not int(failed):
-            identity = torch.eye(len(lower), device=lower.device, dtype=lower.dtype)
-            upper_II: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+        upper_II = inverse_factor(_damped(hessian_II, damping))
+        if upper_II is not None:
             return upper_II
         damping = max(10 * damping, 1e-6)
         if damping > 1e3:

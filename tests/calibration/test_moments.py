@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llmlite.calibration.inverse_factor import inverse_factor
 from llmlite.calibration.mixture import parse_mixture, shares
 from llmlite.calibration.moments import Moments
 from llmlite.calibration.sources import windows_of
@@ -29,6 +30,17 @@ def test_moments_are_those_of_the_data_however_it_is_cut() -> None:
     assert (whole.tokens, parts.tokens) == (50, 50)
 
 
+@pytest.mark.parametrize("width", [1, 2, 5, 6, 7, 35])
+def test_the_mirrored_gram_matrix_is_the_product_at_any_width(width: int) -> None:
+    x, weight_N1 = torch.randn(50, width, dtype=torch.float64), torch.rand(50, 1, dtype=torch.float64)
+    plain, weighted = Moments(width, dtype=torch.float64), Moments(width, dtype=torch.float64)
+    for part in (slice(0, 20), slice(20, 50)):
+        plain.add(x[part])
+        weighted.add(x[part], weight_N1=weight_N1[part])
+    torch.testing.assert_close(plain.gram_II, x.T @ x)
+    torch.testing.assert_close(weighted.gram_II, x.T @ (weight_N1 * x))
+
+
 def test_merging_is_counting_together() -> None:
     x = torch.randn(20, 4)
     one, other, both = Moments(4), Moments(4), Moments(4)
@@ -39,6 +51,15 @@ def test_merging_is_counting_together() -> None:
     torch.testing.assert_close(merged.gram_II, both.gram_II)
     torch.testing.assert_close(merged.total_I, both.total_I)
     assert merged.tokens == both.tokens == 20
+
+
+def test_the_inverse_factor_is_the_upper_cholesky_factor_of_the_inverse() -> None:
+    x = torch.randn(50, 7, dtype=torch.float64)
+    factor_II = inverse_factor(x.T @ x)
+    assert factor_II is not None
+    torch.testing.assert_close(factor_II, torch.linalg.cholesky(torch.linalg.inv(x.T @ x), upper=True))
+    assert inverse_factor(-x.T @ x) is None
+    assert inverse_factor(torch.full((3, 3), torch.nan)) is None
 
 
 def test_mixtures_are_read_and_shared_out() -> None:
