@@ -202,7 +202,8 @@ def record(path: Path, header: dict[str, object], row: dict[str, float | str]) -
     same = all(saved.get(key) == value for key, value in header.items())
     rows = [other for other in saved["rows"] if other["loss"] != row["loss"]] if same else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**header, "rows": [*rows, row]}, indent=2) + "\n")
+    rows = sorted([*rows, row], key=lambda one: LOSSES.index(str(one["loss"])))
+    path.write_text(json.dumps({**header, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
