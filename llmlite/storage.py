@@ -178,7 +178,7 @@ def damage(folder: Path) -> str | None:
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
     except FileNotFoundError:
         return "it was never finished"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return "its manifest is unreadable"
     for name, (size, digest) in expected.items():
         file = folder / name
@@ -199,12 +199,13 @@ def cache_folder() -> Path:
 
 
 def file_sums(folder: Path, pattern: str = "*.safetensors") -> dict[str, str]:
-    """SHA-256 of the files in a folder (not below it) that match: the manifest's where there is one, else computed."""
+    """SHA-256 of the files in a folder (not below it) that match: the manifest's where `seal` has written one, else computed."""
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        entries = {}
-    return {file.name: entries[file.name]["sha256"] if file.name in entries else _sha256(file) for file in sorted(folder.glob(pattern))}
+        known = {name: str(entry["sha256"]) for name, entry in entries.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):  # none, or somebody else's
+        known = {}
+    return {file.name: known.get(file.name) or _sha256(file) for file in sorted(folder.glob(pattern))}
 
 
 def set_aside(folder: Path) -> Path:

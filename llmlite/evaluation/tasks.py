@@ -173,8 +173,8 @@ def _named(tasks: Sequence[str]) -> tuple[list[str], list[str]]:
             problems.append(f"no file {task}.")
             continue
         try:
-            name = (yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}).get("task")
-        except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
+            name = (_yaml(path) or {}).get("task")
+        except (yaml.YAMLError, AttributeError, OSError, UnicodeDecodeError, RecursionError) as error:
             problems.append(f"{task} is not a task's YAML: {str(error).splitlines()[0]}.")
             continue
         if not isinstance(name, str):
