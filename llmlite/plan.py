@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from llmlite.adapters.correct import Correct
+from llmlite.adapters.settings import AdapterStep
 from llmlite.config import read_yaml, shorten, to_yaml
 from llmlite.context import Run
 from llmlite.errors import ConfigError, LlmliteError, LoadError, OutputError
@@ -283,17 +285,19 @@ def _check_push(recipe: Recipe, context: Run, result: ModelPlan) -> None:
 
 
 def made_before_adapter(recipe: Recipe) -> list[str]:
-    """Steps whose result an adapter sits on, besides rounding to nearest, which anybody can do again while loading, and earlier training of the adapter itself.
+    """Steps whose result the adapter sits on that the recipe ends with, besides rounding to nearest, which anybody can do again while loading.
 
-    Codes chosen on calibration text are nobody else's: an adapter on them needs them, not those that ``BitsAndBytesConfig`` would give.
+    Codes chosen on calibration text are nobody else's: an adapter on them needs them, not those that ``BitsAndBytesConfig`` would give. Steps after the one
+    that adds the adapter train it on, and what it sits on stays.
     """
+    adding = [index for index, step in enumerate(recipe.steps) if isinstance(step, AdapterStep | Correct) or getattr(step, "adapter", None)]
     found = []
-    for step in recipe.steps[:-1]:
+    for step in recipe.steps[: adding[-1] if adding else -1]:
         name = name_of_step(type(step)) or type(step).__name__
-        if name == "quantize" and getattr(step, "chooses_codes", False):
-            found.append("quantize with calibrate: true")
-        elif name not in {"quantize", "lora", "correct"}:
+        if name != "quantize":
             found.append(name)
+        elif getattr(step, "chooses_codes", False):
+            found.append("quantize with calibrate: true")
     return found
 
 
