@@ -281,7 +281,7 @@ def _is_small(value: Any) -> bool:
 
 
 def parse_flag(text: str, takes_text: bool) -> Any:
-    """What a flag's text means: YAML's reading of it, except that an option that takes text keeps numbers and words as text, and what YAML cannot read is text."""
+    """What a flag's text means: YAML's reading of it, except that an option that takes text keeps numbers and words, and what YAML cannot read is text."""
     try:
         value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: looks like a date or a number and is none
