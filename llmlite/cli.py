@@ -27,7 +27,7 @@ from llmlite.errors import ConfigError, Interrupted, LlmliteError
 from llmlite.evaluating import Evaluate
 from llmlite.models.settings import Model
 from llmlite.recipe import Recipe
-from llmlite.step import name_of_step
+from llmlite.step import step_name
 
 __all__ = ["main", "recipe_main"]
 
@@ -118,7 +118,7 @@ def _sections(recipe: type[Recipe]) -> list[Section]:
     config = click.Option(["--config"], metavar="FILE", help="YAML file with the same options; flags win over it.")
     sections: list[Section] = [("Recipe", [config, *_options_of(recipe, recipe, taken, _HIDDEN)])]
     for index, step in enumerate(recipe.steps):
-        title = f"Step {index + 1}: {name_of_step(type(step))} - {(type(step).__doc__ or '').strip().splitlines()[0]}"
+        title = f"Step {index + 1}: {step_name(step)} - {(type(step).__doc__ or '').strip().splitlines()[0]}"
         sections.append((title, _options_of(type(step), step, taken)))
     sections.append(("Data", _options_of(Data, recipe.data, taken, frozenset({"train"}))))
     sections.append(("Model", _options_of(Model, recipe.model, taken, frozenset({"name"}))))

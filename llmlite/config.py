@@ -20,7 +20,7 @@ import pydantic
 import pydantic.dataclasses
 import yaml
 
-from llmlite.errors import ConfigError
+from llmlite.errors import ConfigError, first_line
 
 __all__ = [
     "default_of",
@@ -257,7 +257,7 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ConfigError(str(path), [f"{place}{error.problem}."]) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(str(path), [f"not YAML: {str(error).splitlines()[0] if str(error) else type(error).__name__}."]) from None
+        raise ConfigError(str(path), [f"not YAML: {first_line(error)}."]) from None
     if not _is_small(loaded):
         raise ConfigError(str(path), [f"its aliases (&name, *name) unfold to more than {_MOST_VALUES:,} values."])
     if loaded is None:

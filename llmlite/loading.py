@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmlite.calibration.mixture import SELF, parse_mixture
 from llmlite.errors import ConfigError
 from llmlite.report import human_bytes
-from llmlite.step import Step, name_of_step
+from llmlite.step import Step, step_name
 from llmlite.training.settings import TrainingStep
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def blockwise_peak(before: ModelPlan, after: ModelPlan, context: Run) -> int:
 def needs_whole(recipe: Recipe, context: Run) -> list[str]:
     """What keeps a recipe from working on one block at a time, as sentences; nothing when it can."""
     found = [
-        f"steps[{index}] {name_of_step(type(step)) or type(step).__name__}: load: blocks cannot do this step: {reason}. What can: {_CAN}. Do those in a run of "
+        f"steps[{index}] {step_name(step)}: load: blocks cannot do this step: {reason}. What can: {_CAN}. Do those in a run of "
         "their own, and the rest on its result."
         for index, step in enumerate(recipe.steps)
         if (reason := step.no_blocks())

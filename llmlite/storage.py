@@ -20,7 +20,7 @@ from typing import Any
 
 import filelock
 
-from llmlite.errors import LlmliteError, LoadError, OutputError, ResourceError
+from llmlite.errors import LlmliteError, LoadError, OutputError, ResourceError, first_line
 
 __all__ = [
     "MANIFEST",
@@ -229,9 +229,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise LoadError(f"{path} cannot be read: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:
-        raise LoadError(
-            f"{path} is no JSON ({(str(error).splitlines() or ['nested too deeply'])[0][:120]}). It may be cut off: copy or download it again."
-        ) from None
+        raise LoadError(f"{path} is no JSON ({first_line(error)[:120]}). It may be cut off: copy or download it again.") from None
     if not isinstance(value, dict):
         raise LoadError(f"{path} should hold a JSON object and holds a {type(value).__name__}. Copy or download it again.")
     return value

@@ -130,10 +130,9 @@ def initialise_for_run(adapted: nn.Module, run: Run, quantize: int, rows: int) -
 def _dense_before(index: int, run: Run) -> PreTrainedModel:
     """What the step at this place got: the run's base, or what the step before it left on disk."""
     from llmlite.models.load import load_model
-    from llmlite.step import name_of_step
+    from llmlite.step import step_name
 
     if index == 0:
         return run.load_base()
-    before = type(run.recipe.steps[index - 1])
-    name = (name_of_step(before) or before.__name__).rpartition(":")[2]
+    name = step_name(run.recipe.steps[index - 1]).rpartition(":")[2]
     return load_model(run.scratch.parent / f"{index:02d}-{name}", run.recipe.model, run.device)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llmlite.errors import DataError
+from llmlite.errors import DataError, first_line
 
 __all__ = ["SUFFIXES", "Record", "data_suffix", "no_json", "read_file"]
 
@@ -178,7 +178,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
                     number += 1
                     yield number, record
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise DataError(f"{path} is no readable Parquet file: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{path} is no readable Parquet file: {first_line(error)}") from None
     except UnicodeDecodeError:
         raise DataError(f"{path} row {number + 1} or later: a string that is not UTF-8.") from None
 
