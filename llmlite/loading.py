@@ -67,7 +67,7 @@ def decide_loading(recipe: Recipe, context: Run, whole_bytes: int, blocks_bytes:
     Raises:
         ConfigError: `load: blocks`, and something needs the whole model.
     """
-    from llmlite.evaluation.memory import free_bytes
+    from llmlite.memory import free_bytes
 
     if context.device_map is not None:
         lies = Counter(place if isinstance(place, str) else f"device {place}" for place in _places_of_blocks(context))

@@ -158,7 +158,7 @@ class _Pipeline:
     # the base -------------------------------------------------------------------------------------------------------------------------
 
     def _base(self) -> Reference:
-        from llmlite.evaluation.memory import measured_peak
+        from llmlite.memory import measured_peak
         from llmlite.evaluation.quality import Reference, reference_of
         from llmlite.evaluation.speed import measure_speed
         from llmlite.models.blockwise import is_blockwise
@@ -228,7 +228,7 @@ class _Pipeline:
 
     def _step(self, index: int, reference: Reference) -> None:
         from llmlite.evaluation.energy import measured_energy
-        from llmlite.evaluation.memory import measured_peak
+        from llmlite.memory import measured_peak
         from llmlite.evaluation.quality import measure_quality
         from llmlite.evaluation.speed import measure_speed
         from llmlite.models.blockwise import is_blockwise
@@ -457,7 +457,7 @@ def _memory_advice(name: str, advice: str) -> Iterator[None]:
         name: what was going on.
         advice: what to lower.
     """
-    from llmlite.evaluation.memory import out_of_memory
+    from llmlite.memory import out_of_memory
 
     try:
         yield

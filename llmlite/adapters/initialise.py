@@ -115,7 +115,7 @@ def initialise_for_run(adapted: nn.Module, run: Run, quantize: int, rows: int) -
         rows: calibration rows that are read, at most.
     """
     from llmlite.calibration.blocks import batches_of
-    from llmlite.evaluation.memory import give_back
+    from llmlite.memory import give_back
     from llmlite.quantization.calibrate import quantization_windows
 
     dense = _dense_before(quantize, run)

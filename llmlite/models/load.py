@@ -99,7 +99,7 @@ def load_model(source: Source | Path, model: Model, device: torch.device, *, ten
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    from llmlite.evaluation.memory import out_of_memory
+    from llmlite.memory import out_of_memory
 
     folder = source.folder if isinstance(source, Source) else source
     options: dict[str, Any] = {
