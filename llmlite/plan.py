@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmlite.adapters.correct import Correct
-from llmlite.adapters.settings import AdapterStep
+from llmlite.adapters.settings import added_adapter
 from llmlite.config import read_yaml, shorten, to_yaml
 from llmlite.context import Run
 from llmlite.errors import ConfigError, LlmliteError, LoadError, OutputError, first_line
@@ -289,7 +289,7 @@ def made_before_adapter(recipe: Recipe) -> list[str]:
     Codes chosen on calibration text are nobody else's: an adapter on them needs them, not those that ``BitsAndBytesConfig`` would give. Steps after the one
     that adds the adapter train it on, and what it sits on stays.
     """
-    adding = [index for index, step in enumerate(recipe.steps) if isinstance(step, AdapterStep | Correct) or getattr(step, "adapter", None)]
+    adding = [index for index, step in enumerate(recipe.steps) if isinstance(step, Correct) or added_adapter(step)]
     found = []
     for step in recipe.steps[: adding[-1] if adding else -1]:
         name = step_name(step)

@@ -41,12 +41,12 @@ class Merge(Step):
         Raises:
             ConfigError: there is no adapter, or one that cannot be merged.
         """
-        from llmlite.adapters.settings import AdapterStep
+        from llmlite.adapters.settings import added_adapter
         from llmlite.models.size import expected_bytes, runtime_bytes, size_of_config
 
         if not model.adapters:
             raise ConfigError("merge", ["there is no adapter to merge: no step before this one makes one."])
-        made = [step for step in run.recipe.steps[: run.position] if isinstance(step, AdapterStep)][-1:]  # one behind this step is another adapter
+        made = [adapter for step in run.recipe.steps[: run.position] if (adapter := added_adapter(step))][-1:]  # one behind this step is another adapter
         if made and not made[0].mergeable:
             raise ConfigError("merge", [f"what {made[0].label} learns is no change of weights, so it cannot be merged. Keep the adapter beside the base."])
         dense = expected_bytes(model.config, dtype=run.compute_dtype)
