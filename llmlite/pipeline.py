@@ -158,9 +158,9 @@ class _Pipeline:
     # the base -------------------------------------------------------------------------------------------------------------------------
 
     def _base(self) -> Reference:
-        from llmlite.memory import measured_peak
         from llmlite.evaluation.quality import Reference, reference_of
         from llmlite.evaluation.speed import measure_speed
+        from llmlite.memory import measured_peak
         from llmlite.models.blockwise import is_blockwise
         from llmlite.models.device_map import is_offloaded
 
@@ -228,9 +228,9 @@ class _Pipeline:
 
     def _step(self, index: int, reference: Reference) -> None:
         from llmlite.evaluation.energy import measured_energy
-        from llmlite.memory import measured_peak
         from llmlite.evaluation.quality import measure_quality
         from llmlite.evaluation.speed import measure_speed
+        from llmlite.memory import measured_peak
         from llmlite.models.blockwise import is_blockwise
         from llmlite.models.safety import packed_generation
         from llmlite.models.save import settle
