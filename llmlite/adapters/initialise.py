@@ -76,7 +76,7 @@ def initialise(adapted: nn.Module, dense: nn.Module, batches: Sequence[Batch], a
     Returns:
         For each layer the share of its output error that is left: E |(E - s B A) x|^2 / E |E x|^2, over the calibration tokens as they count.
     """
-    from llmlite.adapters.merge import dequantized
+    from llmlite.models.dequantize import dequantized
 
     layers = {linear.name: linear for linear in ModelView(adapted).linears() if adapter in getattr(linear.module, "lora_A", {})}
 
