@@ -259,9 +259,9 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def folder_bytes(folder: Path, pattern: str = "*.safetensors") -> int:
-    """Bytes of the files in a folder (not below it) that match."""
-    return sum(file.stat().st_size for file in folder.glob(pattern))
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the safetensors files in a folder, not below it."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def require_space(folder: Path, wanted_bytes: int) -> None:

@@ -188,7 +188,7 @@ def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return []
 
 
-def token_stream(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, separator: str = "\n\n", progress: bool = True) -> Ids:
+def token_stream(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, progress: bool = True) -> Ids:
     """All rows as one long run of ids, int32, for perplexity and calibration.
 
     Plain texts are joined by a blank line and tokenised together, as they stood in their file, without BOS or EOS between them. Pairs
@@ -198,7 +198,7 @@ def token_stream(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, separator: s
         text = "\n\n".join(row["text"] for row in rows.rows)
         return np.array(tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"], dtype=np.int32)
     parts = []
-    for _, _, rendered, ids_T, _ in _tokenised(rows, tokenizer, separator, Encoded(), progress):
+    for _, _, rendered, ids_T, _ in _tokenised(rows, tokenizer, "\n\n", Encoded(), progress):
         parts.append(ids_T)
         if rendered.wants_end and tokenizer.eos_token_id is not None:
             parts.append(np.array([tokenizer.eos_token_id], dtype=np.int32))
