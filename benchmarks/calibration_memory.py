@@ -29,7 +29,7 @@ def measure(layers: int, tokens: int) -> dict[str, int]:
 
     import llmlite
     from llmlite.context import Run
-    from llmlite.evaluation.memory import resident_bytes
+    from llmlite.memory import resident_bytes
 
     torch.manual_seed(0)
     shape = {"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4}

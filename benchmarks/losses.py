@@ -27,7 +27,7 @@ from torch import Tensor
 
 from llmlite.distillation.losses import top_k_teacher
 from llmlite.distillation.objective import Distillation, HiddenTeacher, TopKTeacher
-from llmlite.evaluation.memory import measured_peak, resident_bytes
+from llmlite.memory import measured_peak, resident_bytes
 from llmlite.training.chunked import chunked_head_loss
 from llmlite.training.token_loss import CrossEntropy
 

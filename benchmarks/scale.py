@@ -88,7 +88,7 @@ def step_alone(model: Path, method: str, mode: str, out: Path) -> dict[str, floa
     import torch
 
     from llmlite.context import Run
-    from llmlite.evaluation.memory import measured_peak, resident_bytes
+    from llmlite.memory import measured_peak, resident_bytes
     from llmlite.models.blockwise import write_blockwise
     from llmlite.models.save import save_model, settle
 

@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from llmlite.adapters.bottleneck import Bottleneck as Bottleneck
+    from llmlite.adapters.correct import Correct as Correct
     from llmlite.adapters.ia3 import Ia3 as Ia3
     from llmlite.adapters.load import load_adapter as load_adapter
     from llmlite.adapters.lora import Lora as Lora
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     from llmlite.pruning.weights import PruneWeights as PruneWeights
     from llmlite.quantization.bnb import Quantize as Quantize
     from llmlite.recipe import Recipe as Recipe
+    from llmlite.recipes.lora_int4 import LoraInt4 as LoraInt4
+    from llmlite.recipes.lora_int8 import LoraInt8 as LoraInt8
+    from llmlite.recipes.quantize_int8 import QuantizeInt8 as QuantizeInt8
+    from llmlite.recipes.quantize_nf4 import QuantizeNf4 as QuantizeNf4
     from llmlite.report import Report as Report
     from llmlite.side_by_side import evaluate as evaluate
     from llmlite.step import Step as Step
@@ -42,19 +47,18 @@ if TYPE_CHECKING:
 _HOMES = {
     "Bottleneck": "llmlite.adapters.bottleneck",
     "Correct": "llmlite.adapters.correct",
+    "Data": "llmlite.data.settings",
     "DistillBlackBox": "llmlite.distillation.blackbox",
     "DistillWhiteBox": "llmlite.distillation.whitebox",
-    "Ia3": "llmlite.adapters.ia3",
-    "Merge": "llmlite.adapters.merge",
-    "Prefix": "llmlite.adapters.prefix",
-    "load_adapter": "llmlite.adapters.load",
     "Finetune": "llmlite.training.finetune",
-    "Data": "llmlite.data.settings",
+    "Ia3": "llmlite.adapters.ia3",
     "LlmliteError": "llmlite.errors",
     "Lora": "llmlite.adapters.lora",
     "LoraInt4": "llmlite.recipes.lora_int4",
     "LoraInt8": "llmlite.recipes.lora_int8",
+    "Merge": "llmlite.adapters.merge",
     "Model": "llmlite.models.settings",
+    "Prefix": "llmlite.adapters.prefix",
     "PruneFfn": "llmlite.pruning.ffn",
     "PruneHeads": "llmlite.pruning.heads",
     "PruneHidden": "llmlite.pruning.hidden",
@@ -71,6 +75,7 @@ _HOMES = {
     "check": "llmlite.plan",
     "evaluate": "llmlite.side_by_side",
     "export": "llmlite.multi_adapter",
+    "load_adapter": "llmlite.adapters.load",
     "push": "llmlite.hub.push",
 }
 
@@ -78,17 +83,24 @@ __all__ = ["__version__", "run", *_HOMES]
 
 
 def run(recipe: Any, **options: Any) -> Report:
-    """Run a recipe, or the one in a YAML file; keyword options win over the file.
+    """Run a recipe, or the one in a YAML file, to its end; what an earlier run of the same recipe left is continued.
+
+    Args:
+        recipe: a `Recipe`, or the path of its YAML file.
+        options: of the file's recipe, each instead of what the file says; see `Recipe.from_file`. A `Recipe` takes none.
 
     Raises:
         LlmliteError: whatever cannot work; see `llmlite.errors`.
     """
     from pathlib import Path
 
+    from llmlite.errors import ConfigError
     from llmlite.recipe import Recipe
 
     if isinstance(recipe, str | Path):
         recipe = Recipe.from_file(recipe, **options)
+    elif options:
+        raise ConfigError("llmlite.run", [f"{', '.join(options)}: options go with a file. A recipe has its own: dataclasses.replace(recipe, seed=1)."])
     report: Report = recipe.run()
     return report
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import shlex
 import sys
 import time
@@ -27,7 +28,7 @@ from llmlite.errors import ConfigError, Interrupted, LlmliteError
 from llmlite.evaluating import Evaluate
 from llmlite.models.settings import Model
 from llmlite.recipe import Recipe
-from llmlite.step import name_of_step
+from llmlite.step import step_name
 
 __all__ = ["main", "recipe_main"]
 
@@ -118,7 +119,7 @@ def _sections(recipe: type[Recipe]) -> list[Section]:
     config = click.Option(["--config"], metavar="FILE", help="YAML file with the same options; flags win over it.")
     sections: list[Section] = [("Recipe", [config, *_options_of(recipe, recipe, taken, _HIDDEN)])]
     for index, step in enumerate(recipe.steps):
-        title = f"Step {index + 1}: {name_of_step(type(step))} - {(type(step).__doc__ or '').strip().splitlines()[0]}"
+        title = f"Step {index + 1}: {step_name(step)} - {(type(step).__doc__ or '').strip().splitlines()[0]}"
         sections.append((title, _options_of(type(step), step, taken)))
     sections.append(("Data", _options_of(Data, recipe.data, taken, frozenset({"train"}))))
     sections.append(("Model", _options_of(Model, recipe.model, taken, frozenset({"name"}))))
@@ -201,6 +202,11 @@ def _unknown_flag(name: str, known: Sequence[str]) -> str:
 
 
 def run_recipe(recipe: Recipe) -> None:
+    """Check a recipe, run it unless it is a dry run, and print plan, data, answers, figures and the lines that load the result; only the main process speaks.
+
+    Raises:
+        LlmliteError: whatever cannot work.
+    """
     quiet = not is_main()
     if quiet:
         keep_still()
@@ -212,7 +218,7 @@ def run_recipe(recipe: Recipe) -> None:
     from llmlite.plan import check, size_line
     from llmlite.report import plan_table
 
-    logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
+    log_plainly()
     _hush()
     console = Console(quiet=quiet, highlight=False)
     context = Run(recipe)
@@ -282,15 +288,11 @@ def _continuing(command: str, arguments: Sequence[str]) -> str:
 
 def is_main() -> bool:
     """Whether this process speaks, told without torch."""
-    import os
-
     return os.environ.get("RANK", "0") == "0"
 
 
 def _speaker() -> str:
     """Who speaks, where there are several processes."""
-    import os
-
     return f"[process {os.environ.get('RANK', '0')}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
 
 
@@ -309,22 +311,21 @@ def _told_to_all(error: BaseException | None) -> bool:
 
 def keep_still() -> None:
     """In a process that is not the main one: no bar and no warning of any library. To be called before they are imported; what fails still speaks."""
-    import os
-
     os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.simplefilter("ignore")
 
 
-def hush_loggers() -> None:
-    """Silence what other libraries log harmlessly: each request, and of bitsandbytes a kernel that it cannot fetch."""
+def log_plainly() -> None:
+    """Log to the terminal without decoration, on the main process only, and not what other libraries log harmlessly: each request, and of bitsandbytes a kernel
+    that it cannot fetch."""
+    logging.basicConfig(level=logging.INFO if is_main() else logging.ERROR, format="%(message)s", stream=sys.stderr)
     for name in ("accelerate", "bitsandbytes", "httpx", "httpx2", "httpcore", "httpcore2", "filelock", "urllib3", "fsspec"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _hush() -> None:
-    """Silence other libraries' harmless messages, warnings and bars; the Trainer's bar stays."""
-    hush_loggers()
+    """Silence other libraries' harmless warnings and bars; the Trainer's bar stays."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 import click
 
 from llmlite import __version__
-from llmlite.cli import CONTEXT, dotted_options, hush_loggers, is_main, keep_still, run_recipe, show_evaluation, takes_text
+from llmlite.cli import CONTEXT, dotted_options, is_main, keep_still, log_plainly, run_recipe, show_evaluation, takes_text
 from llmlite.config import default_of, field_doc, parse_flag, read_yaml, to_mapping, to_yaml
 from llmlite.errors import ConfigError, OutputError
 from llmlite.models.device_map import SPREADING
@@ -22,6 +20,9 @@ from llmlite.recipe import Recipe
 from llmlite.step import STEPS, Step, step_class
 
 __all__ = ["group"]
+
+_OPTIONS = {"token_normalize_func": lambda name: name.replace("-", "_"), "max_content_width": 120}
+"""How click reads the options of a command that takes a known set of them: --max-memory is --max_memory."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -66,7 +67,7 @@ def _check_command(context: click.Context, file: str) -> None:
     run_recipe(dataclasses.replace(_file_recipe(file, context.args), dry_run=True))
 
 
-@group.command("evaluate", context_settings={"token_normalize_func": lambda name: name.replace("-", "_"), "max_content_width": 120})
+@group.command("evaluate", context_settings=_OPTIONS)
 @click.argument("folder", metavar="DIR")
 @click.option("--each_step", is_flag=True, help="Measure what every step of the run left, not only its result; the same command continues after a stop.")
 @click.option("--base", metavar="MODEL", help="Hub id or folder of the base. Left out: the run's own.")
@@ -104,8 +105,7 @@ def _evaluate_command(folder: str, tasks: str | None, batch_sizes: str, as_json:
 
     from llmlite.side_by_side import evaluate
 
-    logging.basicConfig(level=logging.INFO if is_main() else logging.ERROR, format="%(message)s", stream=sys.stderr)
-    hush_loggers()
+    log_plainly()
     try:
         sizes = tuple(int(size) for size in batch_sizes.split(","))
     except ValueError:
@@ -137,7 +137,7 @@ class _Bytes(click.ParamType[float]):
             self.fail(f"{value!r} should be a number of bytes, such as 60MB or 1.5GB.", param, ctx)
 
 
-@group.command("shrink", context_settings={"token_normalize_func": lambda name: name.replace("-", "_"), "max_content_width": 120})
+@group.command("shrink", context_settings=_OPTIONS)
 @click.argument("model", required=False)
 @click.option("--target", type=float, help="Share of the 16-bit size that the files may have: 0.5 is half.")
 @click.option("--max_bytes", type=_Bytes(), help="Bytes that the files may have: 60MB.")
@@ -167,8 +167,7 @@ def _shrink_command(model: str | None, keeps: str, run_it: bool, output_dir: str
 
     from llmlite.shrink.shrink import shrink
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    hush_loggers()
+    log_plainly()
     try:
         shares = tuple(float(keep) for keep in keeps.split(","))
     except ValueError:
@@ -216,7 +215,7 @@ def _compare_command(folders: tuple[str, ...], html: str | None) -> None:
         console.print(f"The page with plots: {html}", markup=False)
 
 
-@group.command("export", context_settings={"token_normalize_func": lambda name: name.replace("-", "_"), "max_content_width": 120})
+@group.command("export", context_settings=_OPTIONS)
 @click.argument("folders", metavar="DIR DIR ...", nargs=-1, required=True)
 @click.option("--output_dir", metavar="DIR", required=True, help="Folder for the adapters: new, empty, or an earlier export.")
 @click.option("--names", metavar="NAMES", help="A name for each adapter, separated by commas.  [default: the folders' names]")
@@ -224,8 +223,7 @@ def _export_command(folders: tuple[str, ...], output_dir: str, names: str | None
     """Put the adapters of finished runs side by side: one folder, one base, switched by name with stock peft. Can be pushed like any result."""
     from llmlite.multi_adapter import export
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    hush_loggers()
+    log_plainly()
     found = export(folders, output_dir, [name.strip() for name in (names or "").split(",") if name.strip()])
     click.echo(
         f"{len(found.names)} adapters in {found.path}: {', '.join(found.names)}. A fresh process switched to each and got the logits that it gives alone "
@@ -277,7 +275,7 @@ def _families_command(model: str | None) -> None:
         click.echo(f"{field.name}: {getattr(family, field.name)}")
 
 
-@group.command("push", context_settings={"token_normalize_func": lambda name: name.replace("-", "_"), "max_content_width": 120})
+@group.command("push", context_settings=_OPTIONS)
 @click.argument("folder", metavar="DIR")
 @click.argument("repository", metavar="REPO")
 @click.option("--public", is_flag=True, help="Let everybody see it. Left out: private. An existing repository of the other kind is refused.")
@@ -295,8 +293,7 @@ def _push_command(folder: str, repository: str, public: bool, **options: Any) ->
     from llmlite.hub.push import push
     from llmlite.report import human_bytes
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    hush_loggers()
+    log_plainly()
     pushed = push(folder, repository, private=not public, **options)
     kind = "private" if pushed.private else "public"
     click.echo(f"{pushed.url}\n{len(pushed.files)} files, {human_bytes(pushed.bytes)}, {kind}; every file there has the size and hash of the one here.")

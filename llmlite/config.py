@@ -20,7 +20,7 @@ import pydantic
 import pydantic.dataclasses
 import yaml
 
-from llmlite.errors import ConfigError
+from llmlite.errors import ConfigError, first_line
 
 __all__ = [
     "default_of",
@@ -257,7 +257,7 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ConfigError(str(path), [f"{place}{error.problem}."]) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(str(path), [f"not YAML: {str(error).splitlines()[0] if str(error) else type(error).__name__}."]) from None
+        raise ConfigError(str(path), [f"not YAML: {first_line(error)}."]) from None
     if not _is_small(loaded):
         raise ConfigError(str(path), [f"its aliases (&name, *name) unfold to more than {_MOST_VALUES:,} values."])
     if loaded is None:
@@ -281,10 +281,12 @@ def _is_small(value: Any) -> bool:
 
 
 def parse_flag(text: str, takes_text: bool) -> Any:
-    """What a flag's text means: YAML's reading of it, except that an option that takes text keeps numbers and words as text."""
+    """What a flag's text means: YAML's reading of it, except that an option that takes text keeps numbers and words, and what YAML cannot read is text."""
     try:
         value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: looks like a date or a number and is none
+        return text
+    if not _is_small(value):
         return text
     if value is None:
         return None if text.strip() in {"null", "None", "~"} else text

@@ -22,7 +22,13 @@ __all__ = [
     "ResourceError",
     "RunError",
     "UnsupportedModel",
+    "first_line",
 ]
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first, to be quoted in a message of ours; its class where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 class LlmliteError(Exception):

@@ -24,7 +24,7 @@ from llmlite.data.vocabulary import VOCABULARY
 from llmlite.evaluation.reloaded import Checkpoint
 from llmlite.recipe import Recipe
 from llmlite.report import Row
-from llmlite.step import name_of_step
+from llmlite.step import step_name
 from llmlite.storage import damage, link_or_copy, set_aside
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Kept:
     def folder(self, index: int) -> Path:
         """What a step leaves."""
         step = self.recipe.steps[index]
-        name = (name_of_step(type(step)) or type(step).__name__).rpartition(":")[2]
+        name = step_name(step).rpartition(":")[2]
         return self.out / "steps" / f"{index + 1:02d}-{name}"
 
     def scratch(self, index: int) -> Path:

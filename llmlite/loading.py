@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmlite.calibration.mixture import SELF, parse_mixture
 from llmlite.errors import ConfigError
 from llmlite.report import human_bytes
-from llmlite.step import Step, name_of_step
+from llmlite.step import Step, step_name
 from llmlite.training.settings import TrainingStep
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def blockwise_peak(before: ModelPlan, after: ModelPlan, context: Run) -> int:
 def needs_whole(recipe: Recipe, context: Run) -> list[str]:
     """What keeps a recipe from working on one block at a time, as sentences; nothing when it can."""
     found = [
-        f"steps[{index}] {name_of_step(type(step)) or type(step).__name__}: load: blocks cannot do this step: {reason}. What can: {_CAN}. Do those in a run of "
+        f"steps[{index}] {step_name(step)}: load: blocks cannot do this step: {reason}. What can: {_CAN}. Do those in a run of "
         "their own, and the rest on its result."
         for index, step in enumerate(recipe.steps)
         if (reason := step.no_blocks())
@@ -67,7 +67,7 @@ def decide_loading(recipe: Recipe, context: Run, whole_bytes: int, blocks_bytes:
     Raises:
         ConfigError: `load: blocks`, and something needs the whole model.
     """
-    from llmlite.evaluation.memory import free_bytes
+    from llmlite.memory import free_bytes
 
     if context.device_map is not None:
         lies = Counter(place if isinstance(place, str) else f"device {place}" for place in _places_of_blocks(context))

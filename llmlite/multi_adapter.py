@@ -55,7 +55,7 @@ def export(folders: Sequence[Path | str], output_dir: Path | str, names: Sequenc
     Args:
         folders: of runs whose result is an adapter; all on the same base, of the same kind.
         output_dir: new, empty, or an earlier export, which is replaced.
-        names: one for each folder. None: the folders' own names.
+        names: one for each folder. None given: the folders' own names.
 
     Raises:
         ConfigError: adapters that cannot lie side by side; every reason.

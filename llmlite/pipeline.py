@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmlite.context import Run
-from llmlite.errors import GateFailed, LlmliteError, LoadError, OutputError, ResourceError, RunError
+from llmlite.errors import GateFailed, LlmliteError, LoadError, OutputError, ResourceError, RunError, first_line
 from llmlite.gate import COLLAPSE, Gate
 from llmlite.kept import KEPT_FIGURES, Kept, write_row
 from llmlite.models.adapted import adapter_parameters, is_adapted
@@ -25,7 +25,7 @@ from llmlite.models.find import find, weight_bytes, weights_fingerprint
 from llmlite.plan import check, claim, made_before_adapter
 from llmlite.recipe import Recipe
 from llmlite.report import Report, Row, environment
-from llmlite.step import Step, name_of_step
+from llmlite.step import Step, step_name
 from llmlite.storage import folder_bytes, locked, telling, telling_refused, writing_folder
 
 if TYPE_CHECKING:
@@ -158,9 +158,9 @@ class _Pipeline:
     # the base -------------------------------------------------------------------------------------------------------------------------
 
     def _base(self) -> Reference:
-        from llmlite.evaluation.memory import measured_peak
         from llmlite.evaluation.quality import Reference, reference_of
         from llmlite.evaluation.speed import measure_speed
+        from llmlite.memory import measured_peak
         from llmlite.models.blockwise import is_blockwise
         from llmlite.models.device_map import is_offloaded
 
@@ -228,15 +228,15 @@ class _Pipeline:
 
     def _step(self, index: int, reference: Reference) -> None:
         from llmlite.evaluation.energy import measured_energy
-        from llmlite.evaluation.memory import measured_peak
         from llmlite.evaluation.quality import measure_quality
         from llmlite.evaluation.speed import measure_speed
+        from llmlite.memory import measured_peak
         from llmlite.models.blockwise import is_blockwise
         from llmlite.models.safety import packed_generation
         from llmlite.models.save import settle
 
         step, folder = self.recipe.steps[index], self.kept.folder(index)
-        name = name_of_step(type(step)) or type(step).__name__
+        name = step_name(step)
         log.info("step %d of %d: %s", index + 1, len(self.recipe.steps), name)
         scratch = self.kept.scratch(index)
         with telling(scratch):
@@ -457,7 +457,7 @@ def _memory_advice(name: str, advice: str) -> Iterator[None]:
         name: what was going on.
         advice: what to lower.
     """
-    from llmlite.evaluation.memory import out_of_memory
+    from llmlite.memory import out_of_memory
 
     try:
         yield
@@ -466,6 +466,4 @@ def _memory_advice(name: str, advice: str) -> Iterator[None]:
     except (MemoryError, RuntimeError, OSError) as error:
         if not out_of_memory(error):
             raise
-        raise ResourceError(
-            f"{name}: out of memory ({(str(error).splitlines() or ['MemoryError'])[0][:120]}). {advice}. What was finished is kept; the same command continues."
-        ) from error
+        raise ResourceError(f"{name}: out of memory ({first_line(error)[:120]}). {advice}. What was finished is kept; the same command continues.") from error

@@ -8,13 +8,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from llmlite.adapters.correct import Correct
+from llmlite.adapters.settings import added_adapter
 from llmlite.config import read_yaml, shorten, to_yaml
 from llmlite.context import Run
-from llmlite.errors import ConfigError, LlmliteError, LoadError, OutputError
+from llmlite.errors import ConfigError, LlmliteError, LoadError, OutputError, first_line
 from llmlite.loading import blockwise_peak, decide_loading, measuring_bytes, needs_whole, not_dispatched, require_dispatchable
 from llmlite.recipe import Recipe
 from llmlite.report import human_bytes
-from llmlite.step import QUANTIZED, UNQUANTIZED, ModelPlan, Step, name_of_step
+from llmlite.step import QUANTIZED, UNQUANTIZED, ModelPlan, Step, step_name
 from llmlite.storage import require_space, telling, write_text
 from llmlite.training.settings import TrainingStep
 
@@ -128,7 +130,7 @@ def _rows(recipe: Recipe, context: Run, *, blocks: bool) -> tuple[list[dict[str,
     problems: list[str] = []
     for index, step in enumerate(recipe.steps):
         context.position = index
-        name = name_of_step(type(step)) or type(step).__name__
+        name = step_name(step)
         if reason := refused(step, model, context):
             problems.append(f"steps[{index}] {name}: {reason}")
             continue
@@ -211,8 +213,7 @@ def _require_buildable(context: Run) -> None:
     except LlmliteError:
         raise
     except Exception as error:  # whatever a wrong number does in a model's constructor
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise LoadError(f"model: {place} describes no model that transformers can build ({type(error).__name__}: {shorten(reason, 200)}).") from None
+        raise LoadError(f"model: {place} describes no model that transformers can build ({type(error).__name__}: {shorten(first_line(error), 200)}).") from None
 
 
 def _require_new_tokens(context: Run) -> None:
@@ -225,7 +226,7 @@ def _require_new_tokens(context: Run) -> None:
     known = load_tokenizer(context.source, dataclasses.replace(context.recipe.model, add_tokens=())).get_vocab()
     problems = [f"add_tokens: '{token}' is a token of this tokenizer already. Leave it out." for token in tokens if token in known]
     problems += [f"add_tokens: '{token}' is named twice." for token in dict.fromkeys(tokens) if tokens.count(token) > 1]
-    if any(name_of_step(type(step)) == "prune.vocabulary" for step in context.recipe.steps):
+    if any(step_name(step) == "prune.vocabulary" for step in context.recipe.steps):
         problems.append("add_tokens and prune.vocabulary in one recipe are not built: prune the vocabulary first, then add tokens to that folder.")
     if problems:
         raise ConfigError(context.recipe.name, problems)
@@ -283,17 +284,19 @@ def _check_push(recipe: Recipe, context: Run, result: ModelPlan) -> None:
 
 
 def made_before_adapter(recipe: Recipe) -> list[str]:
-    """Steps whose result an adapter sits on, besides rounding to nearest, which anybody can do again while loading, and earlier training of the adapter itself.
+    """Steps whose result the adapter sits on that the recipe ends with, besides rounding to nearest, which anybody can do again while loading.
 
-    Codes chosen on calibration text are nobody else's: an adapter on them needs them, not those that ``BitsAndBytesConfig`` would give.
+    Codes chosen on calibration text are nobody else's: an adapter on them needs them, not those that ``BitsAndBytesConfig`` would give. Steps after the one
+    that adds the adapter train it on, and what it sits on stays.
     """
+    adding = [index for index, step in enumerate(recipe.steps) if isinstance(step, Correct) or added_adapter(step)]
     found = []
-    for step in recipe.steps[:-1]:
-        name = name_of_step(type(step)) or type(step).__name__
-        if name == "quantize" and getattr(step, "chooses_codes", False):
-            found.append("quantize with calibrate: true")
-        elif name not in {"quantize", "lora", "correct"}:
+    for step in recipe.steps[: adding[-1] if adding else -1]:
+        name = step_name(step)
+        if name != "quantize":
             found.append(name)
+        elif getattr(step, "chooses_codes", False):
+            found.append("quantize with calibrate: true")
     return found
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from llmlite.context import Run
 
-__all__ = ["QUANTIZED", "STEPS", "UNQUANTIZED", "ModelPlan", "Names", "Scheme", "Step", "name_of_step", "parse_step", "step_class"]
+__all__ = ["QUANTIZED", "STEPS", "UNQUANTIZED", "ModelPlan", "Names", "Scheme", "Step", "name_of_step", "parse_step", "step_class", "step_name"]
 
 # Short name -> where the class lives. Imported when used, so that a recipe pays only for what it names.
 STEPS: dict[str, str] = {
@@ -170,6 +170,11 @@ def name_of_step(cls: type[Any]) -> str | None:
         return None
     path = f"{cls.__module__}:{cls.__qualname__}"
     return next((name for name, known in STEPS.items() if known == path), path)
+
+
+def step_name(step: Step) -> str:
+    """The name of a step in YAML."""
+    return str(name_of_step(type(step)))
 
 
 def parse_step(value: Any, index: int) -> tuple[Step | None, list[str]]:

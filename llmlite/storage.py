@@ -20,7 +20,7 @@ from typing import Any
 
 import filelock
 
-from llmlite.errors import LlmliteError, LoadError, OutputError, ResourceError
+from llmlite.errors import LlmliteError, LoadError, OutputError, ResourceError, first_line
 
 __all__ = [
     "MANIFEST",
@@ -178,7 +178,7 @@ def damage(folder: Path) -> str | None:
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
     except FileNotFoundError:
         return "it was never finished"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return "its manifest is unreadable"
     for name, (size, digest) in expected.items():
         file = folder / name
@@ -199,12 +199,13 @@ def cache_folder() -> Path:
 
 
 def file_sums(folder: Path, pattern: str = "*.safetensors") -> dict[str, str]:
-    """SHA-256 of the files in a folder (not below it) that match: the manifest's where there is one, else computed."""
+    """SHA-256 of the files in a folder (not below it) that match: the manifest's where `seal` has written one, else computed."""
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        entries = {}
-    return {file.name: entries[file.name]["sha256"] if file.name in entries else _sha256(file) for file in sorted(folder.glob(pattern))}
+        known = {name: str(entry["sha256"]) for name, entry in entries.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):  # none, or somebody else's
+        known = {}
+    return {file.name: known.get(file.name) or _sha256(file) for file in sorted(folder.glob(pattern))}
 
 
 def set_aside(folder: Path) -> Path:
@@ -228,9 +229,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise LoadError(f"{path} cannot be read: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:
-        raise LoadError(
-            f"{path} is no JSON ({(str(error).splitlines() or ['nested too deeply'])[0][:120]}). It may be cut off: copy or download it again."
-        ) from None
+        raise LoadError(f"{path} is no JSON ({first_line(error)[:120]}). It may be cut off: copy or download it again.") from None
     if not isinstance(value, dict):
         raise LoadError(f"{path} should hold a JSON object and holds a {type(value).__name__}. Copy or download it again.")
     return value
@@ -260,9 +259,9 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def folder_bytes(folder: Path, pattern: str = "*.safetensors") -> int:
-    """Bytes of the files in a folder (not below it) that match."""
-    return sum(file.stat().st_size for file in folder.glob(pattern))
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the safetensors files in a folder, not below it."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def require_space(folder: Path, wanted_bytes: int) -> None:

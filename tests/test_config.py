@@ -103,6 +103,12 @@ def test_a_flag_for_text_stays_text_and_a_list_becomes_a_list() -> None:
     assert parse_flag("null", takes_text=True) is None
 
 
+@pytest.mark.parametrize("text", ["2026-99-99", "9" * 5000, "!!int x", "[" * 3000, "&a [*a]", "[}"], ids=range(6))
+@pytest.mark.parametrize("takes_text", [True, False])
+def test_a_flag_that_yaml_cannot_read_is_text(text: str, takes_text: bool) -> None:
+    assert parse_flag(text, takes_text) == text
+
+
 def test_a_fingerprint_depends_on_values_and_not_on_their_order() -> None:
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})

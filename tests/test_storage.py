@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections import namedtuple
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from llmlite.errors import OutputError, ResourceError
-from llmlite.storage import MANIFEST, damage, link_or_copy, locked, require_space, set_aside, telling_full, telling_refused, writing_folder
+from llmlite.storage import MANIFEST, damage, file_sums, link_or_copy, locked, require_space, set_aside, telling_full, telling_refused, writing_folder
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -50,12 +51,21 @@ def test_a_block_that_fails_leaves_nothing_and_keeps_what_was_there(tmp_path: Pa
         (lambda out: (out / MANIFEST).unlink(), "never finished"),
         (lambda out: (out / MANIFEST).write_text("{"), "manifest is unreadable"),
         (lambda out: (out / MANIFEST).write_text("[1]"), "manifest is unreadable"),
+        (lambda out: (out / MANIFEST).write_text("[" * 20_000), "manifest is unreadable"),
     ],
 )
 def test_every_kind_of_damage_is_found(tmp_path: Path, harm: object, words: str) -> None:
     write(tmp_path / "out")
     harm(tmp_path / "out")  # type: ignore[operator]
     assert words in (damage(tmp_path / "out") or "")
+
+
+@pytest.mark.parametrize("foreign", ["{", "5", "[1]", '{"a.bin": "abc"}', '{"a.bin": {"md5": "abc"}}', "[" * 20_000], ids=range(6))
+def test_sums_are_computed_where_the_manifest_is_somebody_elses(tmp_path: Path, foreign: str) -> None:
+    write(tmp_path / "out")
+    known = file_sums(tmp_path / "out", "*.bin")
+    (tmp_path / "out" / MANIFEST).write_text(foreign)
+    assert file_sums(tmp_path / "out", "*.bin") == known == {"a.bin": hashlib.sha256(b"weights").hexdigest()}
 
 
 def test_damaged_folders_are_set_aside_under_new_names(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def initialise(adapted: nn.Module, dense: nn.Module, batches: Sequence[Batch], a
     Returns:
         For each layer the share of its output error that is left: E |(E - s B A) x|^2 / E |E x|^2, over the calibration tokens as they count.
     """
-    from llmlite.adapters.merge import dequantized
+    from llmlite.models.dequantize import dequantized
 
     layers = {linear.name: linear for linear in ModelView(adapted).linears() if adapter in getattr(linear.module, "lora_A", {})}
 
@@ -115,7 +115,7 @@ def initialise_for_run(adapted: nn.Module, run: Run, quantize: int, rows: int) -
         rows: calibration rows that are read, at most.
     """
     from llmlite.calibration.blocks import batches_of
-    from llmlite.evaluation.memory import give_back
+    from llmlite.memory import give_back
     from llmlite.quantization.calibrate import quantization_windows
 
     dense = _dense_before(quantize, run)
@@ -130,10 +130,9 @@ def initialise_for_run(adapted: nn.Module, run: Run, quantize: int, rows: int) -
 def _dense_before(index: int, run: Run) -> PreTrainedModel:
     """What the step at this place got: the run's base, or what the step before it left on disk."""
     from llmlite.models.load import load_model
-    from llmlite.step import name_of_step
+    from llmlite.step import step_name
 
     if index == 0:
         return run.load_base()
-    before = type(run.recipe.steps[index - 1])
-    name = (name_of_step(before) or before.__name__).rpartition(":")[2]
+    name = step_name(run.recipe.steps[index - 1]).rpartition(":")[2]
     return load_model(run.scratch.parent / f"{index:02d}-{name}", run.recipe.model, run.device)

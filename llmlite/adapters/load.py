@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmlite.config import shorten
-from llmlite.errors import LoadError
+from llmlite.errors import LoadError, first_line
 from llmlite.models.device_map import is_offloaded
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def load_adapter(model: Any, folder: str | Path, *, is_trainable: bool = False, 
     except Exception as error:  # whatever a wrong file does inside of peft
         if "out of memory" in str(error):
             raise
-        reason = shorten((str(error).strip().splitlines() or [""])[0], 200)
+        reason = shorten(first_line(error), 200)
         raise LoadError(
             f"adapter: {folder} cannot be put on this model ({type(error).__name__}: {reason}). Wanted: adapter_config.json and adapter_model.safetensors as "
             "peft writes them, made for a model with these layers. Is it the right base?"

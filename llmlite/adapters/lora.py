@@ -85,7 +85,7 @@ class Lora(AdapterStep):
 
     def _planned_start(self, plan: ModelPlan, model: ModelPlan, run: Run) -> ModelPlan:
         """`plan` with what the start adds to it; whether `auto` is a correction is decided here."""
-        from llmlite.evaluation.memory import free_bytes
+        from llmlite.memory import free_bytes
         from llmlite.report import human_bytes
 
         run.corrected.discard(run.position)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from llmlite.context import Run
 
-__all__ = ["Merge", "dequantized", "merged", "write_merged"]
+__all__ = ["Merge", "merged", "write_merged"]
 
 
 @settings
@@ -41,12 +41,12 @@ class Merge(Step):
         Raises:
             ConfigError: there is no adapter, or one that cannot be merged.
         """
-        from llmlite.adapters.settings import AdapterStep
+        from llmlite.adapters.settings import added_adapter
         from llmlite.models.size import expected_bytes, runtime_bytes, size_of_config
 
         if not model.adapters:
             raise ConfigError("merge", ["there is no adapter to merge: no step before this one makes one."])
-        made = [step for step in run.recipe.steps[: run.position] if isinstance(step, AdapterStep)][-1:]  # one behind this step is another adapter
+        made = [adapter for step in run.recipe.steps[: run.position] if (adapter := added_adapter(step))][-1:]  # one behind this step is another adapter
         if made and not made[0].mergeable:
             raise ConfigError("merge", [f"what {made[0].label} learns is no change of weights, so it cannot be merged. Keep the adapter beside the base."])
         dense = expected_bytes(model.config, dtype=run.compute_dtype)
@@ -95,6 +95,7 @@ def _dense_base(model: Any) -> PreTrainedModel:
     from torch import nn
 
     from llmlite.models.adapted import is_adapter_parameter
+    from llmlite.models.dequantize import dequantized
     from llmlite.models.rebuild import rebuild
     from llmlite.models.view import base_layer
 
@@ -113,23 +114,6 @@ def _dense_base(model: Any) -> PreTrainedModel:
         del config.quantization_config
     config.dtype = torch.float32
     return rebuild(base, config, state)
-
-
-def dequantized(layer: Any) -> torch.Tensor:
-    """The weights a layer computes with, as a dense tensor of its own shape."""
-    import bitsandbytes as bnb
-
-    weight: Any = layer.weight
-    dense: torch.Tensor
-    if isinstance(layer, bnb.nn.Linear4bit):
-        dense = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-    elif isinstance(layer, bnb.nn.Linear8bitLt):
-        scales = weight.SCB if weight.SCB is not None else layer.state.SCB
-        codes = weight.CB if getattr(weight, "CB", None) is not None else weight.data
-        dense = codes.float() * (scales.float() / 127.0)[:, None]
-    else:
-        dense = weight.detach()
-    return dense
 
 
 def write_merged(model: Any, run: Run) -> None:

@@ -44,7 +44,7 @@ class Prefix(AdapterStep):
         problems = []
         if run.recipe.data.packing and run.packs:
             problems.append("a prefix belongs to one text and rows of several texts have only one: set data.packing: false.")
-        if self.gradient_checkpointing or (self.gradient_checkpointing is None and run.device.type != "cpu"):
+        if self.recomputes(run.device):
             problems.append("gradient_checkpointing drops the keys and values that a prefix consists of: set gradient_checkpointing: false.")
         if problems:
             raise ConfigError("prefix", problems)

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from llmlite.config import settings
 from llmlite.errors import ConfigError
-from llmlite.step import QUANTIZED, UNQUANTIZED, ModelPlan, Names
+from llmlite.step import QUANTIZED, UNQUANTIZED, ModelPlan, Names, Step
 from llmlite.training.settings import TrainingStep
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from llmlite.context import Run
 
-__all__ = ["AdapterStep", "added_rows", "target_shapes"]
+__all__ = ["AdapterStep", "added_adapter", "added_rows", "target_shapes"]
 
 Shapes = dict[str, tuple[int, int]]
 
@@ -123,6 +123,11 @@ class AdapterStep(TrainingStep):
         Source: Schulman and Thinking Machines Lab 2025, "LoRA Without Regret", the fit for Llama models.
         """
         return self.learning_rate or 5e-4 * (2000 / hidden_size) ** 0.781
+
+
+def added_adapter(step: Step) -> AdapterStep | None:
+    """The adapter that a step puts on the model: the step itself, or the one that a distillation is told to train (`adapter`)."""
+    return step if isinstance(step, AdapterStep) else getattr(step, "adapter", None)
 
 
 def added_rows(config: PretrainedConfig, tokens: Sequence[str]) -> dict[str, int]:

@@ -21,7 +21,7 @@ from llmlite.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Rendered", "render"]
+__all__ = ["Rendered", "common_prefix", "render"]
 
 Span = tuple[int, int]
 
@@ -148,15 +148,15 @@ def _turn_start(messages: list[dict[str, Any]], index: int, text: str, tokenizer
     if text.startswith(before):
         return len(before)
     # The generation prompt is not what the template writes for a turn that is there (DeepSeek-R1 opens <think>).
-    agreed = _agreement(_apply(tokenizer, messages[:index], where), text)
+    agreed = common_prefix(_apply(tokenizer, messages[:index], where), text)
     found = _find_content(messages[index], text, max(floor, agreed), len(text))
     if found is None:
         raise _unstable(where, index)
     return found[0]
 
 
-def _agreement(one: str, other: str) -> int:
-    """How many characters two strings begin with in common."""
+def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many characters, bytes or ids two sequences begin with in common."""
     return next((position for position, (left, right) in enumerate(zip(one, other, strict=False)) if left != right), min(len(one), len(other)))
 
 

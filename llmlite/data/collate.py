@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["PackedCollator", "PaddedCollator", "examples_of"]
+from llmlite.data.tokens import IGNORED
 
-_IGNORED = -100
+__all__ = ["PackedCollator", "PaddedCollator", "examples_of"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class PaddedCollator:
         return {
             "input_ids": _fill([row["input_ids"] for row in rows], self.pad_token_id, self.multiple_of),
             "attention_mask": _fill([[1] * len(row["input_ids"]) for row in rows], 0, self.multiple_of),
-            "labels": _fill([row["labels"] for row in rows], _IGNORED, self.multiple_of),
+            "labels": _fill([row["labels"] for row in rows], IGNORED, self.multiple_of),
         }
 
 
@@ -67,7 +67,7 @@ class PackedCollator:
         return {
             "input_ids": _fill(ids, self.pad_token_id),
             "position_ids": torch.tensor(positions, dtype=torch.int64),
-            "labels": _fill(labels, _IGNORED),
+            "labels": _fill(labels, IGNORED),
             "use_cache": False,
         }
 

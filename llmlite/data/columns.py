@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from llmlite.data.files import no_json
 from llmlite.errors import DataError
 
 __all__ = ["UNDERSTOOD", "ColumnNames", "Columns", "Kind", "find_columns", "normalise"]
@@ -134,8 +135,9 @@ def _normalise_chat(record: Mapping[str, Any], columns: Columns, where: str) -> 
     if isinstance(value, str) and value.lstrip().startswith("["):  # CSV has no lists: JSON inside a cell
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: column '{columns.messages}' holds text that starts like a JSON list and is none ({error}).") from None
+        except (ValueError, RecursionError) as error:
+            reason = str(error) if isinstance(error, json.JSONDecodeError) else no_json(error)
+            raise DataError(f"{where}: column '{columns.messages}' holds text that starts like a JSON list and is none ({reason}).") from None
     if value is None or value == "" or value == []:
         return None
     if not isinstance(value, Sequence) or isinstance(value, str):

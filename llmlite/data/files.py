@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llmlite.errors import DataError
+from llmlite.errors import DataError, first_line
 
-__all__ = ["SUFFIXES", "Record", "data_suffix", "read_file"]
+__all__ = ["SUFFIXES", "Record", "data_suffix", "no_json", "read_file"]
 
 Record = tuple[int, dict[str, Any]]  # the line (JSONL, CSV, TXT) or row (JSON, Parquet) counted from 1, and its columns
 
@@ -86,10 +86,17 @@ def _json_lines(lines: Iterator[bytes] | io.BufferedIOBase, path: Path) -> Itera
         if line:
             try:
                 value = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                column = f", column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else ": nested too deeply"
-                raise DataError(f"{path} line {number}{column}; wanted one JSON object a line. The line starts {line[:60]!r}.") from None
+            except (ValueError, RecursionError) as error:
+                column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+                raise DataError(f"{path} line {number}{column}: {no_json(error)}; wanted one JSON object a line. The line starts {line[:60]!r}.") from None
             yield number, _object(value, f"{path} line {number}")
+
+
+def no_json(error: ValueError | RecursionError) -> str:
+    """Why `json.loads` could not read a text, as a phrase without its place."""
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number with too many digits"
 
 
 def _object(value: object, where: str) -> dict[str, Any]:
@@ -112,6 +119,8 @@ def _read_json(path: Path) -> Iterator[Record]:
             yield from _json_lines(io.BytesIO(raw), path)
             return
         raise DataError(f"{path} line {error.lineno}, column {error.colno}: {error.msg}; wanted JSON.") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: {no_json(error)}; wanted JSON.") from None
     if isinstance(value, dict):
         wrapped = [value[key] for key in _WRAPPERS if isinstance(value.get(key), list)]
         lengths = {len(column) if isinstance(column, list) else None for column in value.values()}
@@ -169,7 +178,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
                     number += 1
                     yield number, record
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise DataError(f"{path} is no readable Parquet file: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{path} is no readable Parquet file: {first_line(error)}") from None
     except UnicodeDecodeError:
         raise DataError(f"{path} row {number + 1} or later: a string that is not UTF-8.") from None
 

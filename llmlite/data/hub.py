@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llmlite.errors import DataError
+from llmlite.errors import DataError, first_line
 
 __all__ = ["check_hub", "hub_splits", "saved_splits"]
 
@@ -36,7 +36,7 @@ def check_hub(name: str, revision: str | None = None) -> None:
             f"{name}: neither a file or folder here ({Path.cwd()}) nor a data set on the Hub that you may read. Check the spelling; log in if it is private."
         ) from None
     except HfHubHTTPError as error:
-        raise DataError(f"{name}: the Hub refused ({str(error).splitlines()[0]}), and the data set is not in the cache ({caches}).") from None
+        raise DataError(f"{name}: the Hub refused ({first_line(error)}), and the data set is not in the cache ({caches}).") from None
     except Exception as error:  # no network, offline mode, a proxy: httpx and huggingface_hub have many names for it
         raise DataError(
             f"{name}: no file or folder of that name in {Path.cwd()}, so it was taken for a data set on the Hub; the Hub cannot be reached "

@@ -3,8 +3,8 @@
 Padding wastes most of a batch of uneven examples. Packing puts examples end to end into rows of `sequence_tokens` and restarts
 `position_ids` at 0 with each. transformers builds a block-diagonal mask from such restarts (`masking_utils.find_packed_sequence_indices`;
 FlashAttention uses its variable-length kernels), so every example gets the loss it gets alone. That needs three things, all silent when
-they fail: no attention mask, no key/value cache (`use_cache=False`), and a family that hands its position ids to the mask. OPT does not.
-`packing_holds` measures it on the model at hand.
+they fail: no attention mask, no key/value cache (`use_cache=False`), and a family that hands its position ids to the mask. OPT does not
+(`packs_by_position` in `llmlite.models.families`).
 
 Shapes: T tokens, N examples. Which examples share a row is bin packing by best-fit decreasing (Johnson 1973); the use for training
 language models is e.g. Krell et al. 2021, arXiv:2107.02027, and Ding et al. 2024, arXiv:2404.10830.
@@ -25,11 +25,10 @@ from llmlite.data.tokens import Encoded
 if TYPE_CHECKING:
     import datasets
     from numpy.typing import NDArray
-    from transformers import PreTrainedModel
 
     Ids = NDArray[np.int32]
 
-__all__ = ["pack", "packed_dataset", "packing_holds", "padded_dataset"]
+__all__ = ["pack", "packed_dataset", "padded_dataset"]
 
 
 def pack(lengths_N: Sequence[int], capacity: int, seed: int = 0) -> list[list[int]]:
@@ -83,37 +82,6 @@ def packed_dataset(encoded: Encoded, sequence_tokens: int, seed: int = 0) -> dat
 def padded_dataset(encoded: Encoded) -> datasets.Dataset:
     """One example a row, `input_ids` and `labels`, unpadded; the collator pads each batch."""
     return _dataset({"input_ids": encoded.input_ids, "labels": encoded.labels})
-
-
-def packing_holds(model: PreTrainedModel, tolerance: float = 1e-2) -> bool:
-    """Whether this model gives packed examples the logits they get alone: two examples, three short forwards, no gradients.
-
-    The second of two packed examples is compared with itself alone. Without separation its logits change by the order of their own size;
-    with it, by rounding.
-
-    Args:
-        model: on any device, in any type; every module is left in the mode it was found in. Dropout is off during the test.
-        tolerance: largest difference allowed, relative to the spread of the logits; wide enough for bfloat16 and int8.
-    """
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    ids_1T = torch.randint(3, max(4, min(1000, model.config.get_text_config().vocab_size)), (1, 16), generator=generator).to(model.device)
-    positions_1T = torch.cat([torch.arange(8), torch.arange(8)])[None].to(model.device)
-    # bitsandbytes repacks a layer's weights at its first forward in evaluation mode, so its layers keep their mode.
-    modes = [(module, module.training) for module in model.modules()]
-    for module, training in modes:
-        module.training = training and type(module).__module__.startswith("bitsandbytes")
-    try:
-        with torch.no_grad():
-            packed = model(input_ids=ids_1T, position_ids=positions_1T, use_cache=False).logits[0, 8:].float()
-            alone = model(input_ids=ids_1T[:, 8:], position_ids=positions_1T[:, 8:], use_cache=False).logits[0].float()
-            mixed = model(input_ids=ids_1T, use_cache=False).logits[0, 8:].float()
-    finally:
-        for module, training in modes:
-            module.training = training
-    wrong, noise = (mixed - alone).abs().max().item(), (packed - alone).abs().max().item()
-    return noise <= max(tolerance * alone.std().item(), 0.1 * wrong) if wrong > 0 else True
 
 
 def _dataset(columns: dict[str, list[Ids]]) -> datasets.Dataset:

@@ -113,7 +113,7 @@ def prepare(
         tokenizer: its chat template is used if it has one.
         sequence_tokens: longest example, and the width of a packed row.
         split: which share; None for the whole source. Ignored for rows.
-        packing: put several examples into one row; ask `packing_holds(model)` first.
+        packing: put several examples into one row; not for families without `packs_by_position`, in which they would see each other.
         seed: order of packed rows, and the draw of `most_rows`.
         separator: between prompt and completion when there is no chat template.
         most_rows: take at most so many rows, drawn by `seed`.

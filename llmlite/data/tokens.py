@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmlite.data.chat import Rendered, render
+from llmlite.data.chat import Rendered, common_prefix, render
 from llmlite.data.text import Rows
 from llmlite.errors import DataError
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["IGNORED", "Encoded", "encode", "leading_ids", "preview", "token_stream"]
 
 IGNORED = -100
+"""The label of a token that is not trained, as in transformers."""
 _BATCH_ROWS = 256
 
 
@@ -153,16 +154,11 @@ def _masks_by_prefixes(rendered: Sequence[Rendered], tokenizer: PreTrainedTokeni
         trained_T, merged = np.zeros(len(ids), dtype=bool), False
         for start, end in item.spans:
             before, upto = tokenise(item.text[:start]), tokenise(item.text[:end])
-            agreed = _agreement(before, ids)
+            agreed = common_prefix(before, ids)
             merged |= agreed < len(before)
-            until = _agreement(upto, ids)
+            until = common_prefix(upto, ids)
             trained_T[agreed : until + (until < len(upto))] = True
         yield np.array(ids, dtype=np.int32), trained_T, merged
-
-
-def _agreement(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many ids two sequences begin with in common."""
-    return next((position for position, (left, right) in enumerate(zip(one, other, strict=False)) if left != right), min(len(one), len(other)))
 
 
 def _pieces(ids_T: Ids, trained_T: NDArray[np.bool_], leading: Sequence[int], sequence_tokens: int) -> Iterator[tuple[Ids, NDArray[np.bool_]]]:
@@ -188,7 +184,7 @@ def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return []
 
 
-def token_stream(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, separator: str = "\n\n", progress: bool = True) -> Ids:
+def token_stream(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, progress: bool = True) -> Ids:
     """All rows as one long run of ids, int32, for perplexity and calibration.
 
     Plain texts are joined by a blank line and tokenised together, as they stood in their file, without BOS or EOS between them. Pairs
@@ -198,7 +194,7 @@ def token_stream(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, separator: s
         text = "\n\n".join(row["text"] for row in rows.rows)
         return np.array(tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"], dtype=np.int32)
     parts = []
-    for _, _, rendered, ids_T, _ in _tokenised(rows, tokenizer, separator, Encoded(), progress):
+    for _, _, rendered, ids_T, _ in _tokenised(rows, tokenizer, "\n\n", Encoded(), progress):
         parts.append(ids_T)
         if rendered.wants_end and tokenizer.eos_token_id is not None:
             parts.append(np.array([tokenizer.eos_token_id], dtype=np.int32))

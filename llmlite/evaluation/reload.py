@@ -40,6 +40,9 @@ difference = (logits - saved["logits"]).abs().max().item()
 print(json.dumps({"difference": difference, "scale": saved["logits"].abs().max().item()}))
 """
 
+# set by torchrun and accelerate launch; a child that saw them would wait for its siblings
+_LAUNCHER = frozenset({"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK", "TORCHELASTIC_RUN_ID"})
+
 
 @torch.no_grad()
 def reload_difference(model: PreTrainedModel, lines: str) -> tuple[float, float]:
@@ -74,10 +77,6 @@ def reload_difference(model: PreTrainedModel, lines: str) -> tuple[float, float]
         raise RunError(f"the saved result does not load in a fresh process: {last}\nThe lines that failed:\n{lines}")
     answer = json.loads(done.stdout.strip().splitlines()[-1])
     return float(answer["difference"]), float(answer["scale"])
-
-
-# set by torchrun and accelerate launch; a child that saw them would wait for its siblings
-_LAUNCHER = frozenset({"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK", "TORCHELASTIC_RUN_ID"})
 
 
 def require_reload(model: PreTrainedModel, lines: str, tolerance: float = 1e-3) -> float:

@@ -53,13 +53,15 @@ class Evaluation:
 
     @classmethod
     def read(cls, folder: Path) -> Evaluation | None:
-        """What `save` wrote into a folder; None where nothing was, or something else."""
+        """What `save` wrote into a folder; None where nothing was, or something that cannot be shown."""
         try:
             values = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
             found = cls(folder, values["about"], values["models"])
-            return found if all(isinstance(one, dict) for one in (found.about, found.models["base"], found.models["this"])) else None
-        except (OSError, ValueError, KeyError, TypeError):
+            whole = isinstance(found.about, dict) and isinstance(found.about.get("quality_on", ""), str)
+            _ = found.headings(), found.lines(), found.warning(), found.speed_on(), found.grid(), [asked["prompt"] for asked, _ in found.answers()]
+        except (OSError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, StopIteration, RecursionError):
             return None
+        return found if whole else None
 
     def save(self) -> Path:
         """Write ``evaluation.json`` into the folder."""
@@ -122,6 +124,11 @@ class Evaluation:
             f"{timed['new_tokens']} more; p50 is the median over them, p95 the 95th percentile"
             + (": of so few first tokens nearly the slowest." if timed["repeats"] < _MANY else ".")
         )
+
+    def grid(self) -> str:
+        """The grid that grams of CO2 are of, in a sentence after a space; empty where none was stated."""
+        grams = next((model["grid_grams_per_kwh"] for model in self.models.values() if model.get("grid_grams_per_kwh") is not None), None)
+        return "" if grams is None else f" CO2 at a stated {grams:g} g per kWh."
 
     def table(self) -> Table:
         """`lines` for a terminal."""

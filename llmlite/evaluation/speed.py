@@ -88,7 +88,7 @@ def measure_latency(model: PreTrainedModel, batch: int = 1, prompt_tokens: int =
         new_tokens: decoding steps timed after each prompt.
         repeats: timed repeats after one that warms up.
     """
-    from llmlite.evaluation.memory import measured_peak
+    from llmlite.memory import measured_peak
 
     was_training = model.training
     model.eval()

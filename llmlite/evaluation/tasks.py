@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from llmlite.config import near, shorten
-from llmlite.errors import ConfigError
+from llmlite.errors import ConfigError, first_line
 from llmlite.paths import path_problem
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def run_tasks(
             fewshot_random_seed=seed,
         )
     except OSError as error:  # no connection, no file
-        raise ConfigError("tasks", [f"the data of {', '.join(names)} cannot be had: {str(error).splitlines()[0][:200]}"]) from None
+        raise ConfigError("tasks", [f"the data of {', '.join(names)} cannot be had: {first_line(error)[:200]}"]) from None
     return [_result(name, found["results"][name], found["samples"].get(name, [])) for name in names]
 
 
@@ -173,9 +173,9 @@ def _named(tasks: Sequence[str]) -> tuple[list[str], list[str]]:
             problems.append(f"no file {task}.")
             continue
         try:
-            name = (yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}).get("task")
-        except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
-            problems.append(f"{task} is not a task's YAML: {str(error).splitlines()[0]}.")
+            name = (_yaml(path) or {}).get("task")
+        except (yaml.YAMLError, AttributeError, OSError, UnicodeDecodeError, RecursionError) as error:
+            problems.append(f"{task} is not a task's YAML: {first_line(error)}.")
             continue
         if not isinstance(name, str):
             problems.append(f"{task} has no 'task: NAME'.")

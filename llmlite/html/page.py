@@ -131,7 +131,6 @@ def _machine(about: dict[str, Any]) -> str:
 def _evaluated(evaluation: Evaluation) -> dict[str, Any]:
     """What `llmlite evaluate` found: a table of base, steps and result, what it was measured on, and their answers to the same questions."""
     about = evaluation.about
-    grid = next((model["grid_grams_per_kwh"] for model in evaluation.models.values() if model.get("grid_grams_per_kwh") is not None), None)
     when = f"; {about['date']}" if about.get("date") else ""
     conditions = " ".join(filter(None, (about.get("quality_on", ""), evaluation.speed_on())))
     return {
@@ -141,7 +140,7 @@ def _evaluated(evaluation: Evaluation) -> dict[str, Any]:
             ["", *(name.replace(".", ".\u200b") for name in evaluation.headings())],
             *([name.strip(), *cells] for name, cells in evaluation.lines().items()),
         ],
-        "conditions": f"{conditions} Speed and energy on {_machine(about)}{when}." + (f" CO2 at a stated {grid:g} g per kWh." if grid is not None else ""),
+        "conditions": f"{conditions} Speed and energy on {_machine(about)}{when}.{evaluation.grid()}",
         "answers": [{"question": asked["prompt"], "expected": asked.get("expected", ""), "given": given} for asked, given in evaluation.answers()],
     }
 

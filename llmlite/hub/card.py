@@ -257,10 +257,8 @@ def _evaluated(evaluation: Evaluation) -> str:
     header, *lines = (f"| {plain(name)} | {' | '.join(map(plain, cells))} |" for name, cells in table.items())
     lines = [header, f"|---|{'---:|' * len(evaluation.models)}", *lines]
     machine = f"{about.get('cpu', '?')}, {about.get('cores', '?')} cores; torch {about.get('torch', '?')}, transformers {about.get('transformers', '?')}"
-    grid = evaluation.models["this"].get("grid_grams_per_kwh")
-    stated = f" CO2 at a stated {grid:g} g per kWh." if grid is not None else ""
     how = " ".join(filter(None, (plain(str(about.get("quality_on", ""))), evaluation.speed_on())))
-    return "\n".join(lines) + f"\n\n{how} {machine}; {about.get('date', '')}.{stated}"
+    return "\n".join(lines) + f"\n\n{how} {machine}; {about.get('date', '')}.{evaluation.grid()}"
 
 
 def _not_measured(report: Report, evaluation: Evaluation | None) -> str:

@@ -169,7 +169,7 @@ def what_is_sent(folder: Path, report: Report | None, repo_id: str, base_model: 
     """Every file of the upload by its name in the repository: weights as they are, and what tells of this machine rewritten.
 
     Raises:
-        OutputError: a file still holds a secret, or names a folder of this machine.
+        OutputError: a file still holds a secret, or names a folder of this machine, or an evaluation is not whole.
     """
     ours, others = result_files(folder)
     if others:
@@ -186,9 +186,11 @@ def what_is_sent(folder: Path, report: Report | None, repo_id: str, base_model: 
         values = public_report(report, repo_id, is_adapter, base_model)
         files["report.json"] = _json(values)
         evaluation = Evaluation.read(folder)
-        if EVALUATION in files:
-            files[EVALUATION] = _json(public_evaluation(report, json.loads((folder / EVALUATION).read_text(encoding="utf-8"))))
         shown = Evaluation(folder, **public_evaluation(report, evaluation.to_json())) if evaluation is not None else None
+        if EVALUATION in files and shown is None:
+            raise OutputError(f"push: {folder / EVALUATION} is not what `llmlite evaluate` writes. Run `llmlite evaluate {folder}`, or take the file away.")
+        if shown is not None:
+            files[EVALUATION] = _json(shown.to_json())
         files[PAGE] = run_page(Report.of(folder, values), shown).encode()
     card = folder / "README.md"
     if not card.is_file() or is_ours(card.read_text(encoding="utf-8")):

@@ -35,12 +35,9 @@ class Family:
         qk_norm: how they normalise: "per_head" (one weight of head_dim, shared by the heads), "own_per_head" (a list with one norm for each head),
             "across_heads" (statistics over all heads together: taking a head away changes the others, so pruned differs from masked).
         gate, up, down, gate_up: FFN projections, relative to the block. `gate` is None in an FFN without gating; `gate_up` fuses gate rows, then up rows.
-        activation: the activation module, relative to the block.
         attention_norm, attention_post_norm, ffn_norm, ffn_post_norm: norms before the sublayer and on its output, relative to the block.
         norm_kind: "rms" or "layer". LayerNorm subtracts the mean over the hidden width.
         norm_weight_offset: 1.0 where the norm multiplies by (1 + weight), as Gemma does.
-        parallel_residual: attention and FFN read the same residual. A string is the config switch.
-        conv1d: projections are `transformers.pytorch_utils.Conv1D`, weight (in_features, out_features).
         scaled_embedding: the embedding is multiplied by sqrt(hidden_size) in the forward pass.
         hidden_size, num_layers, num_heads, num_kv_heads, head_dim, ffn_width: names of config attributes. `num_kv_heads` is None where every head has its
             own keys and values; `head_dim` is None where it is always hidden_size // heads.
@@ -83,7 +80,6 @@ class Family:
     up: str | None = "mlp.up_proj"
     gate_up: str | None = None
     down: str = "mlp.down_proj"
-    activation: str = "mlp.act_fn"
 
     attention_norm: str | None = "input_layernorm"
     attention_post_norm: str | None = None
@@ -91,8 +87,6 @@ class Family:
     ffn_post_norm: str | None = None
     norm_kind: Literal["rms", "layer"] = "rms"
     norm_weight_offset: float = 0.0
-    parallel_residual: bool | str = False
-    conv1d: bool = False
     scaled_embedding: bool = False
 
     hidden_size: str = "hidden_size"
@@ -195,11 +189,9 @@ _TABLE = (
         gate=None,
         up="mlp.fc1",
         down="mlp.fc2",
-        activation="mlp.activation_fn",
         ffn_norm=None,
         norm_kind="layer",
         norm_eps="layer_norm_eps",
-        parallel_residual=True,
         attention_bias=True,
         ffn_bias=True,
         no_heads_if={"qk_layernorm": "with qk_layernorm its norms are hidden_size // num_attention_heads wide, whatever head_dim says"},
@@ -214,7 +206,6 @@ _TABLE = (
         gate=None,
         up=None,
         gate_up="mlp.gate_up_proj",
-        activation="mlp.activation_fn",
     ),
     Family(
         "stablelm",
@@ -223,7 +214,6 @@ _TABLE = (
         qk_norm="own_per_head",
         norm_kind="layer",
         norm_eps="layer_norm_eps",
-        parallel_residual="use_parallel_residual",
         head_dim=None,
         no_heads=_TIED_TO_HIDDEN.format(heads="num_attention_heads"),
         no_hidden=_HIDDEN_TIED_TO_HEADS,
@@ -244,12 +234,10 @@ _TABLE = (
         gate=None,
         up="mlp.c_fc",
         down="mlp.c_proj",
-        activation="mlp.act",
         attention_norm="ln_1",
         ffn_norm="ln_2",
         norm_kind="layer",
         norm_eps="layer_norm_epsilon",
-        conv1d=True,
         hidden_size="n_embd",
         num_layers="n_layer",
         num_heads="n_head",
@@ -274,7 +262,6 @@ _TABLE = (
         gate=None,
         up="fc1",
         down="fc2",
-        activation="activation_fn",
         attention_norm="self_attn_layer_norm",
         ffn_norm="final_layer_norm",
         norm_kind="layer",
@@ -302,10 +289,8 @@ _TABLE = (
         gate=None,
         up="mlp.dense_h_to_4h",
         down="mlp.dense_4h_to_h",
-        activation="mlp.act",
         norm_kind="layer",
         norm_eps="layer_norm_eps",
-        parallel_residual="use_parallel_residual",
         num_kv_heads=None,
         head_dim=None,
         attention_bias="attention_bias",

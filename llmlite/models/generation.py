@@ -9,7 +9,7 @@ import pydantic
 from typing_extensions import TypedDict
 
 from llmlite.config import shorten
-from llmlite.errors import LoadError
+from llmlite.errors import LoadError, first_line
 from llmlite.storage import read_object
 
 __all__ = ["require_generation_config"]
@@ -83,5 +83,5 @@ def require_generation_config(folder: Path) -> None:
         wanted = str(first["msg"]).removeprefix("Input ")
         raise LoadError(f"model: {file}: {first['loc'][0]}={shorten(repr(values[str(first['loc'][0])]))}: {wanted}. Mend the value, or take it out.") from None
     except Exception as error:  # whatever a wrong value does in the checks of transformers
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise LoadError(f"model: {file} cannot be used for generation ({type(error).__name__}: {shorten(reason, 200)}). Mend it, or take it away.") from None
+        reason = shorten(first_line(error), 200)
+        raise LoadError(f"model: {file} cannot be used for generation ({type(error).__name__}: {reason}). Mend it, or take it away.") from None

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llmlite.config import fingerprint
-from llmlite.errors import LoadError
+from llmlite.errors import LoadError, first_line
 from llmlite.models.settings import DEFAULT_MODEL
 from llmlite.storage import MANIFEST, cache_folder, damage, writing_folder
 
@@ -85,7 +85,7 @@ def _write_converted(path: Path, folder: Path) -> None:
             model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         except (ValueError, KeyError, NotImplementedError, OSError) as error:
-            raise LoadError(f"model: transformers cannot read '{path}': {str(error).splitlines()[0]}") from None
+            raise LoadError(f"model: transformers cannot read '{path}': {first_line(error)}") from None
     # The loaded model says that it is quantized by gguf, and refuses to be saved; its weights are dense.
     model.hf_quantizer = None
     for holder, name in ((model.config, "quantization_config"), (model, "is_quantized"), (model, "quantization_method")):

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmlite.errors import LoadError, ResourceError
+from llmlite.errors import LoadError, ResourceError, first_line
 from llmlite.models.added_tokens import add_to_tokenizer, fill_rows, pieces_of
 from llmlite.models.device_map import dispatch_map
 from llmlite.models.find import Source, has_tokenizer
@@ -35,11 +35,8 @@ def load_config(source: Source, model: Model) -> PretrainedConfig:
     except Exception as error:  # transformers raises KeyError, ValueError, OSError, JSONDecodeError and validation errors of its own here
         if isinstance(error, ImportError | MemoryError):
             raise
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         hint = "" if model.trust_remote_code else " If the repository carries its own code and you trust it: trust_remote_code=true."
-        raise LoadError(
-            f"model: {source.folder / 'config.json'} cannot be read as a transformers config: {(lines or [type(error).__name__])[0]}.{hint}"
-        ) from None
+        raise LoadError(f"model: {source.folder / 'config.json'} cannot be read as a transformers config: {first_line(error)}.{hint}") from None
     require_generation_config(source.folder)
     if model.add_tokens:
         config.vocab_size = max(config.vocab_size, len(load_tokenizer(source, model)))
@@ -63,8 +60,7 @@ def load_tokenizer(source: Source, model: Model) -> PreTrainedTokenizerBase:
     except Exception as error:  # as above
         if isinstance(error, ImportError | MemoryError):
             raise
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise LoadError(f"model: '{source.folder}' has no usable tokenizer: {(lines or [type(error).__name__])[0]}") from None
+        raise LoadError(f"model: '{source.folder}' has no usable tokenizer: {first_line(error)}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.add_tokens:
@@ -103,7 +99,7 @@ def load_model(source: Source | Path, model: Model, device: torch.device, *, ten
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    from llmlite.evaluation.memory import out_of_memory
+    from llmlite.memory import out_of_memory
 
     folder = source.folder if isinstance(source, Source) else source
     options: dict[str, Any] = {
@@ -123,10 +119,10 @@ def load_model(source: Source | Path, model: Model, device: torch.device, *, ten
     except (OSError, ValueError, KeyError, RuntimeError, MemoryError, SafetensorError) as error:
         if out_of_memory(error):
             raise ResourceError(
-                f"model: '{folder}' does not fit into memory ({(str(error).strip().splitlines() or ['MemoryError'])[0][:120]}). Pruning and quantization "
+                f"model: '{folder}' does not fit into memory ({first_line(error)[:120]}). Pruning and quantization "
                 "work on one block at a time with load: blocks; device_map: auto leaves blocks in main memory or on disk; dtype: bfloat16 halves float32."
             ) from error
-        raise LoadError(f"model: '{folder}' cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        raise LoadError(f"model: '{folder}' cannot be loaded: {first_line(error)}") from None
     missing = sorted(info["missing_keys"])
     if missing:
         raise LoadError(

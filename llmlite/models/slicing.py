@@ -139,11 +139,11 @@ def take_layers(view: ModelView, keep: Sequence[int]) -> Sliced:
     return finish(view, {view.family.num_layers: len(keep), **changes}, state)
 
 
-def take_hidden(view: ModelView, keep: Sequence[int], *, rescale: bool = True) -> Sliced:
+def take_hidden(view: ModelView, keep: Sequence[int]) -> Sliced:
     """Keep some dimensions of the residual stream: embeddings, norms, and every in and out side that touches it. Heads and FFN channels stay.
 
     An RMSNorm divides by the root of the *mean* square, and the mean now runs over fewer dimensions: with h of H left, a norm whose removed inputs are 0 would
-    come out smaller by sqrt(h / H). With `rescale` that factor is folded into the norm weights (and H / h into eps), so that for RMSNorm families pruned equals
+    come out smaller by sqrt(h / H). That factor is folded into the norm weights (and H / h into eps), so that for RMSNorm families pruned equals
     masked: the model in which those embedding columns and output rows are zero. It holds to rounding; not quite where one eps serves norms of different widths
     (qwen3, gemma2, gemma3_text: differences of the order of eps). Gemma multiplies its embedding by sqrt(hidden_size): there the outputs of the sublayers
     shrink by the same factor. LayerNorm (phi) also subtracts the mean: no such identity holds and nothing is rescaled.
@@ -151,7 +151,6 @@ def take_hidden(view: ModelView, keep: Sequence[int], *, rescale: bool = True) -
     Args:
         view: a plain model: not quantized, no adapters.
         keep: the dimensions that stay, ascending, the same for the whole model.
-        rescale: fold the factor into the norms. Without it pruned is masked with every norm's output smaller by sqrt(h / H).
 
     Raises:
         UnsupportedModel: the family ties its hidden width to its heads, or stock code refuses the resulting config.
@@ -172,7 +171,7 @@ def take_hidden(view: ModelView, keep: Sequence[int], *, rescale: bool = True) -
         for name in names_of(view, norm):
             state[name] = select_units(state[name], 0, index)
     changes: dict[str, Any] = {family.hidden_size: len(keep)}
-    if rescale and family.norm_kind == "rms" and len(keep) < total:
+    if family.norm_kind == "rms" and len(keep) < total:
         changes |= _keep_scale(view, state, total / len(keep))
     if family.head_dim:
         changes[family.head_dim] = view.head_dim

@@ -119,23 +119,20 @@ class BlockView:
         index: position in the model.
         name: dotted name, for instance ``model.layers.3``.
         module: the block.
-        attention, ffn: the modules that hold the projections. In opt the FFN has no module of its own and `ffn` is the block.
+        attention: the module that holds the attention's projections.
         linears: role -> projection, in the order the block uses them.
         norms: role -> norm over the hidden width; roles that this model does not have are left out.
         q_norm, k_norm: norms of queries and keys, or None.
-        activation: the activation module of the FFN.
     """
 
     index: int
     name: str
     module: nn.Module
     attention: nn.Module
-    ffn: nn.Module
     linears: dict[str, LinearView]
     norms: dict[str, nn.Module]
     q_norm: nn.Module | None
     k_norm: nn.Module | None
-    activation: nn.Module
 
     def unmapped_parameters(self) -> list[str]:
         """Names, relative to the block, of parameters that no entry of the table covers. Empty for every family that llmlite knows."""
@@ -241,12 +238,10 @@ class ModelView:
             name=name,
             module=module,
             attention=self._need(f"{name}.{family.attention}"),
-            ffn=self._need(f"{name}.{family.ffn}") if family.ffn else module,
             linears=linears,
             norms=norms,
             q_norm=_find(module, family.q_norm),
             k_norm=_find(module, family.k_norm),
-            activation=self._need(f"{name}.{family.activation}"),
         )
 
     def _need(self, path: str) -> nn.Module:

@@ -40,7 +40,7 @@ def layer_errors(dense: nn.Module, quantized: nn.Module, batches: Sequence[Batch
         quantized: the same model quantized by bitsandbytes, not packed for the CPU.
         batches: calibration inputs.
     """
-    from llmlite.adapters.merge import dequantized
+    from llmlite.models.dequantize import dequantized
 
     rounded = ModelView(quantized).blocks
 

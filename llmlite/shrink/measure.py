@@ -21,7 +21,7 @@ from llmlite.plan import refused
 from llmlite.recipe import Recipe
 from llmlite.report import Report
 from llmlite.shrink.search import Option
-from llmlite.step import QUANTIZED, ModelPlan, Step, name_of_step, parse_step
+from llmlite.step import QUANTIZED, ModelPlan, Step, parse_step, step_name
 from llmlite.storage import write_json
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def plan_after(model: ModelPlan, steps: Sequence[dict[str, Any]], context: Run) 
     """
     for step in _steps_of(steps):
         if reason := refused(step, model, context):
-            raise ConfigError("llmlite shrink", [f"{name_of_step(type(step))}: {reason}"])
+            raise ConfigError("llmlite shrink", [f"{step_name(step)}: {reason}"])
         before, model = model, step.check(model, context)
         if model.adapters:
             model = dataclasses.replace(model, disk_bytes=model.disk_bytes + before.disk_bytes)

@@ -115,7 +115,7 @@ def shrink(
     problems = [f"{name}={value:g} should be a number above 0." for name, value in limited.items() if not 0 < value < math.inf]
     if max_perplexity_increase is not None and not 0 <= max_perplexity_increase < math.inf:
         problems.append(f"max_perplexity_increase={max_perplexity_increase:g} should be a number of at least 0; 0.2 lets perplexity rise by a fifth.")
-    if all(value is None for value in (target, max_bytes, max_memory, min_speedup)):
+    if not limited:
         problems.append("say how small: --target 0.5 (of the 16-bit size), --max_bytes 60MB, --max_memory 1GB or --min_speedup 1.5.")
     problems += [f"keeps: {keep:g} should be above 0 and below 1; it is the share of the decoder that stays." for keep in keeps if not 0 < keep < 1]
     if problems:

@@ -33,7 +33,7 @@ def training_peak_bytes(model: ModelPlan, trained_parameters: int, step: Trainin
     ffn = family.ffn_channels(model.config)
     tokens = step.per_device_train_batch_size * run.recipe.data.max_length
     element = run.compute_dtype.itemsize
-    checkpointing = step.gradient_checkpointing if step.gradient_checkpointing is not None else run.device.type != "cpu"
+    checkpointing = step.recomputes(run.device)
     # kept for the backward pass of one block: inputs of its norms and projections, q, k, v, the attention's output, the FFN's wide tensors, and what
     # the adapters add to each; measured 27 thousand numbers a token at width 576 and FFN 1,536
     block = tokens * element * (16 * width + 12 * ffn)

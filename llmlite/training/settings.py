@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from llmlite.layout import Layout
 
-__all__ = ["TrainingStep"]
+__all__ = ["NonNegative", "PositiveInt", "TrainingStep"]
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -53,6 +53,10 @@ class TrainingStep(Step):
     """Optimizer steps between two lines of the loss."""
     report_to: Names = ()
     """Trackers that transformers knows: tensorboard, wandb, trackio, ... Files of the first two stay under runs/ in the output folder, never uploaded."""
+
+    def recomputes(self, device: torch.device) -> bool:
+        """Whether the backward pass recomputes activations on this device; see `gradient_checkpointing`."""
+        return self.gradient_checkpointing if self.gradient_checkpointing is not None else device.type != "cpu"
 
     def no_tracker(self) -> str:
         """Why `report_to` names a tracker that transformers does not know or cannot use here, as a sentence; empty where all can be used."""

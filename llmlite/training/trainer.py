@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from llmlite.context import Run
 
-__all__ = ["Companion", "LiteTrainer", "train", "trainer_arguments"]
+__all__ = ["Companion", "LiteTrainer", "LossMaker", "train", "trainer_arguments"]
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ class _StopAtNan(TrainerCallback):  # type: ignore[misc]
 def trainer_arguments(step: TrainingStep, run: Run, folder: Path) -> TrainingArguments:
     """A step's settings as transformers' TrainingArguments."""
     dtype = run.compute_dtype
-    checkpointing = step.gradient_checkpointing if step.gradient_checkpointing is not None else run.device.type != "cpu"
+    checkpointing = step.recomputes(run.device)
     return TrainingArguments(
         output_dir=str(folder),
         learning_rate=step.peak_learning_rate(run.config.get_text_config().hidden_size),

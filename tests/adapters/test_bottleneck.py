@@ -129,6 +129,8 @@ def test_merging_is_refused_early_and_in_the_layer(pairs_file: Path, model_folde
         llmlite.Recipe(steps=[Bottleneck(merge=True)], **options).check()
     with pytest.raises(ConfigError, match="what bottleneck learns is no change of weights"):
         llmlite.Recipe(steps=[Bottleneck(), llmlite.Merge()], **options).check()
+    with pytest.raises(ConfigError, match="what bottleneck learns is no change of weights"):
+        llmlite.Recipe(steps=[llmlite.DistillWhiteBox(adapter=Bottleneck(), teacher=str(model_folder)), llmlite.Merge()], **options).check()
 
 
 def test_an_adapter_that_cannot_be_merged_may_come_behind_the_merge_of_another(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_the_correction_is_the_default_wherever_it_can_be(model_folder: Path, pa
         plan = recipe.steps[1]._planned_start(ModelPlan(sharded.config), ModelPlan(sharded.config, form="nf4", rounded=True), sharded)
         assert plan.notes == (f"starts as the quantized base: its correction under {sharded.layout.name} is not built",)
     assert "starts as the quantized base: DoRA" in planned_notes(model_folder, pairs_file, nf4, llmlite.Lora(use_dora=True))
-    monkeypatch.setattr("llmlite.evaluation.memory.free_bytes", lambda _device="cpu": 10**6)
+    monkeypatch.setattr("llmlite.memory.free_bytes", lambda _device="cpu": 10**6)
     assert "starts as the quantized base; starting as its correction would take" in planned_notes(model_folder, pairs_file, nf4, llmlite.Lora())
 
 

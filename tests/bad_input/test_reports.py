@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from llmlite.cli import main
-from llmlite.errors import LoadError
+from llmlite.errors import LoadError, OutputError
+from llmlite.evaluation.result import Evaluation
 from llmlite.html.compare import compare
 from llmlite.html.page import run_page
 from llmlite.hub.card import model_card
@@ -117,6 +118,45 @@ def test_every_value_of_a_report_replaced_is_refused_or_shown(result: Path) -> N
             outcomes[shown(result) == "good"] += 1
     assert outcomes.total() > 1000
     assert outcomes[False] > 800
+
+
+def good_evaluation() -> dict[str, Any]:
+    """An evaluation with every figure that a page or a card shows."""
+    latency = {"batch": 1, "ttft_p50": 0.1, "ttft_p95": 0.2, "tpot_p50": 0.01, "tpot_p95": 0.02, "repeats": 5, "prompt_tokens": 256, "new_tokens": 16}
+    latency |= {"prefill_tokens_per_second": 10.0, "decode_tokens_per_second": 5.0, "peak_memory_bytes": 10**9}
+    figures = {"bytes_on_disk": 10, "perplexity": 9.0, "kl": 0.1, "top1_agreement": 0.9, "latency": [latency], "joules_per_1000_tokens": 3.0}
+    figures |= {"tasks": [{"task": "arc", "metric": "acc", "value": 0.5, "standard_error": 0.05, "flips": 0.125}]}
+    figures |= {"energy": {"kind": "measured", "source": "RAPL"}, "grid_grams_per_kwh": 400.0, "grams_co2_per_1000_tokens": 0.1}
+    figures |= {"answers": [{"prompt": "p", "expected": "e", "answer": "a"}]}
+    about = {"quality_on": "Quality on 7 tokens.", "date": "2026", "cpu": "x", "cores": 2, "device": "cpu", "torch": "2", "transformers": "5"}
+    return {"about": about, "models": {"base": figures, "this": {**figures, "step": "1 lora"}}}
+
+
+def test_an_evaluation_of_any_kind_is_shown_or_left_out_and_not_pushed(result: Path) -> None:
+    report = good(result)
+    report.save()
+    whole = good_evaluation()
+    texts = ["[" * 20_000, "{", "[]", "{}", '{"about": {}, "models": {}}', "9" * 5000, '{"about": [], "models": []}']
+    for path in places(whole):
+        for value in (None, 10**400, "text", [], {"step": 3}):
+            mutant: Any = copy.deepcopy(whole)
+            place = mutant
+            for part in path[:-1]:
+                place = place[part]
+            place[path[-1]] = value
+            texts.append(json.dumps(mutant))
+    refused = 0
+    for text in [json.dumps(whole), *texts]:
+        (result / "evaluation.json").write_text(text)
+        run_page(report, Evaluation.read(result))
+        model_card(report, result)
+        if Evaluation.read(result) is None:
+            refused += 1
+            with pytest.raises(OutputError, match="not what `llmlite evaluate` writes"):
+                what_is_sent(result, report, "me/name")
+    assert refused > 100
+    (result / "evaluation.json").write_text(json.dumps(whole))
+    assert "arc" in str(what_is_sent(result, report, "me/name")["evaluation.json"])
 
 
 def test_every_key_of_a_report_left_out_is_refused_or_shown(result: Path) -> None:

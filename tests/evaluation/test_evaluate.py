@@ -92,7 +92,9 @@ def test_a_folder_that_is_no_run_needs_its_base_named(model_folder: Path, run: R
 
 def test_tasks_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "no_task.yaml").write_text("dataset_path: json\n")
+    (tmp_path / "deep.yaml").write_text("[" * 5000)
     wrong = {"hellaswagg": "Did you mean .hellaswag", str(tmp_path / "a.yaml"): "no file", str(tmp_path / "no_task.yaml"): "has no .task: NAME."}
+    wrong[str(tmp_path / "deep.yaml")] = "is not a task's YAML"
     for name, message in wrong.items():
         with pytest.raises(ConfigError, match=message):
             check_tasks([name])

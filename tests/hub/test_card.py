@@ -268,3 +268,8 @@ def test_only_codes_that_anybody_gets_while_loading_may_be_left_to_the_base() ->
     assert made_by(llmlite.Quantize(scheme="int8"), llmlite.Lora()) == []
     assert made_by(llmlite.Quantize(scheme="nf4"), llmlite.Lora()) == ["quantize with calibrate: true"]
     assert made_by(llmlite.PruneFfn(keep=0.5), llmlite.Quantize(calibrate=False), llmlite.Lora()) == ["prune.ffn"]
+    taught = llmlite.DistillWhiteBox()
+    assert made_by(llmlite.Quantize(calibrate=False), llmlite.Bottleneck(), taught) == made_by(llmlite.Ia3(), taught) == made_by(llmlite.Lora(), taught) == []
+    assert made_by(llmlite.PruneFfn(keep=0.5), llmlite.Prefix(), taught) == ["prune.ffn"]
+    assert made_by(llmlite.PruneFfn(keep=0.5), llmlite.DistillWhiteBox(adapter=llmlite.Lora()), taught) == ["prune.ffn"]
+    assert made_by(llmlite.Lora(), llmlite.Merge(), llmlite.Lora()) == ["lora", "merge"]

@@ -264,7 +264,7 @@ def test_auto_takes_blocks_exactly_when_the_whole_does_not_fit_and_the_plan_says
 ) -> None:
     able = recipe(base, pairs_file, tmp_path / "out", (llmlite.PruneWeights(),), load="auto")
     free = {"bytes": 10**15}
-    monkeypatch.setattr("llmlite.evaluation.memory.free_bytes", lambda _device: free["bytes"])
+    monkeypatch.setattr("llmlite.memory.free_bytes", lambda _device: free["bytes"])
     context = Run(able)
     assert llmlite.plan.check(able, context).loading == ""
     assert not context.blockwise
@@ -289,7 +289,7 @@ def test_the_plan_of_a_large_model_is_lower_in_blocks(base: Path, pairs_file: Pa
 
 _LIMITED = """
 import resource
-from llmlite.evaluation.memory import free_bytes
+from llmlite.memory import free_bytes
 before = free_bytes()
 resource.setrlimit(resource.RLIMIT_DATA, (10**9, resource.RLIM_INFINITY))
 print(before, free_bytes())

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from llmlite.data.chat import common_prefix
 from llmlite.distillation.api.logprobs import Position
 from llmlite.distillation.api.vocabulary import Vocabulary
 
@@ -55,12 +56,7 @@ def overlap(student: bytes, teacher: bytes) -> tuple[int, int, int]:
         at, into = 0, teacher.find(student[:_PROBE])
     if into < 0 or not teacher or not student:
         return 0, 0, 0
-    agreed = 0
-    for one, other in zip(student[at:], teacher[into:], strict=False):
-        if one != other:
-            break
-        agreed += 1
-    return at, into, agreed
+    return at, into, common_prefix(student[at:], teacher[into:])
 
 
 def matching(student: Sequence[bytes], teacher: Sequence[bytes]) -> list[int | None]:

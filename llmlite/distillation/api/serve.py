@@ -28,6 +28,7 @@ __all__ = ["missing_libraries", "served"]
 log = logging.getLogger(__name__)
 
 _NEEDS = ("fastapi", "uvicorn", "openai")
+_PATIENCE_SECONDS = 300.0  # for loading
 _START = """
 import os, sys, threading
 def watch():
@@ -45,15 +46,13 @@ def missing_libraries() -> list[str]:
 
 
 @contextmanager
-def served(folder: Path, device: str, dtype: str, continuous_batching: bool = False, patience_seconds: float = 300.0) -> Iterator[str]:
+def served(folder: Path, device: str, dtype: str) -> Iterator[str]:
     """Serve a model folder on a free port of 127.0.0.1 and yield the base URL; the model's name there is the folder.
 
     Args:
         folder: a stock model folder with its tokenizer.
         device: as torch names it.
         dtype: type to compute in.
-        continuous_batching: let requests share forward passes.
-        patience_seconds: how long loading may take.
 
     Raises:
         ApiError: it does not come up; the end of what it said is quoted.
@@ -61,9 +60,9 @@ def served(folder: Path, device: str, dtype: str, continuous_batching: bool = Fa
     with tempfile.TemporaryFile() as said:
         for attempt in range(3):
             port = _free_port()
-            process = _start(folder, port, device, dtype, continuous_batching, said)
+            process = _start(folder, port, device, dtype, said)
             try:
-                if _ready(process, port, patience_seconds):
+                if _ready(process, port):
                     log.info("the teacher is served on 127.0.0.1:%d by transformers serve", port)
                     yield f"http://127.0.0.1:{port}/v1"
                     return
@@ -75,9 +74,8 @@ def served(folder: Path, device: str, dtype: str, continuous_batching: bool = Fa
                 _end(process)
 
 
-def _start(folder: Path, port: int, device: str, dtype: str, continuous_batching: bool, said: IO[bytes]) -> subprocess.Popen[bytes]:
+def _start(folder: Path, port: int, device: str, dtype: str, said: IO[bytes]) -> subprocess.Popen[bytes]:
     arguments = ["serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", device, "--dtype", dtype]
-    arguments += ["--continuous-batching"] if continuous_batching else []
     environment = {name: value for name, value in os.environ.items() if not name.endswith("API_KEY")}
     return subprocess.Popen(
         [sys.executable, "-c", _START, *arguments],
@@ -89,8 +87,8 @@ def _start(folder: Path, port: int, device: str, dtype: str, continuous_batching
     )
 
 
-def _ready(process: subprocess.Popen[bytes], port: int, patience_seconds: float) -> bool:
-    deadline = time.monotonic() + patience_seconds
+def _ready(process: subprocess.Popen[bytes], port: int) -> bool:
+    deadline = time.monotonic() + _PATIENCE_SECONDS
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while process.poll() is None and time.monotonic() < deadline:
         try:

@@ -21,7 +21,7 @@ from llmlite.distillation.api.client import OPENAI_URL, Client, Endpoint, enviro
 from llmlite.distillation.api.prompts import Question, questions_of, read_prompts
 from llmlite.distillation.api.serve import served
 from llmlite.errors import ApiError
-from llmlite.models.find import Source, find
+from llmlite.models.find import Source, find, weight_files
 from llmlite.models.load import load_config, load_tokenizer
 from llmlite.models.settings import Model
 from llmlite.storage import cache_folder
@@ -68,8 +68,7 @@ class ApiTeacher:
         """What names the teacher in the cache: the address, or the weights that are served."""
         if self.own is None:
             return self.url
-        files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(self.source.folder.glob("*.safetensors"))]
-        return f"served {fingerprint(files)}"
+        return f"served {fingerprint(weight_files(self.source.folder))}"
 
     # Connections ----------------------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Peak memory of a block of work: of the process on a CPU, of the allocator on a GPU."""
+"""Memory of this process: its peak over a block of work (of the allocator on a GPU), what it holds, and what it can still take."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ class Peak:
     """Peak bytes, filled in when the block ends."""
 
     bytes: int = 0
-    scope: str = "process"
 
 
 @contextmanager
@@ -36,7 +35,6 @@ def measured_peak(device_type: str = "cpu") -> Iterator[Peak]:
         import torch
 
         torch.cuda.reset_peak_memory_stats()
-        peak.scope = "cuda"
     else:
         _reset_high_water()
     try:
