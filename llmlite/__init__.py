@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from llmlite.pruning.heads import PruneHeads as PruneHeads
     from llmlite.pruning.hidden import PruneHidden as PruneHidden
     from llmlite.pruning.layers import PruneLayers as PruneLayers
+    from llmlite.pruning.rescale import PruneRescale as PruneRescale
     from llmlite.pruning.structured import PruneStructured as PruneStructured
     from llmlite.pruning.vocabulary import PruneVocabulary as PruneVocabulary
     from llmlite.pruning.weights import PruneWeights as PruneWeights
@@ -63,6 +64,7 @@ _HOMES = {
     "PruneHeads": "llmlite.pruning.heads",
     "PruneHidden": "llmlite.pruning.hidden",
     "PruneLayers": "llmlite.pruning.layers",
+    "PruneRescale": "llmlite.pruning.rescale",
     "PruneStructured": "llmlite.pruning.structured",
     "PruneVocabulary": "llmlite.pruning.vocabulary",
     "PruneWeights": "llmlite.pruning.weights",

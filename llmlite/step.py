@@ -37,6 +37,7 @@ STEPS: dict[str, str] = {
     "prune.heads": "llmlite.pruning.heads:PruneHeads",
     "prune.hidden": "llmlite.pruning.hidden:PruneHidden",
     "prune.layers": "llmlite.pruning.layers:PruneLayers",
+    "prune.rescale": "llmlite.pruning.rescale:PruneRescale",
     "prune.structured": "llmlite.pruning.structured:PruneStructured",
     "prune.vocabulary": "llmlite.pruning.vocabulary:PruneVocabulary",
     "prune.weights": "llmlite.pruning.weights:PruneWeights",

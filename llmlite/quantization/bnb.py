@@ -191,8 +191,8 @@ class Quantize(Step):
         return batches_of(quantization_windows(run)[: self._sequences(run)])
 
     def _scheme(self, model: ModelPlan, seed: int) -> CalibratedScheme:
+        from llmlite.distillation.descent import Descent
         from llmlite.quantization.calibrate import CalibratedScheme
-        from llmlite.quantization.tune import TuneScales
 
         assert self.scheme != "int8"
         return CalibratedScheme(
@@ -201,7 +201,7 @@ class Quantize(Step):
             self.damping,
             self.sweeps,
             token_weights=self.token_weights,
-            tune=TuneScales(epochs=self.tune_epochs, seed=seed) if self.tune_epochs else None,
+            tune=Descent(epochs=self.tune_epochs, seed=seed) if self.tune_epochs else None,
             seed=seed,
             skip=self._skipped(model),
         )

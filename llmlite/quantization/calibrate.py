@@ -29,6 +29,7 @@ from llmlite.calibration.blocks import Statistics, last_hidden
 from llmlite.calibration.kept import digest_of, made_once
 from llmlite.calibration.sensitivity import quick_sensitivity
 from llmlite.calibration.walk import Walk, walk_blocks
+from llmlite.distillation.descent import Descent
 from llmlite.models.blockwise import is_blockwise, shelf_of
 from llmlite.models.device_map import is_offloaded
 from llmlite.models.quick import quick_dtype_of
@@ -36,7 +37,7 @@ from llmlite.models.view import BlockView, LinearView, ModelView
 from llmlite.processes import rank_and_processes
 from llmlite.quantization.nf4 import DoubleScales, Grid, calibrated_codes, dequantize, grid_of, output_error
 from llmlite.quantization.stock_format import write_codes
-from llmlite.quantization.tune import Codes, TuneScales, tune_scales
+from llmlite.quantization.tune import Codes, tune_scales
 from llmlite.storage import damage, file_sums, flush, set_aside, writing_folder
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class CalibratedScheme:
     damping: float = 1e-3
     sweeps: int = 2
     token_weights: Literal["sensitivity", "equal"] = "sensitivity"
-    tune: TuneScales | None = field(default_factory=TuneScales)
+    tune: Descent | None = field(default_factory=Descent)
     seed: int = 0
     skip: tuple[str, ...] = ()
 
@@ -183,7 +184,7 @@ def _is_tuned(codes: Path) -> bool:
     return reason is None
 
 
-def _tune(model: nn.Module, batches: Sequence[Batch], hidden: Sequence[Tensor], how: TuneScales, grid: Grid, codes: Path, state: Path | None) -> None:
+def _tune(model: nn.Module, batches: Sequence[Batch], hidden: Sequence[Tensor], how: Descent, grid: Grid, codes: Path, state: Path | None) -> None:
     """Tuned codes in their own folder, whole or not at all."""
     chosen = {file.name.removesuffix(".safetensors"): _read(file) for file in sorted(codes.glob("*.safetensors"))}
     with writing_folder(codes / _TUNED) as temporary:

@@ -8,15 +8,12 @@ can be stored, and its gradient passes straight through (Bengio et al. 2013, arX
 
 Source: Chen et al. 2024, arXiv:2407.11062 (EfficientQAT, its second phase: only the step sizes are trained, end to end).
 
-This is calibration, not training: a few dozen steps over rows that are at hand, the same on every process, so it needs nothing of what the Trainer brings.
-
-Legend: O out_features, I in_features, B blocks of 64 inputs, N tokens, D hidden size.
+Legend: O out_features, I in_features, B blocks of 64 inputs.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,22 +23,17 @@ import torch
 from torch import Tensor
 
 from llmlite.calibration.kept import digest_of
-from llmlite.distillation.objective import Distillation, HiddenTeacher
+from llmlite.distillation.descent import DenseAnswers, Descent, Kept, descend
 from llmlite.models.quick import quick_copy, quick_dtype
 from llmlite.models.view import LinearView, ModelView
 from llmlite.quantization.nf4 import DoubleScales, Grid
-from llmlite.quantization.tune_state import DescentState
-from llmlite.training.backbone import hidden_and_head
-from llmlite.training.chunked import chunked_head_loss
 
 if TYPE_CHECKING:
     from llmlite.calibration.blocks import Batch
 
-__all__ = ["Codes", "TuneScales", "scaled_product", "tune_scales"]
+__all__ = ["Codes", "scaled_product", "tune_scales"]
 
 log = logging.getLogger(__name__)
-
-_LOG_EVERY = 16
 
 
 @dataclass(frozen=True)
@@ -62,23 +54,6 @@ class Codes:
     def to(self, device: torch.device) -> Codes:
         """The same codes on another device."""
         return Codes(self.index_OI.to(device), self.scales_OB.to(device), None if self.double is None else self.double.to(device))
-
-
-@dataclass(frozen=True)
-class TuneScales:
-    """How the descent goes.
-
-    Attributes:
-        learning_rate: largest relative change of a scale in one step of Adam; it warms up over 4 steps and falls to 0 as a cosine.
-        rows: calibration rows of one step.
-        epochs: passes over the calibration rows.
-        seed: of the order of the rows.
-    """
-
-    learning_rate: float = 1e-3
-    rows: int = 1
-    epochs: int = 1
-    seed: int = 0
 
 
 class _ScaledProduct(torch.autograd.Function):
@@ -120,7 +95,7 @@ def tune_scales(
     grid: Grid,
     batches: Sequence[Batch],
     hidden: Sequence[Tensor],
-    how: TuneScales,
+    how: Descent,
     state: Path | None = None,
 ) -> dict[str, Codes]:
     """The same codes with better scales.
@@ -131,9 +106,9 @@ def tune_scales(
         grid: the levels that indices count.
         batches: calibration inputs.
         hidden: of the dense model, see `llmlite.calibration.blocks.last_hidden`.
-        how: see `TuneScales`.
-        state: a folder of this process in which the descent keeps where it stands (`llmlite.quantization.tune_state`). One that was stopped goes on there with
-            the same arguments, and ends in the bits that it would have ended in; a state that is damaged, or of other codes, rows or settings, is not used.
+        how: see `llmlite.distillation.descent.Descent`.
+        state: a folder of this process in which the descent keeps where it stands (`llmlite.distillation.descent_state`). One that was stopped goes on there
+            with the same arguments, and ends in the same bits; a state that is damaged, or of other codes, rows or settings, is not used.
 
     Returns:
         Codes with new scales, all of them above 0, and with their second level such that they can be stored; the codes given where the descent overflows.
@@ -148,48 +123,12 @@ def tune_scales(
     linears = {linear.name: linear for linear in ModelView(model).linears() if linear.name in codes}
     for name, linear in linears.items():
         _replace(linear, codes[name], grid, dtype, factors[name])
-    rows = [(batch, place) for batch in range(len(batches)) for place in range(len(hidden[batch]))]
-    schedule = _schedule(len(rows), how)
-    optimizer = torch.optim.Adam(factors.values(), lr=how.learning_rate, betas=(0.9, 0.95))
-    stands = DescentState(state, digest_of("scales", how, dtype, *batches, {name: one.tensors() for name, one in codes.items()}), factors, optimizer)
-    begun, recent = stands.restore()
-    log.info("scales: %s", f"continuing behind step {begun} of {len(schedule)}" if begun else f"tuned in {len(schedule)} steps")
-    for done, chosen in enumerate(schedule[begun:], start=begun):
-        for group in optimizer.param_groups:
-            group["lr"] = how.learning_rate * min(1.0, (done + 1) / 4) * 0.5 * (1 + math.cos(math.pi * done / len(schedule)))
-        for batch, place in (rows[each] for each in chosen):
-            inputs = {name: tensor[place : place + 1].to(device) for name, tensor in batches[batch].items()}
-            recent.append(_descend(model, inputs, hidden[batch][place].to(device, dtype), how.rows))
-        optimizer.step()
-        optimizer.zero_grad()
-        if (done + 1) % _LOG_EVERY == 0 or done + 1 == len(schedule):
-            log.info("scales: step %d of %d, %.4f nats a token from the dense model", done + 1, len(schedule), sum(recent) / len(recent))
-            recent = []
-        stands.keep(done + 1, recent)
+    made_of = digest_of("scales", how, dtype, *batches, {name: one.tensors() for name, one in codes.items()})
+    descend(model, factors, batches, DenseAnswers(hidden), how, Kept(state, made_of))
     if not all(bool(factor.isfinite().all()) for factor in factors.values()):
         log.warning("scales: the descent overflows in %s, so they stay as calibration chose them", dtype)
         return dict(codes)
     return {name: Codes(one.index_OI, _stored(one, factors[name].detach().to(one.scales_OB.device)), one.double) for name, one in codes.items()}
-
-
-def _schedule(rows: int, how: TuneScales) -> list[list[int]]:
-    """The rows of each step: every epoch in an order of its own, all of which follow from the seed."""
-    generator = torch.Generator().manual_seed(how.seed)
-    orders = [torch.randperm(rows, generator=generator).tolist() for _ in range(how.epochs)]
-    return [order[start : start + how.rows] for order in orders for start in range(0, rows, how.rows)]
-
-
-def _descend(model: Any, inputs: dict[str, Tensor], hidden_TD: Tensor, rows: int) -> float:
-    """Add one row's gradient; its mean divergence."""
-    mask = inputs.get("attention_mask")
-    keep_N = None if mask is None else mask.reshape(-1).bool()
-    with torch.enable_grad():
-        student = hidden_and_head(model, inputs)
-        distance = Distillation(HiddenTeacher(hidden_TD, student.head, transform=student.transform), kd_weight=1.0)
-        flat_ND = student.hidden.reshape(-1, student.hidden.shape[-1])
-        loss = chunked_head_loss(flat_ND, student.head, distance, keep_N=keep_N, transform=student.transform).loss
-        (loss / rows).backward()  # type: ignore[no-untyped-call]
-    return float(loss.detach())
 
 
 def _replace(linear: LinearView, codes: Codes, grid: Grid, dtype: torch.dtype, factor_OB: Tensor) -> None:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from llmlite.calibration.blocks import batches_of
+from llmlite.distillation.descent import Descent
 from llmlite.models.quick import quick_copy
 from llmlite.models.view import ModelView
 from llmlite.quantization.calibrate import CalibratedScheme, calibrate
 from llmlite.quantization.nf4 import DoubleScales, grid_of, nearest_index
-from llmlite.quantization.tune import Codes, TuneScales, scaled_product, tune_scales
+from llmlite.quantization.tune import Codes, scaled_product, tune_scales
 from tests.conftest import build_tiny, logits_of, token_ids
 
 
@@ -44,7 +45,7 @@ def test_tuned_scales_bring_the_model_closer_with_the_same_codes(tmp_path: Path,
     batches = batches_of(token_ids(rows=8, length=32, seed=5))
     dense = build_tiny(family)
     distances = []
-    for name, tune in (("plain", None), ("tuned", TuneScales(learning_rate=2e-3, epochs=2))):
+    for name, tune in (("plain", None), ("tuned", Descent(learning_rate=2e-3, epochs=2))):
         model = build_tiny(family)
         calibrate(model, batches, CalibratedScheme(double_quant=double_quant, tune=tune), tmp_path / name)
         distances.append(_divergence(model, dense, batches))
@@ -79,7 +80,7 @@ def test_a_descent_that_overflows_leaves_the_scales_as_they_were() -> None:
         one.name: Codes(nearest_index(one.weight_OI, grid), torch.ones(one.weight_OI.shape[0], 1)) for one in ModelView(model).linears() if "q_" in one.name
     }
     hidden = [torch.full((*batch["input_ids"].shape, 64), torch.inf) for batch in batches]
-    tuned = tune_scales(model, codes, grid, batches, hidden, TuneScales())
+    tuned = tune_scales(model, codes, grid, batches, hidden, Descent())
     assert all(torch.equal(tuned[name].scales_OB, one.scales_OB) for name, one in codes.items())
 
 

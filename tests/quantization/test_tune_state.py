@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llmlite.calibration.blocks import Blocks, batches_of
+from llmlite.distillation import descent, descent_state
+from llmlite.distillation.descent import Descent
+from llmlite.distillation.descent_state import DescentState
 from llmlite.quantization import calibrate as calibrate_module
-from llmlite.quantization import tune, tune_state
 from llmlite.quantization.calibrate import CalibratedScheme, calibrate
-from llmlite.quantization.tune import TuneScales
-from llmlite.quantization.tune_state import DescentState
 from tests.conftest import build_tiny, logits_of, token_ids
 from tests.pipeline.kills import environment
 
@@ -30,12 +30,12 @@ STEPS = ROWS * EPOCHS
 
 @pytest.fixture(autouse=True)
 def _kept_after_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune_state, "KEEP_SECONDS", 0.0)
-    monkeypatch.setattr(tune_state, "KEEP_SHARE", torch.inf)
+    monkeypatch.setattr(descent_state, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(descent_state, "KEEP_SHARE", torch.inf)
 
 
 def scheme(**options: Any) -> CalibratedScheme:
-    return CalibratedScheme(double_quant=options.pop("double_quant", False), tune=TuneScales(**{"learning_rate": 2e-3, "epochs": EPOCHS, **options}))
+    return CalibratedScheme(double_quant=options.pop("double_quant", False), tune=Descent(**{"learning_rate": 2e-3, "epochs": EPOCHS, **options}))
 
 
 def run(place: Path, how: CalibratedScheme, seed: int = 5, family: str = "llama") -> Tensor:
@@ -67,7 +67,7 @@ def require_same(one: Path, other: Path) -> None:
 @pytest.fixture
 def descents(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[int]]:
     """Count the rows that tuning goes down on from now on, and stop it at one of them."""
-    real = tune._descend
+    real = descent._descend
 
     def watched(stop: int | None = None) -> list[int]:
         calls: list[int] = []
@@ -78,7 +78,7 @@ def descents(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[int
             calls.append(1)
             return real(*args)
 
-        monkeypatch.setattr(tune, "_descend", descend)
+        monkeypatch.setattr(descent, "_descend", descend)
         return calls
 
     return watched
@@ -109,17 +109,17 @@ def test_tuning_stopped_several_times_ends_in_the_same_bits(
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from llmlite.quantization import tune, tune_state
+from llmlite.distillation import descent, descent_state
 from tests.quantization.test_tune_state import run, scheme
-tune_state.KEEP_SECONDS, tune_state.KEEP_SHARE = 0.0, float("inf")
+descent_state.KEEP_SECONDS, descent_state.KEEP_SHARE = 0.0, float("inf")
 place, stop = Path(sys.argv[1]), int(sys.argv[2])
-real, calls = tune._descend, []
+real, calls = descent._descend, []
 def descend(*args):
     if len(calls) == stop:
         os.kill(os.getpid(), signal.SIGKILL)
     calls.append(1)
     return real(*args)
-tune._descend = descend
+descent._descend = descend
 run(place, scheme())
 print(len(calls))
 """
@@ -209,10 +209,10 @@ def test_keeping_costs_a_small_share_of_the_time(tmp_path: Path, monkeypatch: py
         kept.append(folder.name)
         clock[0] += 3.0
 
-    monkeypatch.setattr(tune_state, "KEEP_SECONDS", 15.0)
-    monkeypatch.setattr(tune_state, "KEEP_SHARE", 0.02)
-    monkeypatch.setattr(tune_state.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(tune_state, "keep_tensors", slow)
+    monkeypatch.setattr(descent_state, "KEEP_SECONDS", 15.0)
+    monkeypatch.setattr(descent_state, "KEEP_SHARE", 0.02)
+    monkeypatch.setattr(descent_state.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(descent_state, "keep_tensors", slow)
     factor = torch.ones(4, requires_grad=True)
     state = DescentState(tmp_path, "of this", {"one": factor}, torch.optim.Adam([factor]))
     for done in range(1, 101):

@@ -1,6 +1,6 @@
-"""Where a descent on scales stands, kept on disk now and then: one that was stopped goes on and ends in the same bits.
+"""Where a descent (`llmlite.distillation.descent`) stands, kept on disk now and then: one that was stopped goes on and ends in the same bits.
 
-The state is the factors of the scales, Adam's moments and the number of steps; the order of the rows follows from the seed. It is kept when at least
+The state is the factors, Adam's moments and the number of steps; the order of the rows follows from the seed. It is kept when at least
 `KEEP_SECONDS` have passed and at least fifty times as long as keeping it took the last time, so that a large one costs no more than 2 % of the time either.
 """
 
