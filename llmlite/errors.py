@@ -22,7 +22,19 @@ __all__ = [
     "ResourceError",
     "RunError",
     "UnsupportedModel",
+    "counted",
 ]
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number and what it counts, as a message says it: 1 row, 2 rows, 1,000 rows.
+
+    Args:
+        number: how many there are.
+        one: what one of them is called, with its verb where there is one (``row is``).
+        many: what several are called, where it is not `one` with an s (``rows are``).
+    """
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 class LlmliteError(Exception):
@@ -42,8 +54,7 @@ class ConfigError(LlmliteError):
     def __init__(self, where: str, problems: Sequence[str]) -> None:
         self.where = where
         self.problems = tuple(problems)
-        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        super().__init__("\n".join([f"{where} has {count}", *(f"  {problem}" for problem in self.problems)]))
+        super().__init__("\n".join([f"{where} has {counted(len(self.problems), 'problem')}", *(f"  {problem}" for problem in self.problems)]))
 
 
 class UnsupportedModel(LlmliteError):

@@ -9,6 +9,7 @@ import dataclasses
 import gc
 import logging
 import math
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from llmlite.models.adapted import adapter_parameters, is_adapted
 from llmlite.models.find import find, weight_bytes, weights_fingerprint
 from llmlite.plan import check, claim, made_before_adapter
 from llmlite.recipe import Recipe
-from llmlite.report import Report, Row, environment
+from llmlite.report import Report, Row, environment, human_bytes
 from llmlite.step import Step, name_of_step
 from llmlite.storage import folder_bytes, locked, telling, telling_refused, writing_folder
 
@@ -401,6 +402,7 @@ class _Pipeline:
 
         recipe, asked = self.recipe, self.recipe.evaluate
         if asked is None:
+            self._say_kept_figures()
             return
         self.model = None  # never two at a time
         gc.collect()
@@ -416,6 +418,18 @@ class _Pipeline:
                 publish(found, self.report)
             measuring.forget()
         self.context.wait()
+
+    def _say_kept_figures(self) -> None:
+        """Name what an evaluation left that was stopped and is asked for no longer: it may have taken hours, so it is not for a run to throw away."""
+        place = self.out / "steps" / KEPT_FIGURES
+        if self.context.is_main and place.is_dir():
+            log.info(
+                "%s holds %s of an evaluation that was stopped. evaluate in the recipe, or llmlite evaluate %s --each_step, with the same options, goes on "
+                "behind what it has measured and clears it away; without it, delete that folder.",
+                place,
+                human_bytes(folder_bytes(place, "*/*")),
+                shlex.quote(str(self.out)),
+            )
 
     def _push(self) -> None:
         """Upload the result where that was asked for. A failed upload loses nothing: the run stays complete."""
