@@ -26,15 +26,16 @@ __all__ = [
 ]
 
 
-def counted(number: int, one: str, many: str | None = None) -> str:
+def counted(number: int | str, one: str, many: str | None = None) -> str:
     """A number and what it counts, as a message says it: 1 row, 2 rows, 1,000 rows.
 
     Args:
-        number: how many there are.
+        number: how many there are, or a mark where nobody knows.
         one: what one of them is called, with its verb where there is one (``row is``).
         many: what several are called, where it is not `one` with an s (``rows are``).
     """
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
+    shown = f"{number:,}" if isinstance(number, int) else number
+    return f"{shown} {one if number == 1 else many or one + 's'}"
 
 
 class LlmliteError(Exception):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmlite.context import Run
-from llmlite.errors import GateFailed, LlmliteError, LoadError, OutputError, ResourceError, RunError
+from llmlite.errors import GateFailed, LlmliteError, LoadError, OutputError, ResourceError, RunError, counted
 from llmlite.gate import COLLAPSE, Gate
 from llmlite.kept import KEPT_FIGURES, Kept, write_row
 from llmlite.models.adapted import adapter_parameters, is_adapted
@@ -412,7 +412,7 @@ class _Pipeline:
             checkpoints = Kept(recipe, context, self.out).checkpoints(context)[0 if asked.each_step else -1 :]
             before = Evaluation.read(self.out)
             if before is None or before.about.get("asked") != measuring.fingerprint(checkpoints):
-                log.info("measuring the base and %d reloaded models", len(checkpoints))
+                log.info("measuring the base and %s", counted(len(checkpoints), "reloaded model"))
                 with _memory_advice("evaluate", _TO_MEASURE):
                     found = measuring.measure(self.out, checkpoints)
                 publish(found, self.report)
@@ -444,7 +444,7 @@ class _Pipeline:
                 revision=recipe.hub_revision,
                 accept_license=recipe.hub_accept_license,
             )
-            log.info("uploaded to %s: %d files, compared with the folder", pushed.url, len(pushed.files))
+            log.info("uploaded to %s: %s, compared with the folder", pushed.url, counted(len(pushed.files), "file"))
 
 
 def _require_numbers(recipe: Recipe, perplexity: float, dtype: torch.dtype) -> None:

@@ -15,7 +15,7 @@ import pydantic
 
 from llmlite.config import near, read_yaml, settings, shorten, to_mapping, unknown_option, validate
 from llmlite.data.settings import Data
-from llmlite.errors import ConfigError
+from llmlite.errors import ConfigError, counted
 from llmlite.evaluating import EvaluateSettings
 from llmlite.expected import Expected, ExpectedSettings
 from llmlite.gate import Gate, GateSettings
@@ -250,7 +250,7 @@ def _assign_path(merged: dict[str, Any], path: list[str], value: Any) -> str | N
         so_far = ".".join(path[: depth + 1])
         if isinstance(place, list):
             if not part.isdigit() or int(part) >= len(place):
-                return f"no step '{so_far}'. There are {len(place)} steps, numbered from 0."
+                return f"no step '{so_far}'. The recipe has {counted(len(place), 'step')}, numbered from 0."
             step = place[int(part)]
             place[int(part)] = place = {"step": step} if isinstance(step, str) else step
             if isinstance(place, dict) and path[depth + 1] == "gate":

@@ -65,7 +65,7 @@ def test_problems_of_all_layers_and_all_parts_come_together() -> None:
     assert "7 problems" in text
     for part in (
         "f.yaml: no option 'modle'. Did you mean 'model'?",
-        "flags: no step 'steps.3'. There are 2 steps, numbered from 0.",
+        "flags: no step 'steps.3'. The recipe has 2 steps, numbered from 0.",
         "data: no option 'max_lenght'. Did you mean 'max_length'?",
         "steps[0]: no step 'lorra'. Did you mean 'lora'?",
         "steps[1] lora: r='8' should be a whole number.",

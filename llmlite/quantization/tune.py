@@ -27,6 +27,7 @@ from torch import Tensor
 
 from llmlite.calibration.kept import digest_of
 from llmlite.distillation.objective import Distillation, HiddenTeacher
+from llmlite.errors import counted
 from llmlite.models.quick import quick_copy, quick_dtype
 from llmlite.models.view import LinearView, ModelView
 from llmlite.quantization.nf4 import DoubleScales, Grid
@@ -153,7 +154,7 @@ def tune_scales(
     optimizer = torch.optim.Adam(factors.values(), lr=how.learning_rate, betas=(0.9, 0.95))
     stands = DescentState(state, digest_of("scales", how, dtype, *batches, {name: one.tensors() for name, one in codes.items()}), factors, optimizer)
     begun, recent = stands.restore()
-    log.info("scales: %s", f"continuing behind step {begun} of {len(schedule)}" if begun else f"tuned in {len(schedule)} steps")
+    log.info("scales: %s", f"continuing behind step {begun} of {len(schedule)}" if begun else f"tuned in {counted(len(schedule), 'step')}")
     for done, chosen in enumerate(schedule[begun:], start=begun):
         for group in optimizer.param_groups:
             group["lr"] = how.learning_rate * min(1.0, (done + 1) / 4) * 0.5 * (1 + math.cos(math.pi * done / len(schedule)))
