@@ -318,7 +318,7 @@ def keep_still() -> None:
 
 def hush_loggers() -> None:
     """Silence what other libraries log harmlessly: each request, and of bitsandbytes a kernel that it cannot fetch."""
-    for name in ("accelerate", "bitsandbytes", "httpx", "httpx2", "httpcore", "httpcore2", "filelock", "urllib3", "fsspec"):
+    for name in ("accelerate", "bitsandbytes", "httpx", "httpx2", "httpcore", "httpcore2", "filelock", "urllib3", "fsspec", "lm_eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmlite
 from llmlite.cli import main
 from llmlite.data.text import Rows
 from llmlite.errors import ConfigError, LoadError, OutputError
 from llmlite.evaluation.sample import sample
-from llmlite.evaluation.tasks import TaskResult, check_tasks, flips
+from llmlite.evaluation.tasks import TaskResult, check_tasks, flips, run_tasks
 from llmlite.hub.card import model_card
 from llmlite.report import Report
 from tests.conftest import build_tiny, build_tokenizer, save_sums_task
@@ -108,6 +108,19 @@ def test_a_folder_that_takes_no_figures_is_refused_before_anything_is_loaded(run
     monkeypatch.setattr("llmlite.storage.tempfile.NamedTemporaryFile", refuse)
     with pytest.raises(OutputError, match=r"out: cannot be written \(Read-only file system\). The figures go there: copy the folder to where you can write"):
         llmlite.evaluate(run.path)
+
+
+def test_tasks_are_asked_without_a_word_of_the_working_folder(
+    run: Report, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from lm_eval import evaluator
+
+    before = evaluator.get_git_commit_hash, evaluator.add_env_info
+    monkeypatch.chdir(tmp_path)  # no repository, of which git would complain
+    (found,) = run_tasks(AutoModelForCausalLM.from_pretrained(run.path), AutoTokenizer.from_pretrained(run.path), [str(task)], limit=2)
+    assert len(found.correct) == 2
+    assert "git" not in capfd.readouterr().err
+    assert (evaluator.get_git_commit_hash, evaluator.add_env_info) == before
 
 
 def test_tasks_of_both_kinds_are_refused_before_anything_is_loaded(task: Path) -> None:
