@@ -276,11 +276,12 @@ def _assign_short(merged: dict[str, Any], key: str, value: Any) -> str | None:
         step = steps[homes[0]]
         steps[homes[0]] = (step if isinstance(step, dict) else {"step": step}) | {key: value}
         return None
-    for part in (merged["data"], merged["model"]):
-        if isinstance(part, dict) and key in part:
-            part[key] = value
+    for name in ("data", "model"):
+        if key in _own_fields(_PARTS[name][0]):
+            if isinstance(merged[name], dict):  # else the whole of it is a problem of its own
+                merged[name][key] = value
             return None
-    known = {*merged, *merged["data"], *merged["model"], *(name for step in steps for name in _options_of_step(step))} - {"name", "train"}
+    known = {*merged, *_own_fields(Data), *_own_fields(Model), *(name for step in steps for name in _options_of_step(step))} - {"name", "train"}
     return unknown_option(key, known)
 
 
