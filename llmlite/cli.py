@@ -320,7 +320,7 @@ def log_plainly() -> None:
     """Log to the terminal without decoration, on the main process only, and not what other libraries log harmlessly: each request, and of bitsandbytes a kernel
     that it cannot fetch."""
     logging.basicConfig(level=logging.INFO if is_main() else logging.ERROR, format="%(message)s", stream=sys.stderr)
-    for name in ("accelerate", "bitsandbytes", "httpx", "httpx2", "httpcore", "httpcore2", "filelock", "urllib3", "fsspec"):
+    for name in ("accelerate", "bitsandbytes", "httpx", "httpx2", "httpcore", "httpcore2", "filelock", "urllib3", "fsspec", "lm_eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

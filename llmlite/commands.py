@@ -13,7 +13,7 @@ import click
 from llmlite import __version__
 from llmlite.cli import CONTEXT, dotted_options, is_main, keep_still, log_plainly, run_recipe, show_evaluation, takes_text
 from llmlite.config import default_of, field_doc, parse_flag, read_yaml, to_mapping, to_yaml
-from llmlite.errors import ConfigError, OutputError
+from llmlite.errors import ConfigError, OutputError, counted
 from llmlite.models.device_map import SPREADING
 from llmlite.models.settings import Model
 from llmlite.recipe import Recipe
@@ -226,8 +226,8 @@ def _export_command(folders: tuple[str, ...], output_dir: str, names: str | None
     log_plainly()
     found = export(folders, output_dir, [name.strip() for name in (names or "").split(",") if name.strip()])
     click.echo(
-        f"{len(found.names)} adapters in {found.path}: {', '.join(found.names)}. A fresh process switched to each and got the logits that it gives alone "
-        f"(largest difference {found.difference:.1e}):\n\n{found.loading}"
+        f"{counted(len(found.names), 'adapter')} in {found.path}: {', '.join(found.names)}. A fresh process switched to each and got the logits that it gives "
+        f"alone (largest difference {found.difference:.1e}):\n\n{found.loading}"
     )
 
 
@@ -296,6 +296,8 @@ def _push_command(folder: str, repository: str, public: bool, **options: Any) ->
     log_plainly()
     pushed = push(folder, repository, private=not public, **options)
     kind = "private" if pushed.private else "public"
-    click.echo(f"{pushed.url}\n{len(pushed.files)} files, {human_bytes(pushed.bytes)}, {kind}; every file there has the size and hash of the one here.")
+    click.echo(
+        f"{pushed.url}\n{counted(len(pushed.files), 'file')}, {human_bytes(pushed.bytes)}, {kind}; every file there has the size and hash of the one here."
+    )
     if pushed.difference is not None:
         click.echo(f"A fresh process loaded it from the Hub; the largest difference of a logit is {pushed.difference:.1e}.")

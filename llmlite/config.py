@@ -97,6 +97,8 @@ def from_mapping(cls: type[Any], switched: bool = False) -> pydantic.BeforeValid
             return cls() if value else None
         if switched and not isinstance(value, Mapping | cls):
             raise ValueError("be true, false or a mapping of its options")
+        if value is not None and not isinstance(value, Mapping | cls):
+            raise ValueError("be a mapping of its options")
         if not isinstance(value, Mapping):
             return cls() if value is None else value
         found, problems = validate(cls, value, "")
@@ -149,6 +151,7 @@ def _wanted(item: Any) -> str:
     return (
         re.sub(r"^Input should (be )?", "be ", str(item["msg"]))
         .replace("a valid integer", "a whole number")
+        .replace("a valid boolean", "true or false")
         .replace("a valid ", "a ")
         .replace("a tuple", "a list")
     )

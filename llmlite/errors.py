@@ -22,8 +22,21 @@ __all__ = [
     "ResourceError",
     "RunError",
     "UnsupportedModel",
+    "counted",
     "first_line",
 ]
+
+
+def counted(number: int | str, one: str, many: str | None = None) -> str:
+    """A number and what it counts, as a message says it: 1 row, 2 rows, 1,000 rows.
+
+    Args:
+        number: how many there are, or a mark where nobody knows.
+        one: what one of them is called, with its verb where there is one (``row is``).
+        many: what several are called, where it is not `one` with an s (``rows are``).
+    """
+    shown = f"{number:,}" if isinstance(number, int) else number
+    return f"{shown} {one if number == 1 else many or one + 's'}"
 
 
 def first_line(error: BaseException) -> str:
@@ -48,8 +61,7 @@ class ConfigError(LlmliteError):
     def __init__(self, where: str, problems: Sequence[str]) -> None:
         self.where = where
         self.problems = tuple(problems)
-        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        super().__init__("\n".join([f"{where} has {count}", *(f"  {problem}" for problem in self.problems)]))
+        super().__init__("\n".join([f"{where} has {counted(len(self.problems), 'problem')}", *(f"  {problem}" for problem in self.problems)]))
 
 
 class UnsupportedModel(LlmliteError):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
 
 from llmlite.config import from_mapping, settings
+from llmlite.errors import counted
 from llmlite.paths import PathText
 from llmlite.step import Names
 
@@ -49,6 +52,28 @@ class Evaluate:
     """Of the speed measurement, after one that warms up."""
     answers: Annotated[int, pydantic.Field(ge=0)] = 3
     """Held-out prompts that every model answers."""
+
+    def sentence(self, steps: Sequence[str], offloaded: bool = False) -> str:
+        """Which models will be measured, and what of them, for a plan.
+
+        Args:
+            steps: names of the recipe's steps, in order.
+            offloaded: part of the base is brought in for each forward pass, so that it is neither timed nor asked.
+        """
+        models = [f"{index + 1}. {name}" for index, name in enumerate(steps)][0 if self.each_step else -1 :]
+        tasks = ", ".join(Path(task).name for task in self.tasks)
+        found = [
+            f"perplexity, KL and agreement on {'the held-out rows' if self.text is None else Path(self.text).name}",
+            tasks and f"{'task' if len(self.tasks) == 1 else 'tasks'} {tasks}" + (f", at most {counted(self.limit, 'question')} each" if self.limit else ""),
+            f"speed at batch {' and '.join(map(str, self.batch_sizes))}, {counted(self.repeats, 'repeat')} each",
+            "energy",
+            counted(self.answers, "answer") if self.answers else "",
+        ]
+        return (
+            f"evaluate: when the steps are done, the base and {counted(len(models), 'reloaded checkpoint')} ({', '.join(models)}) are measured, one after the "
+            f"other: {'; '.join(filter(None, found))}."
+            + (" Of the base, part of which is brought in for each forward pass, neither speed nor energy nor answers." if offloaded else "")
+        )
 
 
 EvaluateSettings = Annotated[Evaluate | None, from_mapping(Evaluate, switched=True)]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from llmlite.context import Run
 from llmlite.data.vocabulary import VOCABULARY
+from llmlite.errors import counted
 from llmlite.evaluation.reloaded import Checkpoint
 from llmlite.recipe import Recipe
 from llmlite.report import Row
@@ -83,7 +84,7 @@ class Kept:
         while done < len(self.recipe.steps) and self.usable(self.folder(done)):
             done += 1
         if done:
-            log.info("%d of %d steps are already done; continuing after them", done, len(self.recipe.steps))
+            log.info("%d of %s done before; continuing there", done, counted(len(self.recipe.steps), "step"))
         return done
 
     def clear_leftovers(self, done: int) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmlite.errors import ConfigError, OutputError
+from llmlite.errors import ConfigError, OutputError, counted
 from llmlite.hub.multi_adapter import ADAPTERS, NAME, Adapters
 from llmlite.models.adapted import MARKS
 from llmlite.paths import require_path
@@ -104,7 +104,7 @@ def _require_free(out: Path) -> None:
 def _named(folders: list[Path], names: Sequence[str]) -> dict[str, Path]:
     problems = []
     if names and len(names) != len(folders):
-        problems.append(f"--names gives {len(names)} names for {len(folders)} folders.")
+        problems.append(f"--names gives {counted(len(names), 'name')} for {counted(len(folders), 'folder')}.")
         names = ()
     chosen = list(names) or [folder.absolute().name for folder in folders]
     problems += [f"'{name}' is the name of two adapters. Say others: --names a,b" for name in dict.fromkeys(chosen) if chosen.count(name) > 1]

@@ -9,6 +9,7 @@ import dataclasses
 import gc
 import logging
 import math
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -17,14 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmlite.context import Run
-from llmlite.errors import GateFailed, LlmliteError, LoadError, OutputError, ResourceError, RunError, first_line
+from llmlite.errors import GateFailed, LlmliteError, LoadError, OutputError, ResourceError, RunError, counted, first_line
 from llmlite.gate import COLLAPSE, Gate
 from llmlite.kept import KEPT_FIGURES, Kept, write_row
 from llmlite.models.adapted import adapter_parameters, is_adapted
 from llmlite.models.find import find, weight_bytes, weights_fingerprint
 from llmlite.plan import check, claim, made_before_adapter
 from llmlite.recipe import Recipe
-from llmlite.report import Report, Row, environment
+from llmlite.report import Report, Row, environment, human_bytes
 from llmlite.step import Step, step_name
 from llmlite.storage import folder_bytes, locked, telling, telling_refused, writing_folder
 
@@ -401,6 +402,7 @@ class _Pipeline:
 
         recipe, asked = self.recipe, self.recipe.evaluate
         if asked is None:
+            self._say_kept_figures()
             return
         self.model = None  # never two at a time
         gc.collect()
@@ -410,12 +412,24 @@ class _Pipeline:
             checkpoints = Kept(recipe, context, self.out).checkpoints(context)[0 if asked.each_step else -1 :]
             before = Evaluation.read(self.out)
             if before is None or before.about.get("asked") != measuring.fingerprint(checkpoints):
-                log.info("measuring the base and %d reloaded models", len(checkpoints))
+                log.info("measuring the base and %s", counted(len(checkpoints), "reloaded model"))
                 with _memory_advice("evaluate", _TO_MEASURE):
                     found = measuring.measure(self.out, checkpoints)
                 publish(found, self.report)
             measuring.forget()
         self.context.wait()
+
+    def _say_kept_figures(self) -> None:
+        """Name what an evaluation left that was stopped and is asked for no longer: it may have taken hours, so it is not for a run to throw away."""
+        place = self.out / "steps" / KEPT_FIGURES
+        if self.context.is_main and place.is_dir():
+            log.info(
+                "%s holds %s of an evaluation that was stopped. evaluate in the recipe, or llmlite evaluate %s --each_step, with the same options, goes on "
+                "behind what it has measured and clears it away; without it, delete that folder.",
+                place,
+                human_bytes(folder_bytes(place, "*/*")),
+                shlex.quote(str(self.out)),
+            )
 
     def _push(self) -> None:
         """Upload the result where that was asked for. A failed upload loses nothing: the run stays complete."""
@@ -430,7 +444,7 @@ class _Pipeline:
                 revision=recipe.hub_revision,
                 accept_license=recipe.hub_accept_license,
             )
-            log.info("uploaded to %s: %d files, compared with the folder", pushed.url, len(pushed.files))
+            log.info("uploaded to %s: %s, compared with the folder", pushed.url, counted(len(pushed.files), "file"))
 
 
 def _require_numbers(recipe: Recipe, perplexity: float, dtype: torch.dtype) -> None:

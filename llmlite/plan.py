@@ -37,6 +37,7 @@ class Plan:
         peak_bytes: peak memory of the hungriest step, on each device of the launch.
         launch: what a launch of several processes means, else empty.
         loading: what is to be said of loading the model in blocks, or of not doing so, else empty.
+        evaluation: what will be measured of the base and the reloaded checkpoints, where the recipe asks for that, else empty.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -44,6 +45,7 @@ class Plan:
     peak_bytes: int
     launch: str = ""
     loading: str = ""
+    evaluation: str = ""
 
 
 def check(recipe: Recipe, context: Run | None = None) -> Plan:
@@ -89,12 +91,13 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
         _check_push(recipe, context, model)
     # each step's checkpoint, the held-out distributions, and twice the trained state for the checkpoints of training
     disk = sum(row["disk_bytes"] + 8 * 2 * row["trained_parameters"] for row in rows[1:]) + rows[0]["disk_bytes"] // 2
+    disk += rows[0]["disk_bytes"] // 2 if recipe.evaluate else 0  # the distributions once more, until all is measured
     disk += expected_bytes(config, dtype=context.compute_dtype)  # at most: a walk's changed blocks, until its step is complete
     if context.blockwise:
         measured = recipe.data.evaluation_rows * recipe.data.max_length
         disk += max(spilled_bytes(config, context.compute_dtype, row["tokens"], measured) for row in rows)
     require_space(recipe.folder, int(disk))
-    return Plan(tuple(rows), int(disk), _peak(rows), context.layout.sentence(context.blockwise), loading)
+    return Plan(tuple(rows), int(disk), _peak(rows), context.layout.sentence(context.blockwise), loading, _evaluation(recipe, context))
 
 
 def plan_of_base(context: Run) -> ModelPlan:
@@ -249,6 +252,15 @@ def _require_measurable(recipe: Recipe, context: Run) -> None:
     require_measurable(recipe.evaluate, context, "evaluate")
 
 
+def _evaluation(recipe: Recipe, context: Run) -> str:
+    """What will be measured behind the steps, as a sentence; empty where the recipe does not ask for it."""
+    if recipe.evaluate is None:
+        return ""
+    names = [step_name(step).rpartition(":")[2] for step in recipe.steps]
+    places = set((context.device_map or {}).values())
+    return recipe.evaluate.sentence(names, offloaded="disk" in places or ("cpu" in places and context.device.type != "cpu"))
+
+
 def _check_push(recipe: Recipe, context: Run, result: ModelPlan) -> None:
     """Ask the Hub now for what would fail after hours.
 
@@ -371,6 +383,6 @@ def claim(recipe: Recipe) -> None:
 
 
 def size_line(plan: Plan) -> str:
-    """The plan in one line, and more for a launch of several processes or a model in blocks."""
+    """The plan in one line, and more for a launch of several processes, a model in blocks, or an evaluation behind the steps."""
     line = f"disk {human_bytes(plan.disk_bytes)}, peak memory about {human_bytes(plan.peak_bytes)}"
-    return "\n".join(filter(None, (f"{line} on each device" if plan.launch else line, plan.launch, plan.loading)))
+    return "\n".join(filter(None, (f"{line} on each device" if plan.launch else line, plan.launch, plan.loading, plan.evaluation)))

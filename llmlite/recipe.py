@@ -15,7 +15,7 @@ import pydantic
 
 from llmlite.config import near, read_yaml, settings, shorten, to_mapping, unknown_option, validate
 from llmlite.data.settings import Data
-from llmlite.errors import ConfigError
+from llmlite.errors import ConfigError, counted
 from llmlite.evaluating import EvaluateSettings
 from llmlite.expected import Expected, ExpectedSettings
 from llmlite.gate import Gate, GateSettings
@@ -250,7 +250,7 @@ def _assign_path(merged: dict[str, Any], path: list[str], value: Any) -> str | N
         so_far = ".".join(path[: depth + 1])
         if isinstance(place, list):
             if not part.isdigit() or int(part) >= len(place):
-                return f"no step '{so_far}'. There are {len(place)} steps, numbered from 0."
+                return f"no step '{so_far}'. The recipe has {counted(len(place), 'step')}, numbered from 0."
             step = place[int(part)]
             place[int(part)] = place = {"step": step} if isinstance(step, str) else step
             if isinstance(place, dict) and path[depth + 1] == "gate":
@@ -276,11 +276,12 @@ def _assign_short(merged: dict[str, Any], key: str, value: Any) -> str | None:
         step = steps[homes[0]]
         steps[homes[0]] = (step if isinstance(step, dict) else {"step": step}) | {key: value}
         return None
-    for part in (merged["data"], merged["model"]):
-        if isinstance(part, dict) and key in part:
-            part[key] = value
+    for name in ("data", "model"):
+        if key in _own_fields(_PARTS[name][0]):
+            if isinstance(merged[name], dict):  # else the whole of it is a problem of its own
+                merged[name][key] = value
             return None
-    known = {*merged, *merged["data"], *merged["model"], *(name for step in steps for name in _options_of_step(step))} - {"name", "train"}
+    known = {*merged, *_own_fields(Data), *_own_fields(Model), *(name for step in steps for name in _options_of_step(step))} - {"name", "train"}
     return unknown_option(key, known)
 
 

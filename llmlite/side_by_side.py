@@ -22,7 +22,7 @@ from llmlite.kept import KEPT_FIGURES
 from llmlite.models.find import weight_bytes
 from llmlite.paths import require_path
 from llmlite.report import Report
-from llmlite.storage import damage, folder_bytes, locked, read_object
+from llmlite.storage import damage, folder_bytes, locked, read_object, require_writable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,9 +89,11 @@ def evaluate(
     checkpoints, context = _subjects(folder, each_step, base, data, layout, tp_plan == "auto")
     _require_layout([checkpoint.folder for checkpoint in checkpoints], context, asked)
     require_measurable(asked, context)
+    if context.is_main:
+        require_writable(folder, "The figures go there: copy the folder to where you can write, and evaluate the copy.")
     keep = folder / "steps" / KEPT_FIGURES if each_step and not context.tensor_parallel else None
     measuring = Reloaded(context, asked, estimate_energy, grid_grams_per_kwh, keep)
-    with nullcontext() if keep is None else locked(folder):
+    with nullcontext() if keep is None else locked(folder, movable=False):
         found = measuring.measure(folder, checkpoints)
         if context.is_main:
             publish(found, report)

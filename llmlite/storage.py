@@ -33,6 +33,7 @@ __all__ = [
     "locked",
     "read_object",
     "require_space",
+    "require_writable",
     "seal",
     "set_aside",
     "telling",
@@ -78,15 +79,27 @@ def writing_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def telling(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into one clear error about `path`."""
+def telling(path: Path, instead: str = "") -> Iterator[None]:
+    """Turn the operating system's refusals into one clear error about `path`.
+
+    Args:
+        path: what is written.
+        instead: a sentence that says what to do; left out, the one for a cache or for a run's output, whichever `path` lies in.
+    """
     try:
         with telling_full(path):
             yield
     except OSError as error:
         if error.errno in _REFUSALS | {errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}:
-            raise OutputError(f"{path}: cannot be written ({error.strerror}). Choose another --output_dir.") from error
+            advice = instead or f"{'Set LLMLITE_CACHE to a folder that can be written' if _is_cache(path) else 'Choose another --output_dir'}."
+            raise OutputError(f"{path}: cannot be written ({error.strerror}). {advice}") from error
         raise
+
+
+def require_writable(folder: Path, instead: str) -> None:
+    """Raise OutputError for a folder that takes no new file, before hours are spent on what shall lie there; see `telling` for `instead`."""
+    with telling(folder, instead), tempfile.NamedTemporaryFile(dir=folder):
+        pass
 
 
 @contextmanager
@@ -259,9 +272,9 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes of the safetensors files in a folder, not below it."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+def folder_bytes(folder: Path, which: str = "*.safetensors") -> int:
+    """Bytes of the files in a folder that fit a pattern, its weights when none is given."""
+    return sum(file.stat().st_size for file in folder.glob(which))
 
 
 def require_space(folder: Path, wanted_bytes: int) -> None:
@@ -272,15 +285,24 @@ def require_space(folder: Path, wanted_bytes: int) -> None:
     """
     free = _free_bytes(folder)
     if free < wanted_bytes:
+        what, advice = ("the cache", "Set LLMLITE_CACHE to a folder") if _is_cache(folder) else ("output_dir", "Choose an --output_dir")
         raise ResourceError(
-            f"output_dir: {folder} needs about {wanted_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free. "
-            "Choose an --output_dir on a larger disk, or free some space."
+            f"{what}: {folder} needs about {wanted_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free. "
+            f"{advice} on a larger disk, or free some space."
         )
 
 
+def _is_cache(path: Path) -> bool:
+    return path.absolute().is_relative_to(cache_folder().absolute())
+
+
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, movable: bool = True) -> Iterator[None]:
     """Hold the folder for one run; a second run on it is refused.
+
+    Args:
+        folder: of the run.
+        movable: whether what is done could be done in another folder.
 
     Raises:
         OutputError: another run holds it, or it cannot be written.
@@ -291,7 +313,8 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             lock.acquire()
         except filelock.Timeout:
-            raise OutputError(f"output_dir: another run is working in {folder}. Wait for it, or choose another --output_dir.") from None
+            advice = "Wait for it, or choose another --output_dir." if movable else "Wait for it."
+            raise OutputError(f"{'output_dir: ' * movable}another run is working in {folder}. {advice}") from None
     try:
         yield
     finally:

@@ -65,7 +65,7 @@ def test_problems_of_all_layers_and_all_parts_come_together() -> None:
     assert "7 problems" in text
     for part in (
         "f.yaml: no option 'modle'. Did you mean 'model'?",
-        "flags: no step 'steps.3'. There are 2 steps, numbered from 0.",
+        "flags: no step 'steps.3'. The recipe has 2 steps, numbered from 0.",
         "data: no option 'max_lenght'. Did you mean 'max_length'?",
         "steps[0]: no step 'lorra'. Did you mean 'lora'?",
         "steps[1] lora: r='8' should be a whole number.",
@@ -73,6 +73,26 @@ def test_problems_of_all_layers_and_all_parts_come_together() -> None:
         "seed=-1 should be at least 0.",
     ):
         assert part in text
+
+
+@pytest.mark.parametrize("part", ["data", "model"])
+@pytest.mark.parametrize("value", [None, 3, [1, 2], [None], ["x", 1]])
+def test_data_or_a_model_that_is_neither_name_nor_mapping_is_named_beside_short_options(part: str, value: object) -> None:
+    with pytest.raises(ConfigError) as found:
+        Recipe.from_options(("file", {"steps": ["quantize"], part: value}), ("flags", {"max_length": 64, "revision": "main", "no_such_option": 1}))
+    assert len(found.value.problems) == 2
+    assert found.value.problems[0].startswith("flags: no option 'no_such_option'")
+    assert found.value.problems[1] == f"{part}={value!r} should be a name, or a mapping of options."
+
+
+def test_a_gate_that_is_no_mapping_is_told_what_it_should_be() -> None:
+    with pytest.raises(ConfigError) as found:
+        Recipe.from_options(("file", {"steps": [{"step": "quantize", "gate": "abc", "double_quant": 3}], "gate": False}))
+    assert [problem.split(". ")[0] for problem in found.value.problems] == [
+        "steps[0] quantize: gate='abc' should be a mapping of its options",
+        "steps[0] quantize: double_quant=3 should be true or false",
+        "gate=False should be a mapping of its options",
+    ]
 
 
 def test_a_recipe_without_steps_is_refused() -> None:

@@ -14,7 +14,19 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from llmlite.errors import OutputError, ResourceError
-from llmlite.storage import MANIFEST, damage, file_sums, link_or_copy, locked, require_space, set_aside, telling_full, telling_refused, writing_folder
+from llmlite.storage import (
+    MANIFEST,
+    damage,
+    file_sums,
+    link_or_copy,
+    locked,
+    require_space,
+    set_aside,
+    telling,
+    telling_full,
+    telling_refused,
+    writing_folder,
+)
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -85,6 +97,18 @@ def test_a_place_that_cannot_be_written_is_told_as_one(number: int, tmp_path: Pa
     with pytest.raises(OutputError, match=r"out: cannot be written \(.*\). Choose another --output_dir"), writing_folder(tmp_path / "out"):
         raise OSError(number, os.strerror(number))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_a_cache_that_cannot_be_written_the_cache_is_to_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMLITE_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(OutputError, match=r"cannot be written \(.*\). Set LLMLITE_CACHE to"), writing_folder(tmp_path / "cache" / "teachers" / "0000"):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    with pytest.raises(ResourceError, match=r"^the cache: .*Set LLMLITE_CACHE to a folder on a larger disk"):
+        require_space(tmp_path / "cache" / "teachers", 10**18)
+    with pytest.raises(ResourceError, match=r"^output_dir: .*Choose an --output_dir on a larger disk"):
+        require_space(tmp_path / "caches", 10**18)
+    with pytest.raises(OutputError, match=r"\). Name another\.$"), telling(tmp_path / "cache" / "answers", "Name another."):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def test_more_than_the_disk_has_is_refused_before_anything_is_written(tmp_path: Path) -> None:

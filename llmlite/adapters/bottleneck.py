@@ -18,7 +18,7 @@ from pydantic import Field
 
 from llmlite.adapters.settings import AdapterStep
 from llmlite.config import settings
-from llmlite.errors import ConfigError
+from llmlite.errors import ConfigError, counted
 from llmlite.training.settings import PositiveInt
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Bottleneck(AdapterStep):
 
         width, places = family_of(config).width(config), self.places(config)
         added = len(places) * (2 * width * self.bottleneck_size + self.bottleneck_size + width)
-        return added, f"{self.placement}, width {self.bottleneck_size}, at {len(places)} places"
+        return added, f"{self.placement}, width {self.bottleneck_size}, at {counted(len(places), 'place')}"
 
     def peft_config(self, config: PretrainedConfig) -> Any:
         """A `BottleneckConfig` with whole module names."""

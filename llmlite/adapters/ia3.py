@@ -15,6 +15,7 @@ from pydantic import Field
 
 from llmlite.adapters.settings import AdapterStep, target_shapes
 from llmlite.config import settings
+from llmlite.errors import counted
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -36,7 +37,7 @@ class Ia3(AdapterStep):
         outputs, inputs = self._targets(config)
         shapes = target_shapes(config, ("all-linear",), "ia3")
         added = sum(shapes[name][0] for name in outputs) + sum(shapes[name][1] for name in inputs)
-        return added, f"factors on {len(outputs) + len(inputs)} layers"
+        return added, f"factors on {counted(len(outputs) + len(inputs), 'layer')}"
 
     def peft_config(self, config: PretrainedConfig) -> Any:
         """`peft.IA3Config` with whole layer names."""

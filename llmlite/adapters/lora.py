@@ -16,7 +16,7 @@ from pydantic import Field
 
 from llmlite.adapters.settings import AdapterStep, target_shapes
 from llmlite.config import near, settings
-from llmlite.errors import ConfigError
+from llmlite.errors import ConfigError, counted
 from llmlite.step import QUANTIZED, ModelPlan, Names
 from llmlite.training.settings import PositiveInt
 
@@ -102,7 +102,7 @@ class Lora(AdapterStep):
             note = f"starts as the quantized base; starting as its correction would take {human_bytes(peak)} with the dense base, {human_bytes(free)} are free"
             return dataclasses.replace(plan, notes=(*plan.notes, note))
         run.corrected.add(run.position)
-        note = f"starts as the correction of the quantization, from {rows} calibration rows"
+        note = f"starts as the correction of the quantization, from {counted(rows, 'calibration row')}"
         return dataclasses.replace(plan, peak_bytes=max(plan.peak_bytes, peak), notes=(*plan.notes, note))
 
     def _not_corrected(self, run: Run) -> str:
@@ -138,7 +138,7 @@ class Lora(AdapterStep):
             added += sum(out_features for out_features, _ in shapes.values())
         whole = self._whole_modules(config)
         kind = "DoRA rank" if self.use_dora else "rank"
-        note = f"{kind} {self.r} on {len(shapes)} layers" + (f", {', '.join(whole)} trained whole" if whole else "")
+        note = f"{kind} {self.r} on {counted(len(shapes), 'layer')}" + (f", {', '.join(whole)} trained whole" if whole else "")
         return added + sum(whole.values()), note
 
     def peft_config(self, config: PretrainedConfig) -> Any:

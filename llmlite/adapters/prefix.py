@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmlite.adapters.settings import AdapterStep
 from llmlite.config import settings
-from llmlite.errors import ConfigError
+from llmlite.errors import ConfigError, counted
 from llmlite.step import ModelPlan
 from llmlite.training.settings import PositiveInt
 
@@ -56,7 +56,7 @@ class Prefix(AdapterStep):
 
         family = family_of(config)
         width = family.kv_heads(config) * family.dim_of_head(config)
-        return 2 * self.num_virtual_tokens * family.layers(config) * width, f"{self.num_virtual_tokens} virtual tokens"
+        return 2 * self.num_virtual_tokens * family.layers(config) * width, counted(self.num_virtual_tokens, "virtual token")
 
     def peft_config(self, config: PretrainedConfig) -> Any:
         """`peft.PrefixTuningConfig`."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from llmlite.config import settings
-from llmlite.errors import ConfigError
+from llmlite.errors import ConfigError, counted
 from llmlite.step import QUANTIZED, UNQUANTIZED, ModelPlan, Names, Step
 from llmlite.training.settings import TrainingStep
 
@@ -63,7 +63,7 @@ class AdapterStep(TrainingStep):
         if tokens := run.recipe.model.add_tokens:
             rows = added_rows(model.config, tokens)
             added += sum(rows.values())
-            note += f", {len(tokens)} added tokens in {' and '.join(rows)}"
+            note += f", {counted(len(tokens), 'added token')} in {' and '.join(rows)}"
         return dataclasses.replace(
             model,
             adapters=True,

@@ -14,6 +14,7 @@ from llmlite.data.packing import packed_dataset, padded_dataset
 from llmlite.data.split import Split
 from llmlite.data.text import Rows, read_rows
 from llmlite.data.tokens import Encoded, encode, preview
+from llmlite.errors import counted
 
 if TYPE_CHECKING:
     import datasets
@@ -172,13 +173,14 @@ def _losses(counts: Counts, sequence_tokens: int) -> list[str]:
     """What was cut or dropped, one sentence each."""
     said = []
     if counts.truncated:
-        said.append(f"{counts.truncated} rows are longer than sequence_tokens={sequence_tokens} and lost their end, {counts.cut_tokens:,} tokens in all")
+        longer, ends = (counted(counts.truncated, "row is", "rows are"), "its end" if counts.truncated == 1 else "their ends")
+        said.append(f"{longer} longer than sequence_tokens={sequence_tokens} and lost {ends}, {counted(counts.cut_tokens, 'token')} in all")
     if counts.dropped:
-        said.append(f"{counts.dropped} examples were dropped, since no trained token is left in them")
+        said.append(f"{counted(counts.dropped, 'example was', 'examples were')} dropped, since no trained token is left")
     if counts.merged:
         said.append(
-            f"in {counts.merged} rows one token holds the end of the prompt and the start of the answer; when generating, the prompt is split otherwise. "
-            "End prompts without a blank"
+            f"in {counted(counts.merged, 'row')} one token holds the end of the prompt and the start of the answer; when generating, the prompt is split "
+            "otherwise. End prompts without a blank"
         )
     return said
 
@@ -193,15 +195,15 @@ def _echo(rows: Rows, counts: Counts, tokenizer: PreTrainedTokenizerBase, sequen
     share = f"The {rows.split} share of {rows.source}" if rows.split else rows.source
     parts = [
         f"{share} was read as {meaning} (columns: {rows.columns}).",
-        f"{len(rows):,} rows are {counts.examples:,} examples with {counts.tokens:,} tokens, {counts.trained_tokens:,} of them trained"
-        + (f", packed into {counts.sequences:,} rows of {sequence_tokens:,} that are {counts.fill:.0%} full." if packing else ", padded per batch."),
+        f"{counted(len(rows), 'row is', 'rows are')} {counted(counts.examples, 'example')} with {counted(counts.tokens, 'token')}, "
+        f"{counts.trained_tokens:,} of them trained"
+        + (f", packed into {counted(counts.sequences, 'row')} of {sequence_tokens:,}, {counts.fill:.0%} full." if packing else ", padded per batch."),
     ]
-    left_out = [f"{counts.blank} blank rows"] * bool(counts.blank) + [f"{counts.duplicates} that are in the training data or repeated"] * bool(
-        counts.duplicates
-    )
+    repeated = counted(counts.duplicates, "that is in the training data or repeated", "that are in the training data or repeated")
+    left_out = [counted(counts.blank, "blank row")] * bool(counts.blank) + [repeated] * bool(counts.duplicates)
     if left_out:
         parts.append(f"Left out: {', '.join(left_out)}.")
     if counts.pieces:
-        parts.append(f"Longer texts were cut into {counts.pieces:,} pieces, nothing lost.")
+        parts.append(f"Longer texts were cut into {counted(counts.pieces, 'piece')}, nothing lost.")
     parts += [f"{sentence[0].upper()}{sentence[1:]}." for sentence in _losses(counts, sequence_tokens)]
     return " ".join(parts)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from llmlite.errors import DataError
+from llmlite.errors import DataError, counted
 
 __all__ = ["SPLITS", "Split", "row_key", "split_by_content"]
 
@@ -51,7 +51,7 @@ def split_by_content(keys: Sequence[int], calibration_fraction: float, test_frac
     wanted = [fraction for fraction in (test_fraction, calibration_fraction) if fraction > 0]
     if len(distinct) <= len(wanted):
         raise DataError(
-            f"{where}: {len(distinct)} different rows cannot be shared out between training"
+            f"{where}: {counted(len(distinct), 'different row')} cannot be shared out between training"
             f"{' and calibration' if calibration_fraction > 0 else ''}{' and test' if test_fraction > 0 else ''}. "
             "Give more rows (a plain text file is cut at blank lines), or a test file of its own."
         )

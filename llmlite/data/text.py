@@ -181,7 +181,7 @@ def read_splits(
     if len(kinds := {rows.kind for rows in piles.values() if len(rows)}) > 1:
         raise DataError(f"{source}: its splits are of different kinds ({', '.join(sorted(kinds))}). Name one of its files.")
     if not (pile := piles["train"]).rows:
-        raise DataError(f"{source}: all {pile.read} rows are blank or have nothing to learn from ({pile.columns}).")
+        raise DataError(f"{source}: {_nothing_in(pile)}.")
     shares = split_by_content(
         [row_key(row) for row in pile.rows], 0.0 if "calibration" in piles else calibration_share, 0.0 if "test" in piles else test_share, str(source)
     )
@@ -191,11 +191,16 @@ def read_splits(
     return {"train": train, "calibration": replace(calibration, split="calibration"), "test": replace(test, split="test")}
 
 
+def _nothing_in(rows: Rows) -> str:
+    read = "the only row is blank or has" if rows.read == 1 else f"all {rows.read:,} rows are blank or have"
+    return f"{read} nothing to learn from ({rows.columns})"
+
+
 def _read_all(source: str | Path, *, config_name: str | None = None, revision: str | None = None, **columns: str | None) -> Rows:
     records = itertools.chain.from_iterable(_piles(source, _locate(source), config_name, revision).values())
     rows = _understood(records, ColumnNames(**columns), str(source), None)
     if not rows.rows:
-        raise DataError(f"{source}: all {rows.read} rows are blank or have nothing to learn from ({rows.columns}).")
+        raise DataError(f"{source}: {_nothing_in(rows)}.")
     return rows
 
 
@@ -313,5 +318,6 @@ def _understood(records: _Records, names: ColumnNames, source: str, split: Split
             rows.append(row)
             places.append(place)
     if blank := read - len(rows):
-        logger.warning("%s: %d of %d rows are blank or have nothing to learn from and were left out; the first is %s.", source, blank, read, first_blank)
+        verbs = ("is blank or has", "was") if blank == 1 else ("are blank or have", "were")
+        logger.warning("%s: %d of %d rows %s nothing to learn from and %s left out; the first is %s.", source, blank, read, *verbs, first_blank)
     return Rows(columns.kind, rows, places, source, split, str(columns), read, blank)

@@ -15,7 +15,7 @@ import numpy as np
 
 from llmlite.data.chat import Rendered, common_prefix, render
 from llmlite.data.text import Rows
-from llmlite.errors import DataError
+from llmlite.errors import DataError, counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -107,8 +107,12 @@ def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, sequence_tokens: int,
                 encoded.labels.append(labels)
                 encoded.places.append(place)
     if not encoded.input_ids:
-        hint = f" {encoded.truncated} rows were cut at sequence_tokens={sequence_tokens} before their answer began; raise it." if encoded.truncated else ""
-        raise DataError(f"{rows.source}: none of the {len(rows)} rows has a token to train.{hint}")
+        hint = (
+            f" {counted(encoded.truncated, 'row was', 'rows were')} cut at sequence_tokens={sequence_tokens} before an answer began; raise it."
+            if encoded.truncated
+            else ""
+        )
+        raise DataError(f"{rows.source}: {'its only row has no' if len(rows) == 1 else f'none of the {len(rows):,} rows has a'} token to train.{hint}")
     return encoded
 
 

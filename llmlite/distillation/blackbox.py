@@ -26,7 +26,7 @@ from pydantic import Field
 
 from llmlite.config import settings
 from llmlite.distillation.student import StudentStep
-from llmlite.errors import ApiError, ConfigError
+from llmlite.errors import ApiError, ConfigError, counted
 from llmlite.paths import PathText
 from llmlite.step import ModelPlan
 from llmlite.training.settings import NonNegative, PositiveInt
@@ -189,7 +189,7 @@ class DistillBlackBox(StudentStep):
         outlook = teacher.outlook()
         if outlook:
             questions, most = outlook
-            notes.append(f"{questions:,} questions, {most.prompt_tokens:,} tokens to read, at most {most.completion_tokens:,} to write")
+            notes.append(f"{counted(questions, 'question')}, {counted(most.prompt_tokens, 'token')} to read, at most {most.completion_tokens:,} to write")
             if self.input_price or self.output_price:
                 notes.append(f"at most {self._budget.price(most):,.2f} for all of it")
         if teacher.own is None and os.environ.get(self.api_key_env):
@@ -284,7 +284,7 @@ class DistillBlackBox(StudentStep):
         shown = {name: count for name, count in {**found.counts, **left_out}.items() if count}
         log.info("answers: %d of %d usable; %s", len(kept), len(questions) * self.samples_per_prompt, ", ".join(f"{k} {v}" for k, v in shown.items()))
         if found.stopped_by:
-            log.warning("%s ended the collecting; training on the %d answers there are", found.stopped_by, len(kept))
+            log.warning("%s ended the collecting; training on %s", found.stopped_by, counted(len(kept), "answer"))
         run.note(
             teacher=self.teacher,
             mode=asking.mode,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from llmlite.distillation.descent_state import DescentState
 from llmlite.distillation.objective import Distillation, HiddenTeacher
+from llmlite.errors import counted
 from llmlite.models.quick import quick_dtype_of
 from llmlite.training.backbone import hidden_and_head
 from llmlite.training.chunked import chunked_head_loss
@@ -95,7 +96,7 @@ def descend(model: Any, factors: Mapping[str, Tensor], batches: Sequence[Batch],
     optimizer = torch.optim.Adam(factors.values(), lr=how.learning_rate, betas=(0.9, 0.95))
     stands = DescentState(kept.folder, kept.made_of, factors, optimizer)
     begun, recent = stands.restore()
-    log.info("%s: %s", what, f"continuing behind step {begun} of {len(schedule)}" if begun else f"tuned in {len(schedule)} steps")
+    log.info("%s: %s", what, f"continuing behind step {begun} of {len(schedule)}" if begun else f"tuned in {counted(len(schedule), 'step')}")
     for done, chosen in enumerate(schedule[begun:], start=begun):
         for group in optimizer.param_groups:
             group["lr"] = how.learning_rate * min(1.0, (done + 1) / 4) * 0.5 * (1 + math.cos(math.pi * done / len(schedule)))

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llmlite.errors import counted
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -49,11 +51,12 @@ def compare(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, 
         common = len(ours.keys() & theirs.keys()) / max(len(ours.keys() | theirs.keys()), 1)
         example = f"id {first} is {our_tokens[first]!r} to the student and {their_tokens[first]!r} to the teacher"
         if common >= _ALIKE:
-            return Comparison(f"their vocabularies look alike ({common:.1%} of the tokens in common), but {len(ordinary):,} ids mean other tokens: {example}")
+            other = counted(len(ordinary), "id means another token", "ids mean other tokens")
+            return Comparison(f"their vocabularies look alike ({common:.1%} of the tokens in common), but {other}: {example}")
         return Comparison(f"they have different tokenizers ({common:.1%} of the tokens in common; {example})")
     beyond = sorted(i for i in our_tokens if i >= teacher_vocab_size)
     if beyond:
         first_token = f"first {our_tokens[beyond[0]]!r}, id {beyond[0]}"
-        return Comparison(f"the student has {len(beyond)} tokens beyond the teacher's vocabulary of {teacher_vocab_size:,}, {first_token}")
+        return Comparison(f"the student has {counted(len(beyond), 'token')} beyond the teacher's vocabulary of {teacher_vocab_size:,}, {first_token}")
     missing = tuple(our_tokens[i] for i in sorted(our_tokens) if i not in their_tokens)
     return Comparison(None, tuple((i, our_tokens[i], their_tokens[i]) for i in different), missing)

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from llmlite.config import settings
 from llmlite.distillation.student import StudentStep
-from llmlite.errors import ConfigError
+from llmlite.errors import ConfigError, counted
 from llmlite.models.device_map import SPREADING, MemoryLimits
 from llmlite.paths import PathText
 from llmlite.step import ModelPlan, Scheme
@@ -131,7 +131,7 @@ class DistillWhiteBox(StudentStep):
             text = teacher.config.get_text_config()
             head = teacher.compute_dtype.itemsize * int(text.vocab_size) * int(text.hidden_size) if self.cache == "hidden" else 0
             peak = max(plan.peak_bytes + head, filling)
-            notes.append(f"the teacher's {'last hidden states' if self.cache == 'hidden' else f'{self.cache_top_k} likeliest tokens'} kept on disk")
+            notes.append(f"the teacher's {'last hidden states' if self.cache == 'hidden' else counted(self.cache_top_k, 'likeliest token')} kept on disk")
         else:
             peak = max(plan.peak_bytes + teacher.expected_bytes(beside=True), filling if self.cache == "auto" else 0)
             notes += [f"each of {run.layout.processes} processes holds a share of the teacher's blocks"] if teacher.split else []
@@ -215,7 +215,9 @@ class DistillWhiteBox(StudentStep):
             for index, ours, theirs in found.renamed[:4] if found else ():
                 log.warning("distill.whitebox: the special token %d is %s to the student and %s to the teacher", index, ours, theirs)
             if found and found.missing:
-                log.warning("distill.whitebox: the teacher was never taught %d tokens of the student, first %s", len(found.missing), found.missing[0])
+                log.warning(
+                    "distill.whitebox: the teacher was never taught %s of the student, first %s", counted(len(found.missing), "token"), found.missing[0]
+                )
             if found and found.problem:
                 problems.append(
                     f"teacher '{self.teacher}' and student: {found.problem}. What one learns from the other by ids would be nonsense; "

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmlite.config import fingerprint, to_mapping
-from llmlite.errors import ConfigError
+from llmlite.errors import ConfigError, counted
 from llmlite.evaluating import Evaluate
 from llmlite.evaluation.result import Evaluation
 from llmlite.models.find import find, weight_bytes, weights_fingerprint
@@ -75,8 +75,11 @@ def require_measurable(asked: Evaluate, context: Run, where: str = "evaluate") -
 
         text_ids(asked.text, context.tokenizer, asked.most_tokens)
         _window(context, asked)
-    elif given := [f"{name}={value}" for name, value in (("window", asked.window), ("stride", asked.stride)) if value is not None]:
-        raise ConfigError(where, [f"{' and '.join(given)}: the sliding window is for a text. Add --text FILE, or leave it out: rows are read whole."])
+    elif given := {name: value for name, value in (("window", asked.window), ("stride", asked.stride)) if value is not None}:
+        shown = " and ".join(f"{name}={value}" for name, value in given.items())
+        raise ConfigError(
+            where, [f"{shown}: the sliding window is for a text. Name a file with text, or leave {' and '.join(given)} out: rows are read whole."]
+        )
     if asked.tasks:
         from llmlite.evaluation.tasks import check_tasks
 
@@ -289,14 +292,14 @@ def _batches(context: Run, asked: Evaluate) -> tuple[Callable[[], list[dict[str,
     if asked.text is None:
         data = context.evaluation_data
         source = context.recipe.data.evaluation or f"{context.recipe.data.train}, held-out part"
-        return context.evaluation_batches, f"Quality on the trained tokens of {data.counts.examples} held-out rows of {source}."
+        return context.evaluation_batches, f"Quality on the trained tokens of {counted(data.counts.examples, 'held-out row')} of {source}."
     from llmlite.evaluation.windows import sliding_batches, text_ids
 
     window, stride = _window(context, asked)
     ids_T = text_ids(asked.text, context.tokenizer, asked.most_tokens)
     batches = sliding_batches(ids_T, window, stride)
     name = Path(asked.text).name
-    return lambda: context.in_present_tokens(batches), f"Quality on {len(ids_T) - 1:,} tokens of {name}, sliding window of {window}, stride {stride}."
+    return lambda: context.in_present_tokens(batches), f"Quality on {counted(len(ids_T) - 1, 'token')} of {name}, sliding window of {window}, stride {stride}."
 
 
 def _window(context: Run, asked: Evaluate) -> tuple[int, int]:
@@ -313,5 +316,5 @@ def _window(context: Run, asked: Evaluate) -> tuple[int, int]:
         whose = f"the window of {width} tokens, all that {context.recipe.model.name} reads at a time"
     step = max(1, width // 2) if asked.stride is None else asked.stride
     if not 1 <= step < width:
-        raise ConfigError("evaluate", [f"stride={step} should be at least 1 and below {whose}. Lower --stride, or leave it out for half a window."])
+        raise ConfigError("evaluate", [f"stride={step} should be at least 1 and below {whose}. Lower stride, or leave it out for half a window."])
     return width, step

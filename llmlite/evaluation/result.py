@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmlite.errors import counted
 from llmlite.gate import collapse_warning
 from llmlite.report import human_bytes
 from llmlite.storage import write_json
@@ -120,8 +121,8 @@ class Evaluation:
         if timed is None:
             return ""
         return (
-            f"Speed of the reloaded models: {timed['repeats']} repeats after one that warms up, prompts of {timed['prompt_tokens']} random tokens and "
-            f"{timed['new_tokens']} more; p50 is the median over them, p95 the 95th percentile"
+            f"Speed of the reloaded models: {counted(timed['repeats'], 'repeat')} after one that warms up, prompts of {timed['prompt_tokens']} random tokens "
+            f"and {timed['new_tokens']} more; p50 is the median over them, p95 the 95th percentile"
             + (": of so few first tokens nearly the slowest." if timed["repeats"] < _MANY else ".")
         )
 

@@ -9,7 +9,8 @@ Source: Gao et al., lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-h
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,21 +93,36 @@ def run_tasks(
     names, folders = _named(tasks)
     longest = getattr(model.config, "max_position_embeddings", None)
     try:
-        found = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=longest and min(int(longest), 4096)),
-            tasks=list(names),
-            task_manager=_manager(tuple(dict.fromkeys(folders))),
-            limit=limit,
-            log_samples=True,
-            bootstrap_iters=1000,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
+        with _asked_for_figures_only():
+            found = simple_evaluate(
+                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=longest and min(int(longest), 4096)),
+                tasks=list(names),
+                task_manager=_manager(tuple(dict.fromkeys(folders))),
+                limit=limit,
+                log_samples=True,
+                bootstrap_iters=1000,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
     except OSError as error:  # no connection, no file
         raise ConfigError("tasks", [f"the data of {', '.join(names)} cannot be had: {first_line(error)[:200]}"]) from None
     return [_result(name, found["results"][name], found["samples"].get(name, [])) for name in names]
+
+
+@contextmanager
+def _asked_for_figures_only() -> Iterator[None]:
+    """Within it lm-eval does not note which commit the working folder is at and what is installed: that takes seconds for each model, git complains aloud of a
+    folder that is no repository, and nobody reads it here."""
+    from lm_eval import evaluator
+
+    with ExitStack() as stack:
+        for name in ("get_git_commit_hash", "add_env_info"):
+            if hasattr(evaluator, name):
+                stack.callback(setattr, evaluator, name, getattr(evaluator, name))
+                setattr(evaluator, name, lambda *_: None)
+        yield
 
 
 def _result(name: str, metrics: dict[str, Any], samples: list[dict[str, Any]]) -> TaskResult:

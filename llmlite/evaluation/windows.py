@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmlite.errors import DataError
+from llmlite.errors import DataError, counted
 from llmlite.paths import require_path
 from llmlite.training.token_loss import IGNORE_INDEX
 
@@ -62,5 +62,5 @@ def text_ids(path: Path | str, tokenizer: PreTrainedTokenizerBase, most: int | N
         raise DataError(f"text: {path} is not UTF-8 (byte {error.start}).") from None
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)[:most]
     if len(ids) < 2:
-        raise DataError(f"text: {path} has {len(ids)} tokens; at least two are needed to predict one from the other.")
+        raise DataError(f"text: {path} has {counted(len(ids), 'token')}; at least two are needed to predict one from the other.")
     return ids

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmlite.errors import OutputError
+from llmlite.errors import OutputError, counted
 from llmlite.html import plots
 from llmlite.html.page import render
 from llmlite.paths import require_path
@@ -100,7 +100,7 @@ class Comparison:
         header, *lines = self.cells()
         return render(
             "compare.html.jinja",
-            title=f"{len(self.reports)} runs compared",
+            title=f"{counted(len(self.reports), 'run')} compared",
             summary=f"All against their base, {self.base}, on {self.reports[0].evaluation.get('text', 'held-out text')}.",
             warnings=self.warnings,
             header=header[1:-1],

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmlite.config import to_yaml
+from llmlite.errors import counted
 from llmlite.evaluation.result import Evaluation
 from llmlite.gate import COLLAPSE
 from llmlite.html import plots
@@ -119,13 +120,14 @@ def _step(step: Any) -> dict[str, str]:
 
 def _conditions(report: Report) -> str:
     about, text = report.environment, report.evaluation
-    quality = f"Quality on {text.get('tokens', '?')} held-out tokens ({text.get('examples', '?')} examples) of {text.get('text', 'held-out text')}"
+    tokens, examples = counted(text.get("tokens", "?"), "held-out token"), counted(text.get("examples", "?"), "example")
+    quality = f"Quality on {tokens} ({examples}) of {text.get('text', 'held-out text')}"
     speed = f" {SPEED_OF_STEPS}" if any(row.decode_tokens_per_second for row in report.rows) else ""
     return f"{quality}; {_machine(about)}; {about.get('date', '')}; seed {report.recipe.get('seed', 0)}.{speed}"
 
 
 def _machine(about: dict[str, Any]) -> str:
-    return f"{about.get('device', '?')} ({about.get('cpu', '?')}, {about.get('cores', '?')} cores)"
+    return f"{about.get('device', '?')} ({about.get('cpu', '?')}, {counted(about.get('cores', '?'), 'core')})"
 
 
 def _evaluated(evaluation: Evaluation) -> dict[str, Any]:

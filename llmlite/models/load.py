@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmlite.errors import LoadError, ResourceError, first_line
+from llmlite.errors import LoadError, ResourceError, counted, first_line
 from llmlite.models.added_tokens import add_to_tokenizer, fill_rows, pieces_of
 from llmlite.models.device_map import dispatch_map
 from llmlite.models.find import Source, has_tokenizer
@@ -126,7 +126,8 @@ def load_model(source: Source | Path, model: Model, device: torch.device, *, ten
     missing = sorted(info["missing_keys"])
     if missing:
         raise LoadError(
-            f"model: '{folder}' lacks {len(missing)} weights that its config asks for, first '{missing[0]}'. Its files and config.json do not belong together."
+            f"model: '{folder}' lacks {counted(len(missing), 'weight')} that its config asks for, first '{missing[0]}'. Its files and config.json do not "
+            "belong together."
         )
     _require_shapes(loaded, folder)
     fill_added_tokens(loaded, folder, model)

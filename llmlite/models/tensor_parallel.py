@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llmlite.errors import counted
 from llmlite.models.families import family_of
 from llmlite.models.size import meta_model
 
@@ -31,9 +32,9 @@ def indivisible(config: Any, processes: int) -> list[str]:
     cut = {family.linears[role].rpartition(".")[2] for role in ("q", "k", "v", "qkv") if role in family.linears}
     if not any(name.rpartition(".")[2] in cut and style == "colwise" for name, style in plan.items()):
         return []  # gathered before they are taken apart into heads
-    counts = {"query heads": family.heads(config), "key/value heads": family.kv_heads(config)}
+    of, counts = f"of {config.model_type}", {"query head": family.heads(config), "key/value head": family.kv_heads(config)}
     return [
-        f"tp_plan=auto: {count} {what} of {config.model_type} do not divide by {processes} processes. {_fitting(counts, processes)}"
+        f"tp_plan=auto: {counted(count, f'{what} {of} does', f'{what}s {of} do')} not divide by {processes} processes. {_fitting(counts, processes)}"
         for what, count in counts.items()
         if count % processes
     ]

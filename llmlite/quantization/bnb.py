@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from llmlite.config import settings
-from llmlite.errors import ConfigError
+from llmlite.errors import ConfigError, counted
 from llmlite.step import ModelPlan, Names, Scheme, Step
 
 if TYPE_CHECKING:
@@ -81,8 +81,9 @@ class Quantize(Step):
             raise ConfigError(
                 "quantize",
                 [
-                    f"{len(unaligned)} layers have an input width that is not a multiple of {BLOCK_SIZE}: {names}{more}. bitsandbytes gives wrong results for "
-                    f"them, silently. Prune to multiples of {BLOCK_SIZE}, or set unaligned: skip to leave these layers in 16 bit."
+                    f"{counted(len(unaligned), 'layer has', 'layers have')} an input width that is not a multiple of {BLOCK_SIZE}: {names}{more}. "
+                    f"bitsandbytes gives wrong results there, silently. Prune to multiples of {BLOCK_SIZE}, or set unaligned: skip to leave "
+                    "such layers in 16 bit."
                 ],
             )
         skipped = self._skipped(model)
@@ -94,14 +95,14 @@ class Quantize(Step):
         if self.scheme == "int8":
             notes.append("in evaluation the inputs are rounded to 8 bit too (LLM.int8); in training only the weights are")
         if unaligned:
-            notes.append(f"{len(unaligned)} layers stay in 16 bit (width no multiple of {BLOCK_SIZE})")
+            notes.append(f"{counted(len(unaligned), 'layer stays', 'layers stay')} in 16 bit (width no multiple of {BLOCK_SIZE})")
         if slow := slow_here(run.device, self._dense_dtype(run), self.scheme):
             notes.append(slow)
         sequences = min(self._sequences(run), run.recipe.data.calibration_sequences)
         tokens = sequences * run.recipe.data.max_length
         if self.chooses_codes:
-            tuned = f", scales tuned in {self.tune_epochs * sequences} steps" if self.tune_epochs else ""
-            notes.append(f"codes and scales chosen on {sequences} calibration rows{tuned}")
+            tuned = f", scales tuned in {counted(self.tune_epochs * sequences, 'step')}" if self.tune_epochs else ""
+            notes.append(f"codes and scales chosen on {counted(sequences, 'calibration row')}{tuned}")
         backward = 0
         if self._goes_backward:
             quick = quick_dtype(run.device, run.compute_dtype)

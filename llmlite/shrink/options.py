@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmlite.errors import counted
 from llmlite.shrink.search import Option
 
 __all__ = ["CORRECTION", "VOCABULARY", "Mixed", "mixed_options", "prune_options", "store_options"]
@@ -102,7 +103,7 @@ def mixed_options(nf4: Option, costs: Mapping[str, float], weights: Mapping[str,
                 room -= weights[name]
         if not dense or (found and len(dense) == len(found[-1].option.steps[0]["skip"])):
             continue
-        option = Option(f"{nf4.name}, {len(dense)} layers in 16 bit", ({**nf4.steps[0], "skip": sorted(dense)},), names_layers=True)
+        option = Option(f"{nf4.name}, {counted(len(dense), 'layer')} in 16 bit", ({**nf4.steps[0], "skip": sorted(dense)},), names_layers=True)
         cost_left = 1 - sum(costs[name] for name in dense) / total if total > 0 else 1.0
         found.append(Mixed(option, cost_left, 1 - sum(weights[name] for name in dense) / everything))
     return found

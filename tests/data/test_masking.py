@@ -177,8 +177,8 @@ def test_too_long_rows_lose_their_end_and_are_counted(make_tokenizer: Callable, 
     assert (counts.truncated, counts.dropped, counts.examples) == (2, 1, 2)
     assert prepared.dataset[1]["input_ids"] == whole.input_ids[0][:64].tolist()
     assert "2 rows are longer than sequence_tokens=64" in prepared.echo
-    assert "1 examples were dropped" in caplog.text
-    with pytest.raises(DataError, match=r"none of the 1 rows has a token to train. 1 rows were cut at sequence_tokens=64"):
+    assert "1 example was dropped" in caplog.text
+    with pytest.raises(DataError, match=r"its only row has no token to train. 1 row was cut at sequence_tokens=64"):
         prepare(rows_of(long_prompt), tokenizer, 64)
 
 
@@ -209,7 +209,7 @@ def test_the_echo_tells_what_was_understood_and_what_was_left_out(make_tokenizer
     path.write_text("".join(json.dumps({"q": f"question {n}", "a": f"answer {n}" if n else ""}) + "\n" for n in range(50)))
     prepared = prepare(path, make_tokenizer(), 64, split=None)
     assert "prompt from 'q', completion from 'a'" in prepared.echo
-    assert "1 blank rows" in prepared.echo
+    assert "1 blank row" in prepared.echo
     counts = prepared.counts
     assert (counts.rows_read, counts.blank, counts.examples) == (50, 1, 49)
     assert counts.tokens == sum(map(len, prepared.dataset["input_ids"]))

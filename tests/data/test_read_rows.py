@@ -251,7 +251,7 @@ def test_small_files_still_fill_every_split(tmp_path: Path, count: int):
 
 def test_too_few_rows_to_split_is_an_error_and_fractions_of_zero_are_not(tmp_path: Path):
     path = _jsonl(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": "a "}])
-    with pytest.raises(DataError, match="1 different rows cannot be shared out between training and calibration and test"):
+    with pytest.raises(DataError, match="1 different row cannot be shared out between training and calibration and test"):
         read_splits(path)
     splits = read_splits(path, calibration_fraction=0, test_fraction=0)
     assert (len(splits["train"]), len(splits["calibration"]), len(splits["test"])) == (2, 2, 0)

@@ -177,7 +177,7 @@ def test_refused_and_lost_questions_are_counted_and_the_others_go_on(answers: An
 
 def test_a_server_that_answers_nothing_ends_the_collecting(answers: Answers) -> None:
     teacher = Teacher(lambda asked: Unanswered("503: busy") if asked > "q0" else "yes")
-    with pytest.raises(ApiError, match=r"10 questions in a row got no answer.*503: busy.*The 1 answers so far are kept"):
+    with pytest.raises(ApiError, match=r"10 questions in a row got no answer.*503: busy.*1 answer is kept so far"):
         gather(teacher, answers, range(100), concurrency=1)
     assert len(teacher.asked) == 11
 

@@ -28,7 +28,7 @@ from llmlite.evaluation.tasks import TaskResult, flips, run_tasks
 from llmlite.hub.card import model_card
 from llmlite.pipeline import _Pipeline
 from llmlite.pipeline import run as run_pipeline
-from llmlite.report import Report
+from llmlite.report import Report, human_bytes
 from llmlite.storage import locked, writing_folder
 from tests.conftest import save_sums_task
 
@@ -276,7 +276,7 @@ def test_a_result_that_was_cut_is_named(plain: Path, model_folder: Path, tmp_pat
 
 def test_two_at_once_do_not_take_each_other_s_figures_away(plain: Path, tmp_path: Path) -> None:
     out = copy_of(plain, tmp_path / "out")
-    with locked(out), pytest.raises(OutputError, match="another run is working in"):
+    with locked(out), pytest.raises(OutputError, match=r"^another run is working in [^.]*out\. Wait for it\.$"):
         llmlite.evaluate(out, each_step=True, **QUICK)
     assert not (out / "evaluation.json").exists()
 
@@ -389,6 +389,60 @@ def test_the_table_of_many_steps_cuts_no_figure_in_a_narrow_terminal() -> None:
     kl = told[told.index("KL") : told.index("top-1")]
     assert "".join(kl.split()).count("0.018") == len(models)
     assert kl.count("7") == len(models)
+
+
+def test_the_plan_says_what_will_be_measured_of_which_models(
+    model_folder: Path, pairs_file: Path, task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    file.write_text(to_yaml(options(model_folder, pairs_file, out, [*PRUNED, LORA], evaluate={"tasks": [str(task)], "limit": 1, "repeats": 1})))
+
+    def told(*flags: str) -> str:
+        main(["check", str(file), *flags])
+        return " ".join(capsys.readouterr().out.split())
+
+    assert (
+        "evaluate: when the steps are done, the base and 3 reloaded checkpoints (1. prune.ffn, 2. prune.weights, 3. lora) are measured, one after the other: "
+        "perplexity, KL and agreement on the held-out rows; task sums.yaml, at most 1 question each; speed at batch 1 and 8, 1 repeat each; energy; 3 answers."
+    ) in told()
+    (tmp_path / "text.txt").write_text("What is the answer? It is the answer of the question. " * 20)
+    assert (
+        "the base and 1 reloaded checkpoint (3. lora) are measured, one after the other: perplexity, KL and agreement on text.txt; speed at batch 4, 2 repeats "
+        "each; energy. Dry run"
+    ) in told(
+        *("--evaluate", "{each_step: false, batch_sizes: 4, repeats: 2, answers: 0}"),
+        *("--evaluate.text", str(tmp_path / "text.txt"), "--evaluate.window", "16"),
+    )
+    assert "evaluate:" not in told("--evaluate", "false")
+    assert not out.exists()
+
+
+def test_of_a_base_in_parts_the_plan_promises_no_speed() -> None:
+    assert Evaluate().sentence(["quantize"], offloaded=True).endswith("3 answers. Of the base, part of which is brought in for each forward pass, neither "
+        "speed nor energy nor answers.")  # fmt: skip
+
+
+@pytest.mark.usefixtures("_no_fresh_process")
+def test_figures_of_an_evaluation_that_is_asked_for_no_longer_are_named_and_kept(
+    plain: Path, model_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = copy_of(plain, tmp_path / "out")
+    recipe = recipe_of(model_folder, pairs_file, out, PRUNED, evaluate={**QUICK, "answers": 0})
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Reloaded, "_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        recipe.run()
+    kept = out / "steps" / "evaluation.work"
+    with caplog.at_level("INFO"):
+        dataclasses.replace(recipe, evaluate=None).run()
+    size = human_bytes(sum(path.stat().st_size for path in kept.rglob("*") if path.is_file()))
+    assert f"{kept} holds {size} of an evaluation that was stopped. evaluate in the recipe, or llmlite evaluate {out} --each_step" in caplog.text
+    monkeypatch.setattr("llmlite.context.Run.load_base", lambda _: pytest.fail("the base was measured already"))
+    llmlite.evaluate(out, each_step=True, **{**QUICK, "answers": 0})
+    assert not kept.exists()
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        dataclasses.replace(recipe, evaluate=None).run()
+    assert "evaluation that was stopped" not in caplog.text
 
 
 @pytest.mark.usefixtures("_no_fresh_process")

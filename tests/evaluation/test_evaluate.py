@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmlite
 from llmlite.cli import main
 from llmlite.data.text import Rows
-from llmlite.errors import ConfigError, LoadError
+from llmlite.errors import ConfigError, LoadError, OutputError
 from llmlite.evaluation.sample import sample
-from llmlite.evaluation.tasks import TaskResult, check_tasks, flips
+from llmlite.evaluation.tasks import TaskResult, check_tasks, flips, run_tasks
 from llmlite.hub.card import model_card
 from llmlite.report import Report
 from tests.conftest import build_tiny, build_tokenizer, save_sums_task
@@ -75,7 +77,7 @@ def test_a_collapse_is_said_when_it_is_measured_and_stands_in_the_card(
     assert "top-1 agreement with the base" in told
     card = model_card(None, tmp_path)
     assert "**This model is far from its base: perplexity" in card
-    how = "Speed of the reloaded models: 1 repeats after one that warms up, prompts of 112 random tokens and 16 more"
+    how = "Speed of the reloaded models: 1 repeat after one that warms up, prompts of 112 random tokens and 16 more"
     assert how in card
     assert how in str(found.table().caption)
     assert dataclasses.replace(found, models=found.models | {"this": found.models["base"]}).warning() == ""
@@ -98,6 +100,29 @@ def test_tasks_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
     for name, message in wrong.items():
         with pytest.raises(ConfigError, match=message):
             check_tasks([name])
+
+
+def test_a_folder_that_takes_no_figures_is_refused_before_anything_is_loaded(run: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("llmlite.context.Run.load_base", lambda _: pytest.fail("loaded"))
+    monkeypatch.setattr("llmlite.storage.tempfile.NamedTemporaryFile", refuse)
+    with pytest.raises(OutputError, match=r"out: cannot be written \(Read-only file system\). The figures go there: copy the folder to where you can write"):
+        llmlite.evaluate(run.path)
+
+
+def test_tasks_are_asked_without_a_word_of_the_working_folder(
+    run: Report, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from lm_eval import evaluator
+
+    before = evaluator.get_git_commit_hash, evaluator.add_env_info
+    monkeypatch.chdir(tmp_path)  # no repository, of which git would complain
+    (found,) = run_tasks(AutoModelForCausalLM.from_pretrained(run.path), AutoTokenizer.from_pretrained(run.path), [str(task)], limit=2)
+    assert len(found.correct) == 2
+    assert "git" not in capfd.readouterr().err
+    assert (evaluator.get_git_commit_hash, evaluator.add_env_info) == before
 
 
 def test_tasks_of_both_kinds_are_refused_before_anything_is_loaded(task: Path) -> None:
@@ -123,11 +148,11 @@ def test_a_task_of_one_s_own_that_lm_eval_would_read_otherwise_is_refused_at_onc
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stride": 70}, r"stride=70 should be at least 1 and below the window of 64 tokens, the data's max_length\. Lower --stride"),
+        ({"stride": 70}, r"stride=70 should be at least 1 and below the window of 64 tokens, the data's max_length\. Lower stride"),
         ({"stride": 32, "window": 32}, "stride=32 should be at least 1 and below window=32"),
         ({"stride": 128, "window": 4096}, "below the window of 128 tokens, all that .*tiny-llama reads at a time"),
         ({"stride": 0}, "stride=0 should be at least 1"),
-        ({"text": None, "window": 32}, "window=32: the sliding window is for a text. Add --text FILE"),
+        ({"text": None, "window": 32}, "window=32: the sliding window is for a text. Name a file with text, or leave window out"),
         ({"text": None, "stride": 8, "window": 32}, "window=32 and stride=8: the sliding window is for a text"),
     ],
 )

@@ -95,9 +95,13 @@ def test_calibrated_codes_and_figures_are_those_of_the_whole_model(
     folder: Path, pairs_file: Path, limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llmlite.evaluation.reload.require_reload", lambda model, lines: 0.0)  # the files are the same, and other tests load them
-    whole = recipe(folder, pairs_file, QUANTIZE, output_dir=str(tmp_path / "whole")).run()
-    offloaded = recipe(folder, pairs_file, QUANTIZE, output_dir=str(tmp_path / "offloaded"), model={"device_map": "auto", "max_memory": limit})
-    assert "blocks of the dense base on cpu (1), disk (3)" in size_line(check(offloaded))
+    asked = {"batch_sizes": [1], "repeats": 1, "answers": 1}
+    whole = recipe(folder, pairs_file, QUANTIZE, output_dir=str(tmp_path / "whole"), evaluate=asked).run()
+    layout = {"device_map": "auto", "max_memory": limit}
+    offloaded = recipe(folder, pairs_file, QUANTIZE, output_dir=str(tmp_path / "offloaded"), model=layout, evaluate=asked)
+    planned = size_line(check(offloaded))
+    assert "blocks of the dense base on cpu (1), disk (3)" in planned
+    assert planned.endswith("energy; 1 answer. Of the base, part of which is brought in for each forward pass, neither speed nor energy nor answers.")
     report = offloaded.run()
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "offloaded"))
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -106,6 +110,10 @@ def test_calibrated_codes_and_figures_are_those_of_the_whole_model(
     assert report.rows[1].details["layer_errors"] == whole.rows[1].details["layer_errors"]
     assert report.rows[0].decode_tokens_per_second is None
     assert "not_measured" not in report.rows[1].details
+    first, second = (json.loads((tmp_path / name / "evaluation.json").read_text())["models"] for name in ("whole", "offloaded"))
+    for name in ("base", "this"):  # each reloaded
+        assert [first[name][figure] for figure in ("perplexity", "kl")] == [second[name][figure] for figure in ("perplexity", "kl")]
+    assert [(len(model["latency"]), len(model["answers"])) for model in second.values()] == [(0, 0), (1, 1)]
     assert recipe(folder, pairs_file, QUANTIZE, output_dir=str(tmp_path / "whole")).identity() == offloaded.identity()  # where weights lie changes nothing
 
 

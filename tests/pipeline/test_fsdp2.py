@@ -30,6 +30,7 @@ RECIPE = (
   - {{step: lora, r: 4, max_steps: 2, per_device_train_batch_size: {batch}, init_lora_weights: default}}
   - {{step: merge}}
   - {{step: lora, r: 4, max_steps: 2, per_device_train_batch_size: {batch}, gradient_accumulation_steps: 2, learning_rate: 0.005}}
+evaluate: {{each_step: false, batch_sizes: [1], repeats: 1, answers: 1}}
 """
 )
 FSDP2 = {
@@ -50,6 +51,7 @@ def folder(pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fsdp2")
     done = run_broken_off(folder, "fsdp2_on_cpu.py", RECIPE, pairs_file, {**os.environ, **FSDP2})
     assert "2 processes, FSDP2" in done.stdout
+    assert done.stderr.count("measuring the base and 1 reloaded model") == 1
     with pytest.MonkeyPatch.context() as patched:  # the other result was loaded in a fresh process; each costs seconds
         patched.setattr("llmlite.evaluation.reload.require_reload", lambda model, lines: 0.0)
         Recipe.from_file(folder / "one.yaml", output_dir=str(folder / "one")).run()
@@ -81,3 +83,11 @@ def test_the_teacher_is_split_as_well_but_for_what_lies_outside_of_its_blocks(fo
 )
 def test_stopped_and_continued_it_leaves_the_weights_of_one_process_tied_ones_once(folder: Path, step: str, file: str) -> None:
     require_equal_weights(folder, step, file)
+
+
+def test_the_result_is_measured_by_one_process_as_without_a_launch(folder: Path) -> None:
+    one, two = (json.loads((folder / name / "evaluation.json").read_text(encoding="utf-8"))["models"] for name in ("one", "two"))
+    assert list(one) == list(two) == ["base", "this"]
+    for name, model in two.items():
+        assert model["perplexity"] == pytest.approx(one[name]["perplexity"], rel=1e-3)
+        assert [len(model["latency"]), len(model["answers"])] == [1, 1]

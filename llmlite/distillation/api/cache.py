@@ -70,7 +70,7 @@ class Answers:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with telling(path):
+        with telling(path, "Name another folder with answers_cache."):
             path.parent.mkdir(parents=True, exist_ok=True)
         with self._using():
             self._database = sqlite3.connect(path, timeout=60, isolation_level=None)

@@ -20,7 +20,7 @@ from llmlite.distillation.api.asking import Asking
 from llmlite.distillation.api.cache import Answers, Spent, request_key
 from llmlite.distillation.api.client import Client, Fatal, Raw, Rejected, Unanswered
 from llmlite.distillation.api.prompts import Question
-from llmlite.errors import ApiError, Interrupted
+from llmlite.errors import ApiError, Interrupted, counted
 
 __all__ = ["Budget", "Collected", "collect"]
 
@@ -203,7 +203,7 @@ class _Loop:
         if self.in_a_row >= _HOPELESS:
             raise ApiError(
                 f"distill.blackbox: {self.in_a_row} questions in a row got no answer from {self.client.url}, the last: {self.last}. "
-                f"The {len(self.found)} answers so far are kept; the same command continues."
+                f"{counted(len(self.found), 'answer is', 'answers are')} kept so far; the same command continues."
             )
 
     def _hand_out(self) -> None:
