@@ -85,6 +85,20 @@ def sparsity() -> list[str]:
     return found
 
 
+def structured() -> list[str]:
+    table, found = results("peers_structured")["table"], []
+    theirs = table["Torch-Pruning, taylor"]
+    for name, one in table.items():
+        if name == "dense":
+            continue
+        ratios = [one[text]["perplexity"] / table["dense"][text]["perplexity"] for text in ("wikitext", "novel")]
+        shown = (f"{ratio:.3f}" if ratio < 100 else f"{ratio:,.0f}" for ratio in ratios)
+        kl = ", ".join(f"{one[text]['kl']:.3f}" for text in ("wikitext", "novel"))
+        loads = "yes" if one["transformers_loads_it"].endswith(" 0") else "no"
+        found.append(row(name, *shown, kl, *(f"{one[cost] / theirs[cost]:.2f}" for cost in ("cpu_seconds_inside", "peak_bytes")), loads))
+    return found
+
+
 @pytest.mark.parametrize(
     ("rows", "heading", "column"),
     [
@@ -93,6 +107,7 @@ def sparsity() -> list[str]:
         (losses, "## Losses through the LM head", "loss"),
         (cache, "## Distillation: the teacher beside the student, or read from disk", "teacher"),
         (quantization, "## 4 and 8 bits: own formats and peers in one table", "bits a weight"),
+        (structured, "## Structured pruning beside Torch-Pruning", "processor time"),
         (sparsity, "## Zeros: SparseGPT beside llm-compressor's", "processor time"),
     ],
 )
