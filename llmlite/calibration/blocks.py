@@ -124,10 +124,9 @@ class Blocks:
         self._attention = KnownAttention(self.view)
         shelf = shelf_of(model)
         self._spill = None if shelf is None else shelf.spill
-        device = next(self.view.embedding.parameters()).device
         with torch.no_grad():
             for place in self.places:
-                self._enter({name: value.to(device) if isinstance(value, Tensor) else value for name, value in batches[place].items()})
+                self._enter({name: value.to(first.device) if isinstance(value, Tensor) else value for name, value in batches[place].items()})
 
     def _enter(self, batch: dict[str, Any]) -> None:
         calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -173,7 +172,7 @@ class Blocks:
         return [self._kept(index, self.run(block, index, hidden_BTD)) for index, hidden_BTD in enumerate(hidden)]
 
     def advance(self, block: BlockView) -> None:
-        """All batches through one block."""
+        """Go on to the next block: `hidden` is behind this one afterwards."""
         self.hidden = self.through(block, self.hidden)
         self._attention.forget()
 

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from llmlite.config import settings
 from llmlite.errors import ConfigError, UnsupportedModel
-from llmlite.pruning.settings import ADVICE, Keep, planned, require_plain
+from llmlite.pruning.settings import ADVICE, Keep, kept_in, planned, require_plain
 from llmlite.step import ModelPlan, Step
 from llmlite.storage import write_json
 
@@ -81,7 +81,7 @@ class PruneLayers(Step):
             return model
         influence = influences(model, run.calibration_windows)
         if self.score == "greedy":
-            state = None if run.scratch == Path() else run.own_scratch / "greedy.json"
+            state = kept_in(run, "greedy.json")
             windows_NT = run.calibration_windows[: self.greedy_windows]
             removed, losses = greedy_layers(model, windows_NT, len(view.blocks) - keep, influence, self.candidates, state)
             removed, losses = run.agreed((removed, losses))

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from llmlite.config import settings
 from llmlite.errors import ConfigError, RunError
-from llmlite.pruning.settings import ADVICE, calibration_tokens, require_plain
+from llmlite.pruning.settings import ADVICE, calibration_tokens, kept_in, require_plain
 from llmlite.step import ModelPlan, Step
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class PruneRescale(Step):
         from llmlite.models.view import ModelView
         from llmlite.pruning.factors import Factors
 
-        state = None if run.scratch == Path() else run.own_scratch / "rescale"
+        state = kept_in(run, "rescale")
         batches = batches_of(run.calibration_windows)
         dtype = quick_dtype_of(model)
         answers = base_answers(run, batches, dtype, state)

@@ -12,9 +12,25 @@ from llmlite.errors import ConfigError
 from llmlite.step import ModelPlan, Step
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from llmlite.context import Run
 
-__all__ = ["ADVICE", "Keep", "Score", "UnitStep", "calibration_tokens", "compensated", "needs_gradients", "planned", "require_plain", "walk_state"]
+__all__ = [
+    "ADVICE",
+    "WITH_GRADIENTS",
+    "Keep",
+    "Score",
+    "UnitStep",
+    "calibration_tokens",
+    "compensated",
+    "kept_in",
+    "needs_gradients",
+    "planned",
+    "require_plain",
+    "walk_state",
+    ,
+]
 
 ADVICE = "keep more, calibrate on text nearer to yours, or train what is left before measuring it (recipes/*_heal.yaml)"
 Keep = Annotated[float, Field(gt=0, le=1)]
@@ -111,8 +127,13 @@ def planned(model: ModelPlan, config: Any, run: Run, *, calibrated: bool, notes:
     )
 
 
-def walk_state(run: Run) -> Any:
-    """Where a walk keeps what it did, or None outside of a pipeline."""
+def kept_in(run: Run, name: str) -> Path | None:
+    """Where a step keeps something while it works (the blocks of a walk, the state of a search), of this process; `None` outside of a pipeline."""
     from pathlib import Path
 
-    return None if run.scratch == Path() else run.own_scratch / "blocks"
+    return None if run.scratch == Path() else run.own_scratch / name
+
+
+def walk_state(run: Run) -> Path | None:
+    """Where a walk keeps what it did; see `kept_in`."""
+    return kept_in(run, "blocks")
