@@ -29,7 +29,6 @@ __all__ = [
     "planned",
     "require_plain",
     "walk_state",
-    ,
 ]
 
 ADVICE = "keep more, calibrate on text nearer to yours, or train what is left before measuring it (recipes/*_heal.yaml)"
