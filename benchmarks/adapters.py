@@ -3,7 +3,7 @@
     python benchmarks/adapters.py
 
 Every row is a whole run of the offline model on the Python documentation in a fresh process; ratios are to LoRA at rank 16, of processor seconds, since the
-machine is shared. About 25 minutes of one processor for all rows.
+machine is shared. About 25 minutes of one processor for all rows; with --rows some of them again, beside LoRA at rank 16 in the same run.
 Writes benchmarks/results/adapters.json.
 """
 
@@ -75,7 +75,8 @@ def one(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("answer", nargs="?", help=argparse.SUPPRESS)
-    parser.add_argument("--row", choices=ROWS, help="only this one, in this process")
+    parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)  # in this process
+    parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS), help="only these, and LoRA at rank 16; the others stay as they were measured")
     parser.add_argument("--examples", type=int, default=64)
     parser.add_argument("--evaluation_rows", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
@@ -84,8 +85,14 @@ def main() -> None:
     if args.row:
         one(args)
         return
-    table: dict[str, dict[str, Any]] = {}
-    for name in ROWS:
+    out = HERE / "results" / "adapters.json"
+    settings = {key: getattr(args, key) for key in (*_PASSED, "threads")}
+    known = json.loads(out.read_text()) if out.exists() else {"table": {}}
+    asked = {"lora, r 16", *args.rows}
+    table: dict[str, dict[str, Any]] = {name: row for name, row in known["table"].items() if name not in asked}
+    if table and any(known.get(key) != value for key, value in settings.items()):
+        sys.exit(f"{out} holds rows of other settings. Run all of them, or move it away.")
+    for name in [name for name in ROWS if name in asked]:
         cost = measure(Path(__file__), ["--row", name, *(word for key in _PASSED for word in (f"--{key}", str(getattr(args, key))))], args.threads)
         table[name] = {**cost.answer, "peak_bytes": cost.peak_bytes}
         first = table["lora, r 16"]
@@ -94,9 +101,9 @@ def main() -> None:
             "memory_ratio": table[name]["peak_bytes"] / first["peak_bytes"],
         }
         print(f"{name:22s}", json.dumps({key: round(value, 3) if isinstance(value, float) else value for key, value in table[name].items()}), flush=True)
-        settings = {key: getattr(args, key) for key in (*_PASSED, "threads")}
-        result = {"machine": platform.machine(), "python": platform.python_version(), **settings, "table": table}
-        (HERE / "results" / "adapters.json").write_text(json.dumps(result, indent=2) + "\n")
+        rows = {name: table[name] for name in ROWS if name in table}
+        result = {"machine": platform.machine(), "python": platform.python_version(), **settings, "table": rows}
+        out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
