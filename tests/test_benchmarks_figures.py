@@ -145,6 +145,9 @@ def test_the_readme_says_what_was_measured(page: str) -> None:
     found = [one for one in results("pruning") if "text" not in one]
     dense, plain, mixed = (next(one for one in found if one["case"] == "dense"), *(one for one in found if one["case"] == "FFN channels"))
     cut = [" / ".join(f"{one[text] / dense[text]:.2f}{times}" for text in ("wikitext", "novel")) for one in (plain, mixed)]
+    steps = results("pruning_steps")
+    narrow, *rescaled = (next(one for one in steps if one["case"] == "dense"), *(one for one in steps if one["case"] == "FFN channels, rescaled"))
+    cut += [" / ".join(f"{one[text] / narrow[text]:.2f}{times}" for text in ("wikitext", "novel")) for one in rescaled]
     for figure in (
         *(kls(name) for name in ("llmlite NF4", "bitsandbytes NF4", "AutoRound W4A16")),
         f"{nf4['AutoRound W4A16']['cpu_seconds_inside'] / nf4['llmlite NF4']['cpu_seconds_inside']:.1f}",

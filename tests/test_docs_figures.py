@@ -23,12 +23,21 @@ def row(*cells: str | float) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
+WIKI, MIXED = "1*WIKI_VALID.txt", "0.5*self + 0.5*WIKI_VALID.txt"
+
+
 def pruning() -> list[str]:
     found = [one for one in results("pruning") if "text" not in one]
     wide, narrow = (one for one in found if one["case"] == "dense")
     plain, mixed, healed = (one for one in found if one["case"] != "dense")
     layers = next(one for one in results("distillation_time")["rows"] if one["loss"] == "none")
     zeros = results("peers_sparsity")["table"]
+    steps = results("pruning_steps")
+    bf16 = next(one for one in steps if one["case"] == "dense")
+
+    def step(case: str, calibration: str) -> dict[str, Any]:
+        found: dict[str, Any] = next(one for one in steps if one["case"] == case and one.get("calibration") == calibration)
+        return found
 
     def ratios(one: dict[str, Any], dense: dict[str, Any]) -> tuple[str, ...]:
         return tuple(f"{one[text] / dense[text]:.3f}" for text in ("wikitext", "novel"))
@@ -39,6 +48,8 @@ def pruning() -> list[str]:
     return [
         row("`prune.structured`, `spread: ffn`, calibrated on WikiText-2 valid", *ratios(plain, wide)),
         row("the same, calibrated half on that and half on text of the model's own", *ratios(mixed, wide)),
+        row("the first in bfloat16, then `prune.rescale`", *ratios(step("FFN channels, rescaled", WIKI), bf16)),
+        row("the second in bfloat16, then `prune.rescale`", *ratios(step("FFN channels, rescaled", MIXED), bf16)),
         row("the first in bfloat16, then 150 steps of `distill.whitebox` on WikiText-2 valid", *ratios(healed, narrow)),
         row("`prune.layers`, 6 of 30 by block influence, in bfloat16", f"{layers['ratio']:.3f}", ""),
         row("`prune.weights`, SparseGPT, 50 %", *ratios(perplexities(zeros["llmlite SparseGPT 50 %"]), perplexities(zeros["dense"]))),
