@@ -44,8 +44,8 @@ class PruneRescale(Step):
 
     advice: ClassVar[str] = ADVICE
 
-    epochs: Annotated[int, Field(ge=1)] = 1
-    """Passes over the calibration rows."""
+    epochs: Annotated[int, Field(ge=0)] = 1
+    """Passes over the calibration rows. 0 leaves the step out, as for models of which one block at a time is in memory."""
     rows: Annotated[int, Field(ge=1)] = 2
     """Calibration rows of one step of Adam."""
     learning_rate: Annotated[float, Field(gt=0, le=0.1)] = 2e-3
@@ -66,6 +66,8 @@ class PruneRescale(Step):
             raise ConfigError(
                 "prune.rescale", ["tokens have gone from the vocabulary, so the base reads other ids. Put prune.rescale before prune.vocabulary."]
             )
+        if not self.epochs:
+            return dataclasses.replace(model, trained_parameters=0, tokens=0, notes=("epochs: 0 leaves it out",))
         quick, width = quick_dtype(run.device, run.compute_dtype), run.config.get_text_config().hidden_size
         tokens, row_tokens = self.epochs * calibration_tokens(run), run.recipe.data.max_length
         base = expected_bytes(run.config, dtype=quick)
@@ -81,10 +83,14 @@ class PruneRescale(Step):
 
     def no_blocks(self) -> str:
         """See `Step.no_blocks`."""
-        return "prune.rescale goes backward through the whole model"
+        return "it goes backward through the whole model; epochs: 0 leaves it out" if self.epochs else ""
 
     def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
-        """In place: the shapes stay. A descent that overflows changes nothing."""
+        """In place: the shapes stay. A descent that overflows changes nothing.
+
+        Raises:
+            RunError: it overflows.
+        """
         from llmlite.calibration.blocks import batches_of
         from llmlite.calibration.kept import digest_of
         from llmlite.distillation.descent import Descent, Kept, descend
@@ -92,6 +98,8 @@ class PruneRescale(Step):
         from llmlite.models.view import ModelView
         from llmlite.pruning.factors import Factors
 
+        if not self.epochs:
+            return model
         state = kept_in(run, "rescale")
         batches = batches_of(run.calibration_windows)
         dtype = quick_dtype_of(model)

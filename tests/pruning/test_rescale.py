@@ -161,6 +161,18 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(model_folder: Pat
         quantized.check()
 
 
+def test_no_epochs_leave_it_out_so_that_a_model_in_blocks_can_be_pruned_by_the_preset(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
+    data = llmlite.Data(train=str(pairs_file), max_length=32, calibration_sequences=8, evaluation_rows=8)
+    options = {"model": llmlite.Model(name=str(model_folder), load="blocks"), "data": data, "output_dir": str(tmp_path / "out")}
+    steps = llmlite.PruneFfn(keep=0.5, multiple_of=16)
+    with pytest.raises(LlmliteError, match="it goes backward through the whole model; epochs: 0 leaves it out"):
+        llmlite.Recipe(**options, steps=(steps, PruneRescale())).check()
+    report = llmlite.Recipe(**options, steps=(steps, PruneRescale(epochs=0))).run()
+    first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / "out" / place).state_dict() for place in ("steps/01-prune.ffn", "."))
+    assert all(torch.equal(first[name], second[name]) for name in second)
+    assert report.reload_difference == 0
+
+
 def test_a_recipe_prunes_and_rescales_and_reports_both(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
     data = llmlite.Data(train=str(pairs_file), max_length=32, calibration_sequences=8, evaluation_rows=8)
     steps = (llmlite.PruneWeights(sparsity=0.5), PruneRescale(epochs=2), llmlite.Finetune(max_steps=2))
