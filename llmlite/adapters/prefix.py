@@ -2,27 +2,33 @@
 
     attention over [P_k; K], [P_v; V],     P: (virtual tokens, width), trained; the base is frozen
 
+It starts as the keys and values of the first training tokens, so the model begins as one that has read a little text; from random numbers it begins as
+a broken one.
+
 Rows cannot be packed, since a prefix belongs to one text: `data.packing: false`. It reads slower, having more keys to attend to, and it cannot be merged.
 
-Source: Li and Liang 2021, arXiv:2101.00190, section 4.
+Source: Li and Liang 2021, arXiv:2101.00190, section 4; the start from real activations, section 7.4 there.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+import logging
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from llmlite.adapters.settings import AdapterStep
 from llmlite.config import settings
-from llmlite.errors import ConfigError, counted
+from llmlite.errors import ConfigError, counted, first_line
 from llmlite.step import ModelPlan
 from llmlite.training.settings import PositiveInt
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from llmlite.context import Run
 
 __all__ = ["Prefix"]
+
+log = logging.getLogger(__name__)
 
 
 @settings
@@ -34,6 +40,8 @@ class Prefix(AdapterStep):
 
     num_virtual_tokens: PositiveInt = 16
     """Tokens whose keys and values are learnt."""
+    init_prefix: Literal["text", "random"] = "text"
+    """Where they start: text (what the model makes of the first training tokens), or random (peft's own, which takes hundreds of steps to get over)."""
 
     def check(self, model: ModelPlan, run: Run) -> ModelPlan:
         """See `Step.check`.
@@ -58,6 +66,13 @@ class Prefix(AdapterStep):
         width = family.kv_heads(config) * family.dim_of_head(config)
         return 2 * self.num_virtual_tokens * family.layers(config) * width, counted(self.num_virtual_tokens, "virtual token")
 
+    def attach(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
+        """See `AdapterStep.attach`. Text that is too short, and a model that forgets what lies behind a short window, leave it random, which is said."""
+        adapted = super().attach(model, run)
+        if self.init_prefix == "text":
+            _start_from_text(adapted, run.train_data.dataset, self.num_virtual_tokens)
+        return adapted
+
     def peft_config(self, config: PretrainedConfig) -> Any:
         """`peft.PrefixTuningConfig`."""
         import peft
@@ -72,3 +87,21 @@ class Prefix(AdapterStep):
             num_attention_heads=family.kv_heads(config),
             token_dim=family.kv_heads(config) * family.dim_of_head(config),
         )
+
+
+def _start_from_text(adapted: Any, rows: Any, tokens: int) -> None:
+    """Load keys and values of the first tokens of the training rows, in their order, into the prefix."""
+    import peft
+    import torch
+
+    ids: list[int] = []
+    for row in rows:
+        ids += list(row["input_ids"])
+        if len(ids) >= tokens:
+            break
+    with torch.no_grad(), adapted.disable_adapter():
+        heard = adapted(input_ids=torch.tensor([ids[:tokens]], device=adapted.device), use_cache=True)
+    try:
+        peft.initialize_kv_prefix_from_past_key_values(adapted, past_key_values=heard.past_key_values)
+    except ValueError as error:
+        log.warning("prefix: starts from random numbers, not from text (%s)", first_line(error))

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llmlite
+from llmlite.adapters import prefix
 from llmlite.adapters.lora import Lora
 from llmlite.adapters.merge import merged
 from llmlite.errors import ConfigError
@@ -19,7 +20,7 @@ from llmlite.models.adapted import adapter_parameters
 from llmlite.quantization.bnb import Quantize
 from llmlite.report import Report
 from llmlite.training.settings import TrainingStep
-from tests.conftest import ALL_FAMILIES, build_tiny, logits_of, tiny_config
+from tests.conftest import ALL_FAMILIES, build_tiny, logits_of, tiny_config, token_ids
 
 SMALL: dict[str, Any] = {"max_length": 64, "evaluation_rows": 4}
 SHORT: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 2}
@@ -61,6 +62,29 @@ def test_a_prefix_trains_unpacked_and_reloads(model_folder: Path, pairs_file: Pa
     assert report.reload_difference == 0.0
     assert report.rows[-1].parameters - report.rows[0].parameters == 2 * 4 * 3 * 32
     assert report.rows[-1].perplexity != report.rows[0].perplexity
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_a_prefix_starts_as_text_that_the_model_has_read(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, ids_BT = build_tiny(family), token_ids(rows=1, length=12)
+    rows = [{"input_ids": ids_BT[0, :3].tolist()}, {"input_ids": ids_BT[0, 3:8].tolist()}]
+    with torch.no_grad():
+        expected = model(input_ids=ids_BT, use_cache=False).logits[:, 4:]
+    adapted = peft.get_peft_model(model, llmlite.Prefix(num_virtual_tokens=4).peft_config(model.config)).eval()
+    prefix._start_from_text(adapted, rows, 4)
+    with torch.no_grad():
+        found = adapted(input_ids=ids_BT[:, 4:]).logits
+    assert not caplog.records
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_prefix_longer_than_all_text_starts_at_random_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = build_tiny("llama")
+    adapted = peft.get_peft_model(model, llmlite.Prefix(num_virtual_tokens=9).peft_config(model.config))
+    before = {name: weight.clone() for name, weight in adapted.state_dict().items()}
+    prefix._start_from_text(adapted, [{"input_ids": [5, 6, 7]}], 9)
+    assert all(torch.equal(weight, before[name]) for name, weight in adapted.state_dict().items())
+    assert "prefix: starts from random numbers, not from text" in caplog.text
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
