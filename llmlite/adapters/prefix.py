@@ -41,7 +41,7 @@ class Prefix(AdapterStep):
     num_virtual_tokens: PositiveInt = 16
     """Tokens whose keys and values are learnt."""
     init_prefix: Literal["text", "random"] = "text"
-    """Where they start: text (what the model makes of the first training tokens), or random (peft's own, which takes hundreds of steps to get over)."""
+    """Where they start: text (what the model makes of the first training tokens), or random (peft's own: the model begins broken)."""
 
     def check(self, model: ModelPlan, run: Run) -> ModelPlan:
         """See `Step.check`.
