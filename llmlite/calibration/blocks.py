@@ -188,6 +188,7 @@ class Blocks:
         *,
         dense: list[Tensor] | None = None,
         weights: Sequence[Mapping[str, Tensor]] | None = None,
+        gram: bool = True,
         dtype: torch.dtype = torch.float32,
         settled: bool = False,
     ) -> dict[str, Statistics]:
@@ -199,6 +200,7 @@ class Blocks:
             dense: hidden states of the dense model at the same entrance; then the cross moments are taken too.
             weights: how much each token counts, for each of this process's batches by the name of the projection, (B * T,); None: all alike. Those of
                 projections that share an input add up, are divided by their mean, and half of it is shared out evenly (`EVEN_SHARE`).
+            gram: False for sums and squares alone (`Moments`).
             dtype: of the sums: float32, or float64.
             settled: promises that nothing before `o` changes any more in this block: then what `o` is given is kept, and attention is not computed again.
 
@@ -230,7 +232,7 @@ class Blocks:
                     weight_N1 = self.tokens(index, _summed_weight(weights[index], shared)[:, None]) / means[role]
                     share_N1 = (EVEN_SHARE + (1 - EVEN_SHARE) * weight_N1).to(x_NI)
                 if role not in found:
-                    made = [Moments(x_NI.shape[1], cross=dense is not None, dtype=dtype, device=x_NI.device) for _ in range(1 + self._held_out)]
+                    made = [Moments(x_NI.shape[1], cross=dense is not None, gram=gram, dtype=dtype, device=x_NI.device) for _ in range(1 + self._held_out)]
                     found[role] = Statistics(*made)
                 moments = found[role].held if held else found[role].fit
                 assert moments is not None
@@ -242,7 +244,7 @@ class Blocks:
             if statistics.held is not None:
                 statistics.held.all_reduce()
         for role, statistics in found.items():
-            if not all(bool(part.gram_II.diagonal().sum().isfinite()) for part in (statistics.fit, statistics.held) if part is not None):
+            if not all(bool(part.squares_I.sum().isfinite()) for part in (statistics.fit, statistics.held) if part is not None):
                 raise RunError(
                     f"calibration: block {block.index} gives {block.linears[role].name} inputs that are infinite or no numbers: nothing can be chosen by them. "
                     "Activations overflow in the type they are computed in, or weights are damaged. Try dtype: float32, or another calibration text."

@@ -21,18 +21,20 @@ _STRIPS = 6
 
 
 class Moments:
-    """Sums for the input of one projection, float32 by default, on the device of the inputs.
+    """Sums for the input of one projection, float32 by default, on the device of the inputs; with `gram=False` of values and squares alone.
 
     Attributes:
         tokens: tokens counted.
-        gram_II: sum of x x^T.
+        gram_II: sum of x x^T; empty where only squares are taken.
+        squares_I: sum of each x^2, the diagonal of the former.
         total_I: sum of x.
         cross_JI: sum of (dense x) x^T, when the dense inputs were given too, else None: it says what the dense model would have put in.
     """
 
-    def __init__(self, width: int, *, cross: bool = False, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+    def __init__(self, width: int, *, cross: bool = False, gram: bool = True, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         self.tokens = 0
-        self.gram_II = torch.zeros(width, width, dtype=dtype, device=device)
+        self.gram_II = torch.zeros(*([width, width] if gram else [0, 0]), dtype=dtype, device=device)
+        self._squares_I = None if gram else torch.zeros(width, dtype=dtype, device=device)
         self.total_I = torch.zeros(width, dtype=dtype, device=device)
         self.cross_JI = torch.zeros(width, width, dtype=dtype, device=device) if cross else None
 
@@ -46,23 +48,34 @@ class Moments:
         x_NI = input_NI.to(self.gram_II.dtype)
         weighted_NI = x_NI if weight_N1 is None else x_NI * weight_N1
         self.tokens += len(x_NI)
-        _add_gram_(self.gram_II, weighted_NI, x_NI)
+        if self._squares_I is None:
+            _add_gram_(self.gram_II, weighted_NI, x_NI)
+        else:
+            self._squares_I += (weighted_NI * x_NI).sum(0)
         self.total_I += weighted_NI.sum(0)
         if self.cross_JI is not None and dense_NJ is not None:
             self.cross_JI.addmm_(dense_NJ.to(self.gram_II.dtype).T, weighted_NI)
 
     def merged(self, other: Moments) -> Moments:
         """The sums over both sets of tokens."""
-        both = Moments(len(self.total_I), dtype=self.gram_II.dtype, device=self.gram_II.device)
+        both = Moments(len(self.total_I), gram=self._squares_I is None, dtype=self.gram_II.dtype, device=self.gram_II.device)
         both.tokens, both.gram_II, both.total_I = self.tokens + other.tokens, self.gram_II + other.gram_II, self.total_I + other.total_I
+        if self._squares_I is not None:
+            both._squares_I = self._squares_I + other.squares_I
         both.cross_JI = None if self.cross_JI is None or other.cross_JI is None else self.cross_JI + other.cross_JI
         return both
 
     def all_reduce(self) -> None:
         """Add up over the processes of `torch.distributed`; nothing when there is one process. Sums travel in float64, so that the order matters little."""
         count = torch.tensor([self.tokens], dtype=torch.float64, device=self.gram_II.device)
-        sum_over_processes([count, self.gram_II, self.total_I, *([] if self.cross_JI is None else [self.cross_JI])])
+        squares = self.gram_II if self._squares_I is None else self._squares_I
+        sum_over_processes([count, squares, self.total_I, *([] if self.cross_JI is None else [self.cross_JI])])
         self.tokens = int(count.item())
+
+    @property
+    def squares_I(self) -> Tensor:  # noqa: N802 - a tensor with its shape suffix
+        """Sum of each input's square."""
+        return self.gram_II.diagonal() if self._squares_I is None else self._squares_I
 
     @property
     def target_JI(self) -> Tensor:  # noqa: N802 - a tensor with its shape suffix
@@ -72,7 +85,7 @@ class Moments:
     @property
     def norm_I(self) -> Tensor:  # noqa: N802 - a tensor with its shape suffix
         """L2 norm of each input over all tokens."""
-        return self.gram_II.diagonal().clamp(min=0).sqrt()
+        return self.squares_I.clamp(min=0).sqrt()
 
     @property
     def mean_I(self) -> Tensor:  # noqa: N802 - a tensor with its shape suffix
@@ -82,7 +95,7 @@ class Moments:
     @property
     def variance_I(self) -> Tensor:  # noqa: N802 - a tensor with its shape suffix
         """Variance of each input over the tokens, at least 0."""
-        return (self.gram_II.diagonal() / max(self.tokens, 1) - self.mean_I**2).clamp(min=0)
+        return (self.squares_I / max(self.tokens, 1) - self.mean_I**2).clamp(min=0)
 
 
 def _add_gram_(gram_II: Tensor, weighted_NI: Tensor, x_NI: Tensor) -> None:

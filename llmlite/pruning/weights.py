@@ -143,7 +143,8 @@ class PruneWeights(Step):
             return self._change(block, found, shares_L[block.index])
 
         with torch.no_grad():
-            walk = Walk(stages=_STAGES if self.inputs == "compressed" else (tuple(role for stage in _STAGES for role in stage),), inputs=self.inputs)
+            stages = _STAGES if self.inputs == "compressed" else (tuple(role for stage in _STAGES for role in stage),)
+            walk = Walk(stages=stages, inputs=self.inputs, gram=self.method == "sparsegpt")
             if self.method == "magnitude":
                 walk_blocks(model, [], Walk(stages=((),)), change, walk_state(run))  # nothing to hear, and resumed as the others are
             else:

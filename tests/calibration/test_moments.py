@@ -39,16 +39,24 @@ def test_the_mirrored_gram_matrix_is_the_product_at_any_width(width: int) -> Non
         weighted.add(x[part], weight_N1=weight_N1[part])
     torch.testing.assert_close(plain.gram_II, x.T @ x)
     torch.testing.assert_close(weighted.gram_II, x.T @ (weight_N1 * x))
+    squares = Moments(width, gram=False, dtype=torch.float64)
+    squares.add(x, weight_N1=weight_N1)
+    torch.testing.assert_close(squares.squares_I, weighted.squares_I)
+    torch.testing.assert_close(squares.variance_I, (squares.squares_I / 50 - squares.mean_I**2))
+    assert squares.gram_II.numel() == 0
 
 
-def test_merging_is_counting_together() -> None:
+@pytest.mark.parametrize("gram", [True, False])
+def test_merging_is_counting_together(gram: bool) -> None:
     x = torch.randn(20, 4)
-    one, other, both = Moments(4), Moments(4), Moments(4)
+    one, other, both = (Moments(4, gram=gram) for _ in range(3))
     one.add(x[:5])
     other.add(x[5:])
     both.add(x)
     merged = one.merged(other)
     torch.testing.assert_close(merged.gram_II, both.gram_II)
+    torch.testing.assert_close(merged.squares_I, x.square().sum(0))
+    torch.testing.assert_close(merged.norm_I, both.norm_I)
     torch.testing.assert_close(merged.total_I, both.total_I)
     assert merged.tokens == both.tokens == 20
 
