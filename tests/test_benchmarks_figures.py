@@ -75,13 +75,13 @@ def quantization() -> list[str]:
 
 def sparsity() -> list[str]:
     table, found = results("peers_sparsity")["table"], []
-    for pattern in ("50 %", "2:4"):
-        theirs = table[f"llm-compressor SparseGPT {pattern}"]
+    for method in ("SparseGPT 50 %", "SparseGPT 2:4", "Wanda 50 %"):
+        theirs = table[f"llm-compressor {method}"]
         for maker in ("llmlite", "llm-compressor"):
-            one = table[f"{maker} SparseGPT {pattern}"]
+            one = table[f"{maker} {method}"]
             ratios = (f"{one[text]['perplexity'] / table['dense'][text]['perplexity']:.3f}" for text in ("wikitext", "novel"))
             costs = ("1", "1") if one is theirs else (f"{one[cost] / theirs[cost]:.2f}" for cost in ("cpu_seconds_inside", "peak_bytes"))
-            found.append(row(f"{maker}, {pattern}", *ratios, ", ".join(f"{one[text]['kl']:.3f}" for text in ("wikitext", "novel")), *costs))
+            found.append(row(f"{maker} {method}", *ratios, ", ".join(f"{one[text]['kl']:.3f}" for text in ("wikitext", "novel")), *costs))
     return found
 
 
@@ -108,7 +108,7 @@ def structured() -> list[str]:
         (cache, "## Distillation: the teacher beside the student, or read from disk", "teacher"),
         (quantization, "## 4 and 8 bits: own formats and peers in one table", "bits a weight"),
         (structured, "## Structured pruning beside Torch-Pruning", "processor time"),
-        (sparsity, "## Zeros: SparseGPT beside llm-compressor's", "processor time"),
+        (sparsity, "## Zeros: SparseGPT and Wanda beside llm-compressor's", "processor time"),
     ],
 )
 def test_a_table_of_the_benchmarks_says_what_was_measured(rows: Callable[[], list[str]], heading: str, column: str) -> None:

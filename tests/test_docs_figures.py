@@ -52,8 +52,26 @@ def pruning() -> list[str]:
         row("the second in bfloat16, then `prune.rescale`", *ratios(step("FFN channels, rescaled", MIXED), bf16)),
         row("the first in bfloat16, then 150 steps of `distill.whitebox` on WikiText-2 valid", *ratios(healed, narrow)),
         row("`prune.layers`, 6 of 30 by block influence, in bfloat16", f"{layers['ratio']:.3f}", ""),
-        row("`prune.weights`, SparseGPT, 50 %", *ratios(perplexities(zeros["llmlite SparseGPT 50 %"]), perplexities(zeros["dense"]))),
-        row("`prune.weights`, SparseGPT, 2:4", *ratios(perplexities(zeros["llmlite SparseGPT 2:4"]), perplexities(zeros["dense"]))),
+        *(
+            row(f"{label}: {1 - step(case, WIKI)['decoder']:.0%} of the decoder, in bfloat16", *ratios(step(case, WIKI), bf16))
+            for case, label in (
+                ("kv groups", "`prune.heads`, a third of the key/value groups"),
+                ("query heads", "`prune.heads`, `unit: query_heads`, a third of them"),
+                ("hidden", "`prune.hidden`, a tenth of the width"),
+            )
+        ),
+        *(
+            row(
+                f"`prune.weights`, {method.replace(' 50', ', 50').replace(' 2:4', ', 2:4')}",
+                *ratios(perplexities(zeros[f"llmlite {method}"]), perplexities(zeros["dense"])),
+            )
+            for method in ("SparseGPT 50 %", "SparseGPT 2:4", "Wanda 50 %")
+        ),
+        row(
+            "SparseGPT, 50 %, on half that and half text of the model's own, in bfloat16",
+            *ratios(step("SparseGPT 50 %, rescaled", MIXED)["after_each_step"][0], bf16),
+        ),
+        row("the same, then `prune.rescale`", *ratios(step("SparseGPT 50 %, rescaled", MIXED), bf16)),
     ]
 
 
