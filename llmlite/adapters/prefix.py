@@ -53,8 +53,8 @@ class Prefix(AdapterStep):
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if longest and self.num_virtual_tokens + length > longest:
             problems.append(
-                f"num_virtual_tokens={self.num_virtual_tokens} before rows of max_length={length} tokens are more than {longest}, the longest sequence that the "
-                "model allows. Lower one of the two."
+                f"num_virtual_tokens={self.num_virtual_tokens} before rows of max_length={length} tokens are more than {longest}, the longest sequence that "
+                "the model allows. Lower one of the two."
             )
         if run.recipe.data.packing and run.packs:
             problems.append("a prefix belongs to one text and rows of several texts have only one: set data.packing: false.")
