@@ -47,9 +47,15 @@ class Prefix(AdapterStep):
         """See `Step.check`.
 
         Raises:
-            ConfigError: packed rows, activation checkpointing, or a merge.
+            ConfigError: packed rows, activation checkpointing, a merge, or no positions left for the text behind the prefix.
         """
-        problems = []
+        problems, length = [], run.recipe.data.max_length
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if longest and self.num_virtual_tokens + length > longest:
+            problems.append(
+                f"num_virtual_tokens={self.num_virtual_tokens} before rows of max_length={length} tokens are more than {longest}, the longest sequence that "
+                "the model allows. Lower one of the two."
+            )
         if run.recipe.data.packing and run.packs:
             problems.append("a prefix belongs to one text and rows of several texts have only one: set data.packing: false.")
         if self.recomputes(run.device):

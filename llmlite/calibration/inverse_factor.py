@@ -18,9 +18,9 @@ __all__ = ["inverse_factor"]
 
 
 def inverse_factor(hessian_II: Tensor) -> Tensor | None:
-    """Upper U with inverse(H) = U^T U, in H's dtype, (I, I); `None` when H is not positive definite."""
+    """Upper U with inverse(H) = U^T U, in H's dtype, (I, I); `None` when H is not positive definite, or infinite on its diagonal."""
     lower_II, failed = torch.linalg.cholesky_ex(hessian_II.flip(0, 1))
-    if int(failed):
+    if int(failed) or not bool(lower_II.diagonal().isfinite().all()):  # the root of an infinite diagonal is infinite, which LAPACK does not call a failure
         return None
     identity_II = torch.eye(len(lower_II), device=lower_II.device, dtype=lower_II.dtype)
     upper_II: Tensor = torch.linalg.solve_triangular(lower_II.flip(0, 1), identity_II, upper=True)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from llmlite.models.adapted import longest_text
 from llmlite.models.view import unwrap
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def measure_latency(model: PreTrainedModel, batch: int = 1, prompt_tokens: int =
     was_training = model.training
     model.eval()
     device = model.get_input_embeddings().weight.device
-    longest = getattr(model.config, "max_position_embeddings", None) or prompt_tokens + new_tokens
+    longest = longest_text(model) or prompt_tokens + new_tokens
     prompt_tokens = max(1, min(prompt_tokens, longest - new_tokens))
     generator = torch.Generator().manual_seed(0)
     prompt_BT = torch.randint(0, min(1000, model.config.vocab_size), (batch, prompt_tokens), generator=generator).to(device)

@@ -19,6 +19,7 @@ import yaml
 
 from llmlite.config import near, shorten
 from llmlite.errors import ConfigError, first_line
+from llmlite.models.adapted import longest_text
 from llmlite.paths import path_problem
 
 if TYPE_CHECKING:
@@ -91,11 +92,11 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     names, folders = _named(tasks)
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = longest_text(model)
     try:
         with _asked_for_figures_only():
             found = simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=longest and min(int(longest), 4096)),
+                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=longest and min(longest, 4096)),
                 tasks=list(names),
                 task_manager=_manager(tuple(dict.fromkeys(folders))),
                 limit=limit,

@@ -229,11 +229,11 @@ class _Job:
         if part.rest is None:
             tensors = (hidden_KD, *parameters)
             grad_hidden_KD, *grads = (torch.zeros_like(x) if x is not None and need else None for x, need in zip(tensors, needs, strict=True))
-            values_PK = part.values_K[None]
+            values_PK = part.values_K[None].to(_math_dtype(hidden_KD))
         else:
             rest = replace(self, loss=part.rest)
             values_PK, (grad_hidden_KD, *grads) = rest._through_logits(hidden_KD, *parameters, needs=needs)
-            found = dict(zip(part.rest.names, values_PK, strict=True)) | {part.name: part.values_K}
+            found = dict(zip(part.rest.names, values_PK, strict=True)) | {part.name: part.values_K.to(values_PK.dtype)}
             values_PK = torch.stack([found[name] for name in self.loss.names])
         if grad_hidden_KD is not None:
             grad_hidden_KD += part.grad_hidden_KD
@@ -257,7 +257,7 @@ class _Job:
             head = _LinearHead(parameters[0], parameters[1], needs, min(self.chunk_tokens, len(hidden_KD)), hidden_KD.device)
         else:
             head = _ModuleHead(self.module, [parameter for parameter in parameters if parameter is not None], needs)
-        math_dtype = torch.float64 if hidden_KD.dtype == torch.float64 else torch.float32
+        math_dtype = _math_dtype(hidden_KD)
         values_PK = torch.zeros(len(self.loss.names), len(hidden_KD), dtype=math_dtype, device=hidden_KD.device)
         grad_hidden_KD = torch.empty_like(hidden_KD) if needs[0] else None
         for start in range(0, len(hidden_KD), self.chunk_tokens):
@@ -282,6 +282,10 @@ class _Job:
         values, grad_RV = self.loss.values_and_grad_(logits_RV, *prepared)
         raw_RV.copy_(self.transform.pull_back_(grad_RV, kept_RV))
         return values
+
+
+def _math_dtype(hidden_KD: Tensor) -> torch.dtype:
+    return torch.float64 if hidden_KD.dtype == torch.float64 else torch.float32
 
 
 def _blocks(logits_CV: Tensor) -> Iterator[slice]:

@@ -16,11 +16,12 @@ from llmlite.adapters import prefix
 from llmlite.adapters.lora import Lora
 from llmlite.adapters.merge import merged
 from llmlite.errors import ConfigError
+from llmlite.evaluation.speed import measure_latency
 from llmlite.models.adapted import adapter_parameters
 from llmlite.quantization.bnb import Quantize
 from llmlite.report import Report
 from llmlite.training.settings import TrainingStep
-from tests.conftest import ALL_FAMILIES, build_tiny, logits_of, tiny_config, token_ids
+from tests.conftest import ALL_FAMILIES, build_tiny, logits_of, save_tiny, tiny_config, token_ids
 
 SMALL: dict[str, Any] = {"max_length": 64, "evaluation_rows": 4}
 SHORT: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 2}
@@ -85,6 +86,18 @@ def test_a_prefix_longer_than_all_text_starts_at_random_and_says_so(caplog: pyte
     prefix._start_from_text(adapted, [{"input_ids": [5, 6, 7]}], 9)
     assert all(torch.equal(weight, before[name]) for name, weight in adapted.state_dict().items())
     assert "prefix: starts from random numbers, not from text" in caplog.text
+
+
+def test_speed_with_a_prefix_is_measured_within_the_positions_that_the_model_has() -> None:
+    adapted = peft.get_peft_model(build_tiny("gpt2"), llmlite.Prefix(num_virtual_tokens=9).peft_config(tiny_config("gpt2")))
+    assert measure_latency(adapted, prompt_tokens=200, new_tokens=4, repeats=1).prompt_tokens == 128 - 9 - 4
+
+
+def test_a_prefix_that_leaves_no_positions_for_the_text_is_refused(pairs_file: Path, tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "gpt2", "gpt2")  # whose positions are a table of 128
+    for tokens in (65, 200):
+        with pytest.raises(ConfigError, match=rf"num_virtual_tokens={tokens} before rows of max_length=64 tokens are more than 128"):
+            run(base, pairs_file, tmp_path / "out", llmlite.Prefix(num_virtual_tokens=tokens), packing=False)
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)

@@ -68,6 +68,7 @@ def test_the_inverse_factor_is_the_upper_cholesky_factor_of_the_inverse() -> Non
     torch.testing.assert_close(factor_II, torch.linalg.cholesky(torch.linalg.inv(x.T @ x), upper=True))
     assert inverse_factor(-x.T @ x) is None
     assert inverse_factor(torch.full((3, 3), torch.nan)) is None
+    assert inverse_factor(torch.diag(torch.tensor([torch.inf, torch.inf]).double())) is None
 
 
 def test_mixtures_are_read_and_shared_out() -> None:

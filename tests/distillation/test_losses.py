@@ -439,6 +439,16 @@ def test_logit_mse_without_logits_is_exact_for_a_student_close_to_its_teacher():
         assert (mine - theirs).norm() < 1e-5 * theirs.norm()
 
 
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_logit_mse_without_logits_is_float64_for_float64_hidden_states(with_labels):
+    hidden_ND, weight_VD = torch.randn(N, D, dtype=torch.float64, requires_grad=True), torch.randn(V, D)
+    teacher = HiddenTeacher(torch.randn(N, D), torch.randn(V, D))
+    objective = Distillation(teacher, torch.zeros(N, dtype=torch.int64) if with_labels else None, divergence="logit_mse")
+    result = chunked_head_loss(hidden_ND, weight_VD, objective, return_per_token=True)
+    assert result.per_token is not None
+    assert {result.loss.dtype, *(part.dtype for part in (*result.parts.values(), *result.per_token.values()))} == {torch.float64}
+
+
 @pytest.mark.parametrize("what", ["few tokens", "centred", "bias", "softcap", "teacher's softcap", "bfloat16", "autocast", "narrower", "module"])
 def test_logit_mse_goes_through_logits_where_products_of_heads_would_not_do(what):
     tokens = D if what == "few tokens" else N
