@@ -61,7 +61,7 @@ def measure_outliers(model: PreTrainedModel, windows_NT: Tensor, factor: float) 
     stream, found = Blocks(model, batches_of(windows_NT), quick=True), []
     for block in stream.view.blocks:
         with present(block):
-            statistics = stream.collect(block, list(block.linears))
+            statistics = stream.collect(block, list(block.linears), gram=False)
             found.append(outlier_share([(block.linears[role].weight_OI, heard.all.norm_I) for role, heard in statistics.items()], factor))
             del statistics
             stream.advance(block)

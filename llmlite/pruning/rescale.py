@@ -107,7 +107,7 @@ class PruneRescale(Step):
         how = Descent(self.learning_rate, self.rows, self.epochs, run.recipe.seed)
         copy = quick_copy(model, dtype)
         factors = Factors(ModelView(copy))
-        made_of = digest_of("rescale", how, dtype, *batches, dict(copy.named_parameters()))
+        made_of = digest_of("rescale", how, dtype, *batches, *answers.hidden, dict(copy.named_parameters()))
         descend(copy, factors.all, batches, answers, how, Kept(state, made_of), "factors")
         del copy
         if not all(bool(factor.isfinite().all()) for factor in factors.all.values()):
