@@ -28,7 +28,6 @@ class Moments:
     Attributes:
         tokens: tokens counted.
         gram_II: sum of x x^T; empty where only squares are taken.
-        squares_I: sum of each x^2, the diagonal of the former.
         total_I: sum of x.
         cross_JI: sum of (dense x) x^T, when the dense inputs were given too, else None: it says what the dense model would have put in.
     """
