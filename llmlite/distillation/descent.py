@@ -14,12 +14,15 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from llmlite.calibration.blocks import last_hidden
+from llmlite.calibration.kept import digest_of, made_once
 from llmlite.distillation.descent_state import DescentState
 from llmlite.distillation.objective import Distillation, HiddenTeacher
 from llmlite.errors import counted
@@ -31,7 +34,7 @@ from llmlite.training.token_loss import LogitTransform
 if TYPE_CHECKING:
     from llmlite.calibration.blocks import Batch
 
-__all__ = ["DenseAnswers", "Descent", "Kept", "descend"]
+__all__ = ["DenseAnswers", "Descent", "Kept", "descend", "heard_once"]
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +112,27 @@ def descend(model: Any, factors: Mapping[str, Tensor], batches: Sequence[Batch],
             log.info("%s: step %d of %d, %.4f nats a token from the dense model", what, done + 1, len(schedule), sum(recent) / len(recent))
             recent = []
         stands.keep(done + 1, recent)
+
+
+def heard_once(model: Any, batches: Sequence[Batch], dtype: torch.dtype, state: Path | None, identity: object = None) -> list[Tensor]:
+    """What enters a model's head for each batch, (B, T, D), in `dtype`, on the CPU.
+
+    Args:
+        model: the dense one.
+        batches: calibration inputs.
+        dtype: what the descent computes in.
+        state: a folder of this process where it is kept batch by batch; `None` keeps nothing.
+        identity: plain values that change with the model, where a state could be another model's.
+    """
+
+    def hear(batch: Batch) -> dict[str, Tensor]:
+        return {"hidden": next(last_hidden(model, [batch])).to("cpu", dtype)}
+
+    folders = [None if state is None else state / f"hidden-{place:03d}" for place in range(len(batches))]
+    of_model = () if identity is None else (identity,)
+    return [
+        made_once(folder, digest_of("hidden", batch, dtype, *of_model), partial(hear, batch))["hidden"] for folder, batch in zip(folders, batches, strict=True)
+    ]
 
 
 def _schedule(rows: int, how: Descent) -> list[list[int]]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from llmlite.calibration.blocks import Batch
@@ -128,25 +126,17 @@ def base_answers(run: Run, batches: Sequence[Batch], dtype: torch.dtype, state: 
     """
     import torch
 
-    from llmlite.calibration.blocks import last_hidden
-    from llmlite.calibration.kept import digest_of, made_once
-    from llmlite.distillation.descent import DenseAnswers
+    from llmlite.distillation.descent import DenseAnswers, heard_once
     from llmlite.distillation.teacher import TeacherModel
     from llmlite.models.quick import quick_copy
     from llmlite.training.backbone import hidden_and_head
 
     source = TeacherModel(run, dtype=str(dtype).removeprefix("torch."))  # type: ignore[arg-type]  # one of its names
     base = source.load()
-    identity = source.identity()
-
-    def hear(batch: Batch) -> dict[str, Tensor]:
-        return {"hidden": next(last_hidden(base, [batch])).cpu()}
-
-    folders = [None if state is None else state / f"base-{place:03d}" for place in range(len(batches))]
-    hidden = [made_once(folder, digest_of("base", identity, batch), partial(hear, batch))["hidden"] for folder, batch in zip(folders, batches, strict=True)]
+    hidden = heard_once(base, batches, dtype, state, source.identity())
     with torch.no_grad():
         found = hidden_and_head(base, {"input_ids": batches[0]["input_ids"][:1, :1].to(run.device)})
     head = quick_copy(found.head, dtype)
-    hear = base = None  # type: ignore[assignment]  # the base is let go
+    del base
     gc.collect()
     return DenseAnswers(hidden, head, found.transform)

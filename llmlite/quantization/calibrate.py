@@ -17,7 +17,6 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,11 +24,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llmlite.calibration.blocks import Statistics, last_hidden
-from llmlite.calibration.kept import digest_of, made_once
+from llmlite.calibration.blocks import Statistics
 from llmlite.calibration.sensitivity import quick_sensitivity
 from llmlite.calibration.walk import Walk, walk_blocks
-from llmlite.distillation.descent import Descent
+from llmlite.distillation.descent import Descent, heard_once
 from llmlite.models.blockwise import is_blockwise, shelf_of
 from llmlite.models.device_map import is_offloaded
 from llmlite.models.quick import quick_dtype_of
@@ -108,7 +106,7 @@ def calibrate(model: nn.Module, batches: Sequence[Batch], how: CalibratedScheme,
         raise ValueError("sensitivities and tuned scales need a backward pass through the whole model; this one is loaded block by block, or offloaded")
     grid = grid_of(how.scheme)
     codes.mkdir(parents=True, exist_ok=True)
-    hidden = _dense_hidden(model, batches, state) if how.tune is not None and not _is_tuned(codes) else []
+    hidden = heard_once(model, batches, quick_dtype_of(model), state) if how.tune is not None and not _is_tuned(codes) else []
 
     def weigh(places: Sequence[int]) -> list[dict[str, Tensor]]:
         return quick_sensitivity(model, batches, places, how.seed, state)
@@ -164,17 +162,6 @@ def _set_aside_blocks(state: Path, codes: Path) -> None:
             if sums.get(f"{name}.safetensors") != layer["sha256"]:
                 log.warning("the codes of %s are damaged; %s is set aside as %s and done again", name, folder.name, set_aside(folder).name)
                 break
-
-
-def _dense_hidden(model: nn.Module, batches: Sequence[Batch], state: Path | None) -> list[Tensor]:
-    """What the dense model says, for tuning to aim at: taken before the walk overwrites its weights, in the type that tuning computes in, on the CPU."""
-    dtype = quick_dtype_of(model)
-
-    def make(batch: Batch) -> dict[str, Tensor]:
-        return {"hidden": next(last_hidden(model, [batch])).to("cpu", dtype)}
-
-    folders = [None if state is None else state / f"hidden-{place:03d}" for place in range(len(batches))]
-    return [made_once(folder, digest_of("hidden", batch, dtype), partial(make, batch))["hidden"] for folder, batch in zip(folders, batches, strict=True)]
 
 
 def _is_tuned(codes: Path) -> bool:

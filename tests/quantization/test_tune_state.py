@@ -150,7 +150,7 @@ def test_stopped_between_walk_and_tuning_it_still_aims_at_the_dense_model(tmp_pa
         for folder in folders:
             (folder / "kept.safetensors").unlink()
     else:
-        monkeypatch.setattr(calibrate_module, "last_hidden", lambda *_args: pytest.fail("computed again"))
+        monkeypatch.setattr(descent, "last_hidden", lambda *_args: pytest.fail("computed again"))
     monkeypatch.setattr(calibrate_module, "quick_sensitivity", lambda *_args: pytest.fail("computed again"))
     monkeypatch.setattr(Blocks, "advance", lambda *_args: pytest.fail("walked through blocks that are all complete"))
     run(tmp_path / "stopped", scheme())
