@@ -46,7 +46,7 @@ class UnitStep(Step):
 
     score: Score = "flap"
     """How units are judged: flap (how much of the output fluctuates with it), wanda (weight times input norm), magnitude, taylor (weight times gradient,
-    over all weights that go with the unit), fisher (what it would cost the prediction, by gradients), obs (second order in the output, one unit after another)."""
+    over all weights that go with the unit), fisher (what it would cost the prediction, by gradients), obs (second order in the output, unit after unit)."""
     reconstruct: bool = True
     """Solve the remaining output projection anew by least squares on the calibration text, so that what stays makes up for what went."""
     bias_compensation: bool = False

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from llmlite.models.quick import quickened
 from llmlite.models.slicing import head_rows
 from llmlite.models.view import BlockView, LinearView, ModelView
 from llmlite.pruning.scores import element_taylor_score
@@ -27,7 +28,8 @@ _Part = tuple[LinearView, int, Tensor]  # a projection, whether its rows (0) or 
 
 
 def taylor_scores(model: PreTrainedModel, windows_NT: Tensor, units: Mapping[str, int]) -> dict[tuple[str, int], Tensor]:
-    """First-order scores of every unit: (kind, block) -> (U,), float32. One backward pass over a few windows; gradients of the projections concerned only.
+    """First-order scores of every unit: (kind, block) -> (U,), float32. One forward and one backward pass over a few windows, in the quickest type; gradients
+    of the projections concerned only.
 
     Args:
         model: a plain model; its weights are read.
@@ -36,6 +38,7 @@ def taylor_scores(model: PreTrainedModel, windows_NT: Tensor, units: Mapping[str
 
     Source: Ma et al. 2023 (LLM-Pruner), arXiv:2305.11627, section 3.2: the first-order term, element-wise, summed over the group.
     """
+    model = quickened(model)
     view = ModelView(model)
     parts = {(kind, block.index): _parts(view, block, kind, count) for kind, count in units.items() for block in view.blocks}
     wanted = {id(linear.base.weight) for of_unit in parts.values() for linear, _, _ in of_unit}

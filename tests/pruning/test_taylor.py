@@ -33,7 +33,8 @@ def total(state: dict[str, torch.Tensor], view: ModelView, block: int) -> float:
 
 
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in ALL_FAMILIES for kind in TAKE if kind == "ffn" or name in HEAD_FAMILIES])
-def test_a_unit_is_worth_what_the_slicer_takes_with_it(name: str, kind: str) -> None:
+def test_a_unit_is_worth_what_the_slicer_takes_with_it(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmlite.pruning.taylor.quickened", lambda model: model)
     model, ids_NT = build_tiny(name), token_ids(2, 12)
     view = ModelView(model)
     units = {"ffn": view.ffn_channels, "kv_groups": view.kv_heads, "query_heads": view.heads}[kind]
@@ -49,3 +50,11 @@ def test_a_unit_is_worth_what_the_slicer_takes_with_it(name: str, kind: str) -> 
         assert float(found[kind, 0][gone].sum()) == pytest.approx(whole - total(state, worth, 0), rel=1e-4)
     assert len(found) == len(view.blocks)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_quickest_type_finds_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids_NT = build_tiny("llama"), token_ids(2, 12)
+    quick = taylor_scores(model, ids_NT, {"ffn": 128})
+    monkeypatch.setattr("llmlite.pruning.taylor.quickened", lambda model: model)
+    for key, score_U in taylor_scores(model, ids_NT, {"ffn": 128}).items():
+        assert torch.corrcoef(torch.stack([score_U, quick[key]]))[0, 1] > 0.999
