@@ -3,11 +3,12 @@
     python benchmarks/distillation_cache.py
     python benchmarks/distillation_cache.py --threads 2 --repeats 7 --kinds live hidden top_k-32
 
-A step is all of it, as the recipe distill_whitebox makes it: the teacher's signal, forward and backward of the student, twice, then AdamW. The student
-is the teacher with a fifth of its layers gone. Steps of all
-kinds alternate in one process on the same batches, and the figure is the ratio of medians to the live step, on the clock and of the processor. The error of a
-kind is that of the gradient which enters the student's body from the loss (0.5 CE + 0.5 forward KL, and the KL alone), relative to the live teacher's.
-The cache is made in a temporary folder; how long the teacher took to fill it is given in live steps for the same tokens.
+A step is all of it, as the recipe distill_whitebox makes it: the teacher's signal, forward and backward of the student, twice, then AdamW. Students are the
+teacher with a fifth of its layers gone, with half of them gone, and the first with a LoRA that alone is trained. Steps of all kinds alternate in one process on
+the same batches, and the figure is the ratio of medians to the live step of the same student, on the clock and of the processor.
+
+The error of a kind is that of the gradient which enters the student's body from the loss (0.5 CE + 0.5 forward KL, and the KL alone), relative to the live
+teacher's. The cache is made in a temporary folder; how long the teacher took to fill it is given in live steps for the same tokens.
 """
 
 from __future__ import annotations
@@ -48,14 +49,19 @@ def context(args: argparse.Namespace) -> Run:
     return Run(llmlite.Recipe(model=str(model), data=data, steps=[llmlite.DistillWhiteBox()], seed=args.seed))
 
 
-def student_of(teacher: Any, layers: int) -> Any:
-    """The teacher without `layers` of its layers, evenly from the middle; which ones does not matter for the time."""
+STUDENTS = {"a fifth gone": (0.2, None), "half gone": (0.5, None), "a fifth gone, LoRA": (0.2, llmlite.Lora())}
+"""Share of the layers that is gone, and the adapter that is trained instead of all weights."""
+
+
+def student_of(teacher: Any, run: Run, share: float, adapter: llmlite.Lora | None) -> Any:
+    """The teacher without some of its layers, evenly from the middle; which ones does not matter for the time."""
     view = ModelView(teacher)
     count = len(view.blocks)
+    layers = round(share * count)
     gone = {count // 4 + i * (count // 2) // max(layers, 1) for i in range(layers)}
     student = rebuild(teacher, *take_layers(view, [i for i in range(count) if i not in gone])).float().train()
     student.requires_grad_(True)
-    return student
+    return student if adapter is None else adapter.attach(student, run)
 
 
 def batches_of(run: Run, rows: int, count: int) -> list[tuple[dict[str, Any], Tensor]]:
@@ -95,10 +101,28 @@ def errors(student: Any, teachers: dict[str, Any], batches: list[tuple[dict[str,
     return {name: statistics.mean(values) for name, values in found.items()}
 
 
+def steps_of(student: Any, teachers: dict[str, Any], batches: list[Any], accumulate: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of each step, on the clock and of the processor, by teacher; the first round warms up and does not count."""
+    optimizer = torch.optim.AdamW([parameter for parameter in student.parameters() if parameter.requires_grad], lr=1e-5)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in teachers}
+    for first in range(0, len(batches), accumulate):
+        for name, teacher in teachers.items():
+            clock, processor = time.perf_counter(), time.process_time()
+            train_step(student, optimizer, teacher, batches[first : first + accumulate])
+            if first:
+                times[name].append((time.perf_counter() - clock, time.process_time() - processor))
+    return times
+
+
+def medians(times: dict[str, list[tuple[float, float]]], name: str, which: int) -> float:
+    """Median of one kind's seconds."""
+    return statistics.median(both[which] for both in times[name])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--layers", type=int, default=6, help="layers that the student lacks")
+    parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
     parser.add_argument("--kinds", nargs="+", default=["hidden", "top_k-32", "top_k-64", "top_k-128"])
     parser.add_argument("--rows", type=int, default=1, help="rows in a batch")
     parser.add_argument("--accumulate", type=int, default=2, help="batches in a step, as gradient_accumulation_steps of the recipe")
@@ -128,34 +152,30 @@ def main() -> None:
             cache.fill(run, lambda: live, args.rows)
             rows[name] = {"kind": name, "bytes_per_token": cache.bytes_per_token, "fill_cpu_seconds": time.process_time() - started}
             teachers[name] = cache.read(run.device)
-        student = student_of(model, args.layers)
         batches = batches_of(run, args.rows, args.accumulate * (args.repeats + 1))
+        students = {name: student_of(model, run, *STUDENTS[name]) for name in args.students}
         for ce_weight, what in ((0.5, "gradient_error"), (0.0, "gradient_error_kl_alone")):
-            for name, error in errors(student, teachers, batches[:2], ce_weight).items():
+            for name, error in errors(students[args.students[0]], teachers, batches[:2], ce_weight).items():
                 rows[name][what] = error
         print("caches filled, gradients compared", flush=True)
-        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in teachers}
-        for first in range(0, len(batches), args.accumulate):
-            for name, teacher in teachers.items():
-                clock, processor = time.perf_counter(), time.process_time()
-                train_step(student, optimizer, teacher, batches[first : first + args.accumulate])
-                if first:  # the first round warms up
-                    times[name].append((time.perf_counter() - clock, time.process_time() - processor))
-    clock, processor = ({name: statistics.median(both[i] for both in taken) for name, taken in times.items()} for i in (0, 1))
+        taken = {name: steps_of(student, teachers, batches, args.accumulate) for name, student in students.items()}
     live_steps = len(data.dataset) / args.rows / args.accumulate
-    for name, row in rows.items():
-        row |= {"time": round(clock[name] / clock["live"], 3), "cpu_time": round(processor[name] / processor["live"], 3)}
+    for student, times in taken.items():
+        for name, row in rows.items():
+            clock, processor = (medians(times, name, i) / medians(times, "live", i) for i in (0, 1))
+            row.setdefault("students", {})[student] = {"time": round(clock, 3), "cpu_time": round(processor, 3)}  # type: ignore[index]
+    first = taken[args.students[0]]
+    for row in rows.values():
         if "fill_cpu_seconds" in row:
-            row["fill_in_live_steps"] = round(row.pop("fill_cpu_seconds") / live_steps / processor["live"], 3)  # type: ignore[operator]
+            row["fill_in_live_steps"] = round(row.pop("fill_cpu_seconds") / live_steps / medians(first, "live", 1), 3)  # type: ignore[operator]
     trained = sum(int((labels_N != IGNORE_INDEX).sum()) for _, labels_N in batches) / sum(len(labels_N) for _, labels_N in batches)
     size = f"{args.accumulate} x {args.rows} x {args.max_length}"
     print(f"{size} tokens a step, {trained:.0%} of them trained, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
-    print(f"{'teacher':12} {'step':>6} {'cpu':>6} {'bytes/token':>12} {'grad. error':>12} {'KL alone':>9} {'filling':>8}")
+    print(f"{'teacher':12} {'bytes/token':>12} {'grad. error':>12} {'KL alone':>9} {'filling':>8}  step's processor time: {', '.join(args.students)}")
     for name, row in rows.items():
         filling = f"{row['fill_in_live_steps']:.2f}" if "fill_in_live_steps" in row else ""
-        figures = f"{row['time']:6.2f} {row['cpu_time']:6.2f} {row['bytes_per_token']:12,} {row['gradient_error']:12.1e} {row['gradient_error_kl_alone']:9.1e}"
-        print(f"{name:12} {figures} {filling:>8}")
+        figures = f"{row['bytes_per_token']:12,} {row['gradient_error']:12.1e} {row['gradient_error_kl_alone']:9.1e}"
+        print(f"{name:12} {figures} {filling:>8}  {'  '.join(format(one['cpu_time'], '.2f') for one in row['students'].values())}")  # type: ignore[attr-defined]
     settings = {key: value for key, value in vars(args).items() if key != "output"}
     machine = {"torch": torch.__version__, "machine": platform.machine(), "cpus": os.cpu_count(), "load": round(os.getloadavg()[0], 2)}
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["block_influence", "flap_score", "inverse_hessian", "magnitude_score", "obs_score", "taylor_score", "unit_sum", "wanda_score", "wanda_unit_score"]
+__all__ = [
+    "block_influence",
+    "element_taylor_score",
+    "flap_score",
+    "inverse_hessian",
+    "magnitude_score",
+    "obs_score",
+    "unit_sum",
+    "wanda_score",
+    "wanda_unit_score",
+]
 
 
 def magnitude_score(weight_OI: Tensor) -> Tensor:
@@ -42,12 +52,14 @@ def wanda_unit_score(weight_OI: Tensor, input_norm_I: Tensor) -> Tensor:
     return wanda_score(weight_OI, input_norm_I).square().sum(0)
 
 
-def taylor_score(weight_OI: Tensor, gradient_OI: Tensor, units: int) -> Tensor:
-    """First-order change of the loss when a unit's weights become 0: |sum of W * dL/dW over the unit|, (U,).
+def element_taylor_score(weight_OI: Tensor, gradient_OI: Tensor) -> Tensor:
+    """First-order change of the loss when one weight becomes 0, its size: |W * dL/dW|, (O, I), float32. A unit's is the sum over its weights.
 
-    Source: Ma et al. 2023 (LLM-Pruner), arXiv:2305.11627, eq. 3, first-order term, summed over the group before taking the size ("vector-wise").
+    Taking the size of a unit's sum instead lets weights make up for each other that first order says nothing about, once all of them go.
+
+    Source: Ma et al. 2023 (LLM-Pruner), arXiv:2305.11627, section 3.2, "element-wise", first-order term.
     """
-    return unit_sum((weight_OI.float() * gradient_OI.float()).sum(0), units).abs()
+    return (weight_OI.float() * gradient_OI.float()).abs()
 
 
 def flap_score(weight_OI: Tensor, variance_I: Tensor) -> Tensor:

@@ -45,8 +45,8 @@ class UnitStep(Step):
     advice: ClassVar[str] = ADVICE
 
     score: Score = "flap"
-    """How units are judged: flap (how much of the output fluctuates with it), wanda (weight times input norm), magnitude, taylor (weight times gradient),
-    fisher (what it would cost the prediction, by gradients), obs (second order in the output, one unit after another)."""
+    """How units are judged: flap (how much of the output fluctuates with it), wanda (weight times input norm), magnitude, taylor (weight times gradient,
+    over all weights that go with the unit), fisher (what it would cost the prediction, by gradients), obs (second order in the output, unit after unit)."""
     reconstruct: bool = True
     """Solve the remaining output projection anew by least squares on the calibration text, so that what stays makes up for what went."""
     bias_compensation: bool = False

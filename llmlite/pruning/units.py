@@ -27,18 +27,24 @@ from llmlite.models.slicing import take_ffn_channels, take_kv_groups, take_query
 from llmlite.models.view import BlockView, LinearView, ModelView
 from llmlite.pruning import scores
 from llmlite.pruning.reconstruct import choose_damping, least_squares, output_error
+from llmlite.pruning.taylor import taylor_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmlite.pruning.settings import UnitStep
 
-__all__ = ["Cut", "cut_block", "cut_units", "fisher_scores", "gradients_for", "obs_choice", "strongest", "taylor_scores"]
+__all__ = ["Cut", "cut_block", "cut_units", "fisher_scores", "gradients_for", "obs_choice", "strongest"]
 
 log = logging.getLogger(__name__)
 
 _OBS_DAMPING = 0.01
 _TAYLOR_WINDOWS, _FISHER_WINDOWS = 16, 32  # calibration rows that are read backward at most
+
+
+def role_of(kind: str) -> str:
+    """The projection behind the units of a kind, whose inputs they are."""
+    return "down" if kind == "ffn" else "o"
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Cut:
     @property
     def role(self) -> str:
         """The projection whose inputs go."""
-        return "down" if self.kind == "ffn" else "o"
+        return role_of(self.kind)
 
 
 def cut_units(
@@ -116,9 +122,9 @@ def gradients_for(model: PreTrainedModel, windows_NT: Tensor, cuts: Sequence[Cut
     """Scores of the units of those cuts that are judged by gradients: (kind, block) -> (U,)."""
     found: dict[tuple[str, int], Tensor] = {}
     for score, scores_of, most in (("taylor", taylor_scores, _TAYLOR_WINDOWS), ("fisher", fisher_scores, _FISHER_WINDOWS)):
-        judged = [cut for cut in cuts if (cut.score or step.score) == score]
-        if judged:
-            found |= scores_of(model, windows_NT[:most], judged)
+        units = {cut.kind: cut.units for cut in cuts if (cut.score or step.score) == score}
+        if units:
+            found |= scores_of(model, windows_NT[:most], units)
     return found
 
 
@@ -199,32 +205,9 @@ def obs_choice(weight_OI: Tensor, inverse_II: Tensor, cut: Cut) -> list[int]:
     return [int(unit) for unit in alive.nonzero()]
 
 
-def taylor_scores(model: PreTrainedModel, windows_NT: Tensor, cuts: Sequence[Cut]) -> dict[tuple[str, int], Tensor]:
-    """First-order scores of every unit: (kind, block) -> (U,). One backward pass over a few windows, gradients of the output projections only."""
-    view = ModelView(model)
-    linears = {(cut.kind, block.index): (cut, block.linears[cut.role]) for cut in cuts for block in view.blocks}
-    wanted = {id(linear.base.weight) for _, linear in linears.values()}
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        for parameter in before:
-            parameter.requires_grad_(id(parameter) in wanted)
-        with torch.enable_grad():
-            for window_T in windows_NT.to(next(view.embedding.parameters()).device):
-                model(input_ids=window_T[None], labels=window_T[None], use_cache=False).loss.backward()
-        found = {}
-        for key, (cut, linear) in linears.items():
-            gradient = linear.base.weight.grad
-            found[key] = scores.taylor_score(linear.weight_OI, gradient.t() if linear.conv1d else gradient, cut.units)
-        return found
-    finally:
-        for parameter, required in before.items():
-            parameter.grad = None
-            parameter.requires_grad_(required)
-
-
-def fisher_scores(model: PreTrainedModel, windows_NT: Tensor, cuts: Sequence[Cut]) -> dict[tuple[str, int], Tensor]:
+def fisher_scores(model: PreTrainedModel, windows_NT: Tensor, units: Mapping[str, int]) -> dict[tuple[str, int], Tensor]:
     """Second-order scores of every unit, see `cost_of_silence`: (kind, block) -> (U,). One forward and one backward pass, in the quickest type."""
     blocks = ModelView(model).blocks
-    wanted = {(cut.kind, block.index): (block.linears[cut.role].name, cut.units) for cut in cuts for block in blocks}
+    wanted = {(kind, block.index): (block.linears[role_of(kind)].name, count) for kind, count in units.items() for block in blocks}
     found = cost_of_silence(quickened(model), batches_of(windows_NT), wanted.values())
     return {key: found[unit] for key, unit in wanted.items()}
