@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from llmlite.errors import UnsupportedModel
+from llmlite.models.view import unwrap
 from llmlite.training.token_loss import LogitTransform
 
 __all__ = ["HiddenAndHead", "hidden_and_head", "logit_transform", "supports_chunked_head"]
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _NOT_FOR_HIDDEN = ("labels", "shift_labels", "logits_to_keep", "num_items_in_batch", "use_cache")
 
@@ -52,7 +53,7 @@ def hidden_and_head(model: nn.Module, inputs: Mapping[str, Any]) -> HiddenAndHea
     Raises:
         UnsupportedModel: there is no head, or the model does not call it exactly once.
     """
-    bare = _unwrap(model)
+    bare = unwrap(model)
     head = _head(bare)
     if any(hasattr(parameter, "ds_id") for parameter in head.parameters()):  # ZeRO-3 brings a weight in for its module's own forward and backward pass only
         output = model(**{name: value for name, value in inputs.items() if name not in _NOT_FOR_HIDDEN}, use_cache=False)
@@ -84,14 +85,14 @@ def supports_chunked_head(model: nn.Module) -> bool:
     Train and eval modes stay as they are (an eval forward can damage bitsandbytes weights), and so does the random state. Ask before wrapping in
     FSDP or DeepSpeed. The reason of a no is logged as a warning.
     """
-    model = _unwrap(model)
+    model = unwrap(model)
     try:
         difference, allowed = _probe(model)
     except UnsupportedModel as error:
-        logger.warning("%s Its loss is computed from full logits.", error)
+        log.warning("%s Its loss is computed from full logits.", error)
         return False
     if not difference <= allowed:
-        logger.warning("%s changes its logits in a way not known here (difference %.3g): its loss is computed from full logits.", _name(model), difference)
+        log.warning("%s changes its logits in a way not known here (difference %.3g): its loss is computed from full logits.", _name(model), difference)
     return difference <= allowed
 
 
@@ -138,19 +139,6 @@ def _without_dropout(head: nn.Module) -> Iterator[None]:
     finally:
         for module in active:
             module.train()
-
-
-def _unwrap(model: Any) -> Any:
-    """The transformers model inside of `torch.compile`, DDP and PEFT."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif isinstance(getattr(model, "module", None), nn.Module):
-            model = model.module
-        else:
-            return model
 
 
 def _head(model: Any) -> nn.Module:
