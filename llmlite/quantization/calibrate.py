@@ -33,7 +33,7 @@ from llmlite.models.device_map import is_offloaded
 from llmlite.models.quick import quick_dtype_of
 from llmlite.models.view import BlockView, LinearView, ModelView
 from llmlite.processes import rank_and_processes
-from llmlite.quantization.nf4 import DoubleScales, Grid, calibrated_codes, dequantize, grid_of, output_error
+from llmlite.quantization.nf4 import DoubleScales, Grid, calibrated_codes, dequantize, grid_of
 from llmlite.quantization.stock_format import write_codes
 from llmlite.quantization.tune import Codes, tune_scales
 from llmlite.storage import damage, file_sums, flush, set_aside, writing_folder
@@ -119,14 +119,12 @@ def calibrate(model: nn.Module, batches: Sequence[Batch], how: CalibratedScheme,
                 together.setdefault(id(statistics), (statistics, []))[1].append(block.linears[role])
         for statistics, layers in together.values():
             moments = statistics.all
-            hessian_II = moments.gram_II / max(moments.tokens, 1)
             dense = [linear.weight_OI.float() for linear in layers]
-            here = grid.to(hessian_II.device)
-            chosen = calibrated_codes(dense, hessian_II, here, double_quant=how.double_quant, damping=how.damping, sweeps=how.sweeps)
+            here = grid.to(moments.gram_II.device)
+            chosen = calibrated_codes(dense, moments.hessian_II, here, double_quant=how.double_quant, damping=how.damping, sweeps=how.sweeps)
             for linear, weight_OI, (index_OI, scales_OB, double) in zip(layers, dense, chosen, strict=True):
                 quantized_OI = dequantize(index_OI, scales_OB, here)
-                whole = output_error(weight_OI, hessian_II).sum().clamp_min(1e-30)
-                error = float(output_error(weight_OI - quantized_OI, hessian_II).sum() / whole)
+                error = moments.relative_output_error(weight_OI - quantized_OI, weight_OI)
                 linear.weight_OI.copy_(quantized_OI)
                 notes[linear.name] = {"error": error, "sha256": _keep(codes / f"{linear.name}.safetensors", Codes(index_OI, scales_OB, double))}
         return notes

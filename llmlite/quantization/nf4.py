@@ -37,7 +37,6 @@ __all__ = [
     "grid_of",
     "largest_scales",
     "nearest_index",
-    "output_error",
     "refine",
     "search_scales",
 ]
@@ -92,11 +91,6 @@ def dequantize(index_OI: Tensor, scales_OB: Tensor, grid: Grid) -> Tensor:
     block_size = index_OI.shape[1] // scales_OB.shape[1]
     levels_OBk = grid.levels_L[index_OI.long()].view(*scales_OB.shape, block_size)
     return (levels_OBk * scales_OB[..., None]).view(index_OI.shape)
-
-
-def output_error(error_OI: Tensor, hessian_II: Tensor) -> Tensor:
-    """Mean squared error of each output, (O,): e^T H e for each row e, with H = E[x x^T]."""
-    return ((error_OI @ hessian_II) * error_OI).sum(1).clamp_min(0)
 
 
 def search_scales(weight_OI: Tensor, importance_I: Tensor, grid: Grid, factors: Sequence[float] = FACTORS, block_size: int = BLOCK_SIZE) -> Tensor:
