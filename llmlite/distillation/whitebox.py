@@ -228,7 +228,7 @@ class DistillWhiteBox(StudentStep):
             if longest and run.recipe.data.max_length > longest:
                 problems.append(f"max_length={run.recipe.data.max_length} should be at most {longest}, the longest sequence that the teacher allows.")
         if self.hidden_weight or self.attention_weight:
-            layers = [int(getattr(c, family_of(c).num_layers)) for c in (model.config, teacher.config)]
+            layers = [family_of(c).layers(c) for c in (model.config, teacher.config)]
             wrong = [pair for pair in self.layer_map if pair[0] >= layers[0] or pair[1] >= layers[1]]
             if wrong:
                 problems.append(

@@ -132,6 +132,11 @@ class Family:
         count = getattr(config, self.num_kv_heads, None) if self.num_kv_heads else None
         return int(count) if count else self.heads(config)
 
+    def query_groups(self, config: Any) -> int:
+        """Groups of query heads of which each must keep the same number: those that read one key/value head; 1 where every query head has its own."""
+        heads, kv_heads = self.heads(config), self.kv_heads(config)
+        return kv_heads if kv_heads < heads else 1
+
     def width(self, config: Any) -> int:
         """Hidden width."""
         return int(getattr(config, self.hidden_size))
