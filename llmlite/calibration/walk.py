@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -48,8 +48,8 @@ class Walk:
     """
 
     stages: Sequence[Sequence[str]] = field(default_factory=tuple)
-    inputs: str = "compressed"
-    target: str = "own"
+    inputs: Literal["compressed", "dense"] = "compressed"
+    target: Literal["own", "dense"] = "own"
     gram: bool = True
     dtype: torch.dtype = torch.float32
     keeps: bool = True

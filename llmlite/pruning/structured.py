@@ -18,7 +18,7 @@ from pydantic import Field
 
 from llmlite.config import settings
 from llmlite.errors import ConfigError
-from llmlite.pruning.settings import WITH_GRADIENTS, Keep, Score, UnitStep, compensated, needs_gradients, planned, require_plain, walk_state
+from llmlite.pruning.settings import WITH_GRADIENTS, Keep, Score, UnitStep, compensated, kept_in, needs_gradients, planned, require_plain, walk_state
 from llmlite.step import ModelPlan
 
 if TYPE_CHECKING:
@@ -153,8 +153,9 @@ class PruneStructured(UnitStep):
 @contextmanager
 def _scratch_of(run: Run) -> Iterator[Path]:
     """Where trials are kept: with the run, or for the moment."""
-    if run.scratch != Path():
-        yield run.own_scratch / "trials"
+    kept = kept_in(run, "trials")
+    if kept is not None:
+        yield kept
         return
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
