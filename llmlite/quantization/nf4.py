@@ -17,7 +17,7 @@ Legend: O out_features, I in_features, B = I / block size, k inputs of a block, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +29,7 @@ from llmlite.models.size import BLOCK_SIZE
 
 __all__ = [
     "FACTORS",
+    "Codes",
     "DoubleScales",
     "Grid",
     "calibrated_codes",
@@ -183,6 +184,42 @@ class DoubleScales:
         return self.values(self.index(scales_OB))
 
 
+@dataclass(frozen=True)
+class Codes:
+    """What the weights of one layer are in 4 bits.
+
+    Attributes:
+        index_OI: indices of the grid's levels, uint8, (O, I).
+        scales_OB: scales, float32, (O, B), as they will be read back.
+        double: the second level of the scales, or None.
+    """
+
+    index_OI: Tensor
+    scales_OB: Tensor
+    double: DoubleScales | None = None
+
+    def dequantized(self, grid: Grid) -> Tensor:
+        """The weights that they stand for, float32, (O, I)."""
+        return dequantize(self.index_OI, self.scales_OB, grid)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name, as it is kept in a file."""
+        found = {"index": self.index_OI, "scales": self.scales_OB}
+        if self.double is not None:
+            found |= {"offset": self.double.offset.reshape(1), "absmax": self.double.absmax_G, "code": self.double.code_256}
+        return found
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Codes:
+        """What `tensors` gave."""
+        double = DoubleScales(tensors["offset"][0], tensors["absmax"], tensors["code"]) if "absmax" in tensors else None
+        return cls(tensors["index"], tensors["scales"], double)
+
+    def to(self, device: torch.device) -> Codes:
+        """The same codes on another device."""
+        return Codes(self.index_OI.to(device), self.scales_OB.to(device), None if self.double is None else self.double.to(device))
+
+
 def _damped(hessian_II: Tensor, damping: float) -> Tensor:
     """H with `damping` times its mean diagonal added, and ones where an input is always zero."""
     hessian_II = hessian_II.float().clone()
@@ -319,7 +356,7 @@ def calibrated_codes(
     damping: float = 1e-3,
     sweeps: int = 2,
     block_size: int = BLOCK_SIZE,
-) -> list[tuple[Tensor, Tensor, DoubleScales | None]]:
+) -> list[Codes]:
     """Scales, then codes, then both once more: everything above in its order.
 
     Layers that hear the same input go in one pass: outputs do not depend on one another, and the steps over inputs are made once for all.
@@ -334,7 +371,7 @@ def calibrated_codes(
         block_size: inputs that share a scale.
 
     Returns:
-        For each layer: indices, uint8, (O, I); scales, float32, (O, B), as they will be read back; the second level of the scales, or None.
+        The codes of each layer.
     """
     rows = [len(weight_OI) for weight_OI in weights]
     weight_OI = torch.cat([weight_OI.float() for weight_OI in weights]).contiguous()
@@ -346,7 +383,7 @@ def calibrated_codes(
     if sweeps:
         index_OI, scales_OB = refine(weight_OI, hessian_II, index_OI, scales_OB, grid, sweeps=sweeps, damping=damping, double=double)
     parts = double.parts if double else [None] * len(rows)
-    return [(index, scales, part) for index, scales, part in zip(torch.split(index_OI, rows), torch.split(scales_OB, rows), parts, strict=True)]
+    return [Codes(*layer) for layer in zip(torch.split(index_OI, rows), torch.split(scales_OB, rows), parts, strict=True)]
 
 
 @dataclass(frozen=True)
