@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from llmlite.models.find import Source
     from llmlite.models.settings import Model
 
-__all__ = ["AlignedTeacher", "LiveTeacher", "Teacher", "TeacherModel"]
+__all__ = ["AlignedSignal", "AlignedTeacher", "LiveTeacher", "Teacher", "TeacherModel"]
 
 
 class Teacher(Protocol):

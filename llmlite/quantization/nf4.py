@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from llmlite.calibration.inverse_factor import inverse_factor
-from llmlite.models.size import BLOCK_SIZE
+from llmlite.models.size import BLOCK_SIZE, NESTED_BLOCK_SIZE
 
 __all__ = [
     "FACTORS",
@@ -44,7 +44,6 @@ __all__ = [
 
 FACTORS = tuple(round(0.68 + 0.02 * step, 2) for step in range(20))  # shares of the block's largest weight tried as its scale: 0.68 ... 1.06
 _BINS = 2048  # of a table of nearest levels, for each unit of the grid
-_DOUBLE_BLOCK = 256  # scales that share one second-level scale
 
 
 @dataclass(frozen=True)
@@ -156,8 +155,8 @@ class DoubleScales:
 
         flat = scales_OB.float().flatten()
         offset = flat.mean()
-        padded = torch.nn.functional.pad((flat - offset).abs(), (0, -len(flat) % _DOUBLE_BLOCK))
-        absmax_G = padded.view(-1, _DOUBLE_BLOCK).amax(1).clamp_min(1e-12)
+        padded = torch.nn.functional.pad((flat - offset).abs(), (0, -len(flat) % NESTED_BLOCK_SIZE))
+        absmax_G = padded.view(-1, NESTED_BLOCK_SIZE).amax(1).clamp_min(1e-12)
         return cls(offset, absmax_G, create_dynamic_map().to(flat.device))
 
     def to(self, device: torch.device) -> DoubleScales:
@@ -167,7 +166,7 @@ class DoubleScales:
     def index(self, scales_OB: Tensor) -> Tensor:
         """The 8-bit code of the nearest scale that is above 0, uint8, (O, B)."""
         flat = scales_OB.float().flatten()
-        absmax = self.absmax_G.repeat_interleave(_DOUBLE_BLOCK)[: len(flat)]
+        absmax = self.absmax_G.repeat_interleave(NESTED_BLOCK_SIZE)[: len(flat)]
         bounds = (self.code_256[1:] + self.code_256[:-1]) / 2
         found = torch.bucketize((flat - self.offset) / absmax, bounds)
         lowest = torch.searchsorted(self.code_256, (-self.offset / absmax).contiguous(), right=True).clamp_max(255)  # a scale of 0 or less would end its block
@@ -176,7 +175,7 @@ class DoubleScales:
     def values(self, index_OB: Tensor) -> Tensor:
         """The scales that codes stand for, float32, (O, B)."""
         flat = index_OB.flatten().long()
-        absmax = self.absmax_G.repeat_interleave(_DOUBLE_BLOCK)[: len(flat)]
+        absmax = self.absmax_G.repeat_interleave(NESTED_BLOCK_SIZE)[: len(flat)]
         return (self.code_256[flat] * absmax + self.offset).view(index_OB.shape)
 
     def round(self, scales_OB: Tensor) -> Tensor:
