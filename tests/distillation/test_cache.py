@@ -23,8 +23,7 @@ from tests.conftest import save_tiny
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMLITE_CACHE", str(tmp_path / "cache"))
+def _small_shards(own_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module, "_ROWS_PER_SHARD", 4)
 
 

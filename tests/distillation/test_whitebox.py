@@ -20,6 +20,8 @@ from llmlite.step import ModelPlan, Step
 from tests.conftest import build_tiny, build_tokenizer, save_tiny
 from tests.distillation.test_uld import other_tokenizer
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 
 @settings
 class Noise(Step):
@@ -47,11 +49,6 @@ def run(model: Path, data: Path, out: Path, *steps: Step) -> Any:
         model=str(model), data=llmlite.Data(train=str(data), max_length=64, evaluation_rows=6), steps=[Noise(), *steps], output_dir=str(out)
     )
     return recipe.run()
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMLITE_CACHE", str(tmp_path / "cache"))
 
 
 def problems_of(model: Path, data: Path, *steps: Any) -> str:
