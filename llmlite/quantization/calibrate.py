@@ -131,11 +131,11 @@ def calibrate(model: nn.Module, batches: Sequence[Batch], how: CalibratedScheme,
 
     if state is not None and (rank_and_processes()[0] == 0 or not is_blockwise(model)):  # whose state is common to all processes
         _set_aside_blocks(state, codes)
-    families = ModelView(model).family.linears
+    roles = tuple(ModelView(model).family.linears)
     notes = walk_blocks(
         model,
         batches,
-        Walk(stages=(tuple(families),), inputs="dense", keeps=not in_parts),  # of a model that is not in memory the codes are all that is needed
+        Walk(stages=(roles,), inputs="dense", keeps=not in_parts),  # of a model that is not in memory the codes are all that is needed
         change,
         state,
         weigh if how.token_weights == "sensitivity" else None,
