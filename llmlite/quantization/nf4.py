@@ -81,9 +81,9 @@ def nearest_index(scaled: Tensor, grid: Grid) -> Tensor:
     return torch.bucketize(scaled, grid.bounds, out_int32=True).to(torch.uint8)
 
 
-def largest_scales(weight_OI: Tensor, block_size: int = BLOCK_SIZE) -> Tensor:
+def largest_scales(weight_OI: Tensor) -> Tensor:
     """bitsandbytes' choice: the largest absolute weight of each block, (O, B) float32; a block of zeros gets a tiny scale above 0."""
-    return weight_OI.float().view(len(weight_OI), -1, block_size).abs().amax(-1).clamp_min(1e-12)
+    return weight_OI.float().view(len(weight_OI), -1, BLOCK_SIZE).abs().amax(-1).clamp_min(1e-12)
 
 
 def dequantize(index_OI: Tensor, scales_OB: Tensor, grid: Grid) -> Tensor:
@@ -93,24 +93,23 @@ def dequantize(index_OI: Tensor, scales_OB: Tensor, grid: Grid) -> Tensor:
     return (levels_OBk * scales_OB[..., None]).view(index_OI.shape)
 
 
-def search_scales(weight_OI: Tensor, importance_I: Tensor, grid: Grid, factors: Sequence[float] = FACTORS, block_size: int = BLOCK_SIZE) -> Tensor:
+def search_scales(weight_OI: Tensor, importance_I: Tensor, grid: Grid, factors: Sequence[float] = FACTORS) -> Tensor:
     """The scale of each block with the least weighted rounding error, then its closed-form refit.
 
         argmin_s sum_j importance[j] (w[j] - s level[j])^2,    s <- sum_j importance w level / sum_j importance level^2
 
     Args:
-        weight_OI: weights, (O, I); I a multiple of `block_size`.
+        weight_OI: weights, (O, I); I a multiple of `BLOCK_SIZE`.
         importance_I: weight of each input's error, for instance the diagonal of H, (I,).
         grid: see `grid_of`.
         factors: candidates as shares of the block's largest weight.
-        block_size: inputs that share a scale.
 
     Returns:
         Scales, (O, B) float32, above 0.
     """
-    weight_OBk = weight_OI.float().view(len(weight_OI), -1, block_size)
-    importance_Bk = importance_I.float().view(-1, block_size)
-    largest_OB = largest_scales(weight_OI, block_size)
+    weight_OBk = weight_OI.float().view(len(weight_OI), -1, BLOCK_SIZE)
+    importance_Bk = importance_I.float().view(-1, BLOCK_SIZE)
+    largest_OB = largest_scales(weight_OI)
     best_OB, scales_OB = torch.full_like(largest_OB, torch.inf), largest_OB.clone()
     # thirteen times faster than a search for each weight; a weight between two levels, to 1/2 of a bin, may take either, which costs the same
     bins = _BINS * int(1 + 1 / min(factors, default=1.0))
@@ -354,7 +353,6 @@ def calibrated_codes(
     double_quant: bool = False,
     damping: float = 1e-3,
     sweeps: int = 2,
-    block_size: int = BLOCK_SIZE,
 ) -> list[Codes]:
     """Scales, then codes, then both once more: everything above in its order.
 
@@ -367,14 +365,13 @@ def calibrated_codes(
         double_quant: the scales will be stored in 8 bits; codes are chosen for the scales that will really be there.
         damping: share of the mean diagonal added to H's diagonal.
         sweeps: passes of `refine`; 0 leaves it out.
-        block_size: inputs that share a scale.
 
     Returns:
         The codes of each layer.
     """
     rows = [len(weight_OI) for weight_OI in weights]
     weight_OI = torch.cat([weight_OI.float() for weight_OI in weights]).contiguous()
-    scales_OB = search_scales(weight_OI, hessian_II.diagonal(), grid, block_size=block_size)
+    scales_OB = search_scales(weight_OI, hessian_II.diagonal(), grid)
     double = _Doubles([DoubleScales.of(part_OB) for part_OB in torch.split(scales_OB, rows)], rows) if double_quant else None
     if double:
         scales_OB = double.round(scales_OB)
