@@ -94,7 +94,7 @@ def main() -> None:
         sys.exit(f"{out} holds rows of other settings. Run all of them, or move it away.")
     for name in [name for name in ROWS if name in asked]:
         cost = measure(Path(__file__), ["--row", name, *(word for key in _PASSED for word in (f"--{key}", str(getattr(args, key))))], args.threads)
-        table[name] = {**cost.answer, "peak_bytes": cost.peak_bytes}
+        table[name] = cost.answer
         first = table["lora, r 16"]
         table[name] |= {
             "cpu_ratio": table[name]["train_cpu_seconds"] / first["train_cpu_seconds"],

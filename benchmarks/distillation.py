@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from metrics.text import detokenised, detokenised_file
+from metrics.text import detokenised_file, ids_of
 
 import llmlite
 from llmlite.calibration.sources import windows_of
@@ -102,9 +102,7 @@ def main() -> None:
     source = find(settings, weights=True)
     tokenizer = load_tokenizer(source, settings)
     name, _, path = args.test.partition("=")
-    text = detokenised(Path(path).read_text(encoding="utf-8"))
-    stream_T = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    batches = [{"input_ids": part, "labels": part} for part in windows_of(stream_T, args.test_windows, args.tokens, 1).split(4)]
+    batches = [{"input_ids": part, "labels": part} for part in windows_of(ids_of(path, tokenizer), args.test_windows, args.tokens, 1).split(4)]
 
     prune = llmlite.PruneLayers(keep=args.keep_layers, score="block_influence")
     data = llmlite.Data(train=args.train, calibration=args.train, calibration_sequences=8, max_length=args.tokens)

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from tests.conftest import save_tiny  # noqa: E402
+from tests.conftest import save_sums, save_tiny  # noqa: E402
 from tests.hub.conftest import loopback_hub  # noqa: E402
 from tests.hub.fake_hub import FakeHub  # noqa: E402
 from tests.pipeline.kills import (  # noqa: E402
@@ -107,9 +107,8 @@ def main() -> None:
 
 def write_recipe(place: Path) -> tuple[Path, list[str]]:
     """A recipe in a folder, with its model and its rows; and its flags, of which it needs none."""
-    rows, recipe = place / "pairs.jsonl", place / "recipe.yaml"
-    rows.write_text("".join(json.dumps({"prompt": f"What is {n} plus {n + 1}?", "completion": f"{n} plus {n + 1} is {2 * n + 1}."}) + "\n" for n in range(60)))
-    recipe.write_text(RECIPE.format(model=save_tiny(place / "model", intermediate_size=256), rows=rows))
+    recipe = place / "recipe.yaml"
+    recipe.write_text(RECIPE.format(model=save_tiny(place / "model", intermediate_size=256), rows=save_sums(place / "pairs.jsonl", 60)))
     return recipe, []
 
 

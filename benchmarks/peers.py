@@ -17,8 +17,6 @@ import argparse
 import json
 import os
 import platform
-import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from metrics.text import detokenised
+from metrics.process import Failed, measure
+from metrics.text import ids_of
 from safetensors.torch import load_file, save_file
 
 from llmlite.calibration.sources import windows_of
@@ -115,17 +114,13 @@ def student_of(model: Any, tokenizer: Any, folder: Path) -> Path:
     return folder
 
 
-def measured(python: str, script: str, arguments: list[str], threads: int, answer: Path) -> dict[str, Any]:
-    """Run one method as a whole process."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    with (answer.parent / "log").open("w") as log:
-        done = subprocess.run([python, str(HERE / "peers" / script), str(answer), *arguments], env=environment, stdout=log, stderr=log, check=False)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode:
-        return {"failed": (answer.parent / "log").read_text().strip().splitlines()[-1][:200]}
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {**json.loads(answer.read_text()), "process_seconds": time.perf_counter() - started, "process_cpu_seconds": cpu}
+def measured(python: str, script: str, arguments: list[str], threads: int) -> dict[str, Any]:
+    """Run one method as a whole process; its row of the table, or why there is none."""
+    try:
+        cost = measure(HERE / "peers" / script, arguments, threads, python=python, quiet=True, CUDA_VISIBLE_DEVICES="")
+    except Failed as error:
+        return {"failed": str(error)}
+    return {**cost.answer, "process_seconds": cost.seconds, "process_cpu_seconds": cost.cpu_seconds}
 
 
 def kept_rows(out: Path, about: Mapping[str, Any], known: Collection[str], running: Collection[str]) -> dict[str, Any]:
@@ -182,8 +177,7 @@ def main() -> None:
     tokenizer = load_tokenizer(source, settings)
 
     def windows(path: str, count: int, seed: int) -> torch.Tensor:
-        text = detokenised(Path(path).read_text(encoding="utf-8"))
-        return windows_of(torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]), count, args.tokens, seed)
+        return windows_of(ids_of(path, tokenizer), count, args.tokens, seed)
 
     ids = {name: windows(path, args.test_windows, 1) for name, path in (test.split("=", 1) for test in args.test)}
     model = load_model(source, settings, torch.device("cpu"))
@@ -204,7 +198,7 @@ def main() -> None:
             given = ["--model", str(source.folder), "--windows", str(place / "windows.safetensors"), "--hidden", str(place / "hidden.safetensors")]
             if args.task == "distillation":
                 given += ["--student", str(student_of(model, tokenizer, place / "student"))]
-            row = measured(python, script, [*given, "--method", method, "--seed", str(args.seed)], args.threads, place / "answer.json")
+            row = measured(python, script, [*given, "--method", method, "--seed", str(args.seed)], args.threads)
             if "failed" not in row:
                 hidden = load_file(place / "hidden.safetensors")
                 row |= {name: compared(hidden[name], dense[name], head, ids[name], hidden.get("head")) for name in ids}

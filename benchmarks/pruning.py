@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from metrics.text import detokenised, detokenised_file
+from metrics.text import detokenised_file, ids_of
 
 from llmlite.calibration.mixture import parse_mixture, shares
 from llmlite.calibration.sample import sampled_windows
@@ -31,12 +31,6 @@ from llmlite.models.load import load_model, load_tokenizer
 from llmlite.models.settings import Model
 from llmlite.models.size import size_of_model
 from llmlite.step import parse_step
-
-
-def stream(path: str, tokenizer: Any) -> torch.Tensor:
-    """A text file as one run of ids."""
-    text = detokenised(Path(path).read_text(encoding="utf-8"))
-    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 class _BenchRun(Run):
@@ -78,14 +72,14 @@ def main() -> None:
         if name == "self":
             sources.append(sampled_windows(source, lambda: dense, count, args.tokens, seed=args.seed, dtype=dense.dtype))
         else:
-            sources.append(windows_of(stream(name, tokenizer), count, args.tokens, args.seed))
+            sources.append(windows_of(ids_of(name, tokenizer), count, args.tokens, args.seed))
     windows_NT = torch.cat(sources)
     windows_NT = windows_NT[torch.randperm(len(windows_NT), generator=torch.Generator().manual_seed(args.seed))]
 
     tests = {}
     for test in args.test:
         name, _, path = test.partition("=")
-        chosen = windows_of(stream(path, tokenizer), args.test_windows, args.tokens, 1)
+        chosen = windows_of(ids_of(path, tokenizer), args.test_windows, args.tokens, 1)
         tests[name] = [{"input_ids": part, "labels": part} for part in chosen.split(4)]
     base = {name: measure_quality(dense, batches).perplexity for name, batches in tests.items()}
     size = size_of_model(dense)

@@ -63,7 +63,7 @@ def lora_int4(args: argparse.Namespace) -> dict[str, Any]:
                 adapted = PeftModel.from_pretrained(base, adapter)
                 quality = measure_quality(adapted, run.evaluation_batches())
                 del base, adapted
-                results[name].append({**cost.answer, "peak_bytes": cost.peak_bytes, "perplexity": quality.perplexity, "cpu_seconds": cost.cpu_seconds})
+                results[name].append({**cost.answer, "perplexity": quality.perplexity, "cpu_seconds": cost.cpu_seconds})
                 print(name, results[name][-1], flush=True)
         start = llmlite.recipes.LoraInt4().steps[0].load(run)
         before = measure_quality(start, run.evaluation_batches()).perplexity

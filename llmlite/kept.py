@@ -17,11 +17,11 @@ import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmlite.context import Run
 from llmlite.data.vocabulary import VOCABULARY
-from llmlite.errors import counted
+from llmlite.errors import OutputError, counted
 from llmlite.evaluation.reloaded import Checkpoint
 from llmlite.recipe import Recipe
 from llmlite.report import Row
@@ -31,7 +31,7 @@ from llmlite.storage import damage, link_or_copy, set_aside
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["KEPT_FIGURES", "Kept", "write_row"]
+__all__ = ["KEPT_FIGURES", "Kept", "base_of_result", "load_result", "write_row"]
 
 log = logging.getLogger(__name__)
 
@@ -110,10 +110,9 @@ class Kept:
             self.context.vocabulary.save(folder / VOCABULARY)
 
     def base_of(self, index: int) -> Path:
-        """The folder of the model on which the adapter of step `index` sits: adapters of the steps before are the same one, trained less."""
-        while index and (self.folder(index - 1) / "adapter_config.json").is_file():
-            index -= 1
-        return self.folder(index - 1) if index else self.context.source.folder
+        """The folder of the model on which the adapter of step `index` sits."""
+        below = self._below_adapter(index)
+        return self.context.source.folder if below is None else self.folder(below)
 
     def reload(self, index: int) -> PreTrainedModel:
         """What a step left, read from its folder; an adapter on its base."""
@@ -121,11 +120,16 @@ class Kept:
         if (folder / "adapter_config.json").is_file():
             from llmlite.adapters.load import load_adapter
 
-            while index and (self.folder(index - 1) / "adapter_config.json").is_file():
-                index -= 1
-            base = self.reload(index - 1) if index else self.context.load_base()
+            below = self._below_adapter(index)
+            base = self.context.load_base() if below is None else self.reload(below)
             return load_adapter(base, folder, is_trainable=True)
         return self.context.load(folder)
+
+    def _below_adapter(self, index: int) -> int | None:
+        """The step whose model the adapter of step `index` sits on, None for the run's base: adapters of the steps before are the same one, trained less."""
+        while index and (self.folder(index - 1) / "adapter_config.json").is_file():
+            index -= 1
+        return index - 1 if index else None
 
     def checkpoints(self, measuring: Run) -> list[Checkpoint]:
         """What every step left, to be read from its folder and measured; the last one is the result.
@@ -160,3 +164,32 @@ class Kept:
 def write_row(folder: Path, row: Row) -> None:
     """Keep the figures of a step in its folder; see `Kept.row`."""
     (folder / "row.json").write_text(json.dumps(dataclasses.asdict(row), indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def load_result(folder: Path | str, tensor_parallel: bool = False, **options: Any) -> tuple[PreTrainedModel, Run]:
+    """The model that a finished run left, in eval mode, and the run itself: its base, data and tokenizer.
+
+    Args:
+        folder: the run's output.
+        tensor_parallel: see `Run.tensor_parallel`.
+        options: of the recipe, for instance ``device_map``, in place of those that it ran with.
+
+    Raises:
+        LlmliteError: the folder holds no run, or a damaged one.
+    """
+    out = Path(folder)
+    if not (out / "recipe.yaml").is_file() or not (out / "report.json").is_file():
+        raise OutputError(f"{out} holds no finished run (no recipe.yaml with report.json).")
+    recipe = Recipe.from_file(out / "recipe.yaml", output_dir=str(out), **options)
+    context = Run(recipe, tensor_parallel=tensor_parallel)
+    model = Kept(recipe, context, out).reload(len(recipe.steps) - 1).eval()
+    context.take_vocabulary(out)
+    return model, context
+
+
+def base_of_result(folder: Path | str) -> tuple[Path, Run]:
+    """The folder of the model that a finished run's adapter sits on, and the run itself."""
+    out = Path(folder)
+    recipe = Recipe.from_file(out / "recipe.yaml", output_dir=str(out))
+    context = Run(recipe)
+    return Kept(recipe, context, out).base_of(len(recipe.steps) - 1), context

@@ -19,9 +19,9 @@ from typing import Any
 
 from llmlite.errors import ConfigError, OutputError, counted
 from llmlite.hub.multi_adapter import ADAPTERS, NAME, Adapters
+from llmlite.kept import base_of_result, load_result
 from llmlite.models.adapted import MARKS
 from llmlite.paths import require_path
-from llmlite.pipeline import base_of_result, load_result
 from llmlite.storage import MANIFEST, file_sums, read_object, writing_folder
 
 __all__ = ["Exported", "export"]

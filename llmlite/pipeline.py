@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from llmlite.evaluation.quality import Reference
 
-__all__ = ["base_of_result", "load_result", "run"]
+__all__ = ["run"]
 
 log = logging.getLogger(__name__)
 
@@ -72,35 +72,6 @@ def run(recipe: Recipe, context: Run | None = None) -> Report:
         context.wait()
         with telling_refused(out):
             return _Pipeline(recipe, context, out).run()
-
-
-def load_result(folder: Path | str, tensor_parallel: bool = False, **options: Any) -> tuple[PreTrainedModel, Run]:
-    """The model that a finished run left, in eval mode, and the run itself: its base, data and tokenizer.
-
-    Args:
-        folder: the run's output.
-        tensor_parallel: see `Run.tensor_parallel`.
-        options: of the recipe, for instance ``device_map``, in place of those that it ran with.
-
-    Raises:
-        LlmliteError: the folder holds no run, or a damaged one.
-    """
-    out = Path(folder)
-    if not (out / "recipe.yaml").is_file() or not (out / "report.json").is_file():
-        raise OutputError(f"{out} holds no finished run (no recipe.yaml with report.json).")
-    recipe = Recipe.from_file(out / "recipe.yaml", output_dir=str(out), **options)
-    context = Run(recipe, tensor_parallel=tensor_parallel)
-    model = Kept(recipe, context, out).reload(len(recipe.steps) - 1).eval()
-    context.take_vocabulary(out)
-    return model, context
-
-
-def base_of_result(folder: Path | str) -> tuple[Path, Run]:
-    """The folder of the model that a finished run's adapter sits on, and the run itself."""
-    out = Path(folder)
-    recipe = Recipe.from_file(out / "recipe.yaml", output_dir=str(out))
-    context = Run(recipe)
-    return Kept(recipe, context, out).base_of(len(recipe.steps) - 1), context
 
 
 class _Pipeline:

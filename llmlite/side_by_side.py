@@ -111,10 +111,9 @@ def _subjects(folder: Path, each_step: bool, base: str | None, data: str | None,
     """
     from llmlite.context import Run
     from llmlite.data.settings import Data
-    from llmlite.kept import Kept
+    from llmlite.kept import Kept, load_result
     from llmlite.models.load import load_model
     from llmlite.models.settings import Model
-    from llmlite.pipeline import load_result
     from llmlite.recipe import Recipe
 
     if not folder.is_dir():

@@ -56,7 +56,8 @@ def writing_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `folder`; when the block ends well, seal it and rename it to `folder`, replacing what was there.
 
     Raises:
-        OutputError: the disk is full, or the place cannot be written; nothing is left behind.
+        OutputError: the place cannot be written.
+        ResourceError: the disk is full. Nothing is left behind after either.
     """
     with telling(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)

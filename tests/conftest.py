@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,22 +127,23 @@ def require_stock_reload(models: dict[str, PreTrainedModel], folder: Path) -> No
 
 # A whole model folder, with a tokenizer and a chat template, as a user would have it -------------------------------------------------
 
-_CHATML = (
+CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+_TEXT = ("What does the function do?", "It returns the answer.", "user assistant system")
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with 320 tokens whose padding token is its end token, as so often."""
+def build_tokenizer(text: Sequence[str] = _TEXT, template: str | None = CHATML, **options: Any) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with 320 tokens, trained on `text`, whose padding token is its end token, as so often."""
     tokenizer = Tokenizer(token_models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>", "<|im_start|>", "<|im_end|>"], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(["What does the function do?", "It returns the answer.", "user assistant system"] * 20, trainer)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|im_end|>", pad_token="<|im_end|>")
-    wrapped.chat_template = _CHATML
+    tokenizer.train_from_iterator([*text] * 20, trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|im_end|>", pad_token="<|im_end|>", **options)
+    wrapped.chat_template = template
     return wrapped
 
 
@@ -164,6 +165,36 @@ def save_noisy(source: Path, folder: Path) -> Path:
     model.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches of this test alone."""
+    monkeypatch.setenv("LLMLITE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def descents(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[int]]:
+    """Descents that keep their state after each step. Called, it counts the rows that they go down on from now on, and stops them at one."""
+    from llmlite.distillation import descent, descent_state
+
+    monkeypatch.setattr(descent_state, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(descent_state, "KEEP_SHARE", torch.inf)
+    real = descent._descend
+
+    def watched(stop: int | None = None) -> list[int]:
+        calls: list[int] = []
+
+        def descend(*args: Any) -> float:
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+            calls.append(1)
+            return real(*args)
+
+        monkeypatch.setattr(descent, "_descend", descend)
+        return calls
+
+    return watched
 
 
 @pytest.fixture(scope="session")

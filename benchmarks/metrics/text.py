@@ -6,6 +6,9 @@ import atexit
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
+
+import torch
 
 
 def detokenised(text: str) -> str:
@@ -29,3 +32,9 @@ def detokenised_file(path: str | Path) -> str:
     copy = Path(folder.name) / Path(path).name
     copy.write_text(detokenised(Path(path).read_text(encoding="utf-8")), encoding="utf-8")
     return str(copy)
+
+
+def ids_of(path: str | Path, tokenizer: Any) -> torch.Tensor:
+    """A text file as people write it, as one run of token ids without special tokens, int64, (T,)."""
+    text = detokenised(Path(path).read_text(encoding="utf-8"))
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

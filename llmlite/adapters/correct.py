@@ -5,6 +5,7 @@ Source: see `llmlite.adapters.initialise`.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
 from llmlite.adapters.lora import Lora, correction_peak_bytes
@@ -40,8 +41,6 @@ class Correct(Step):
         Raises:
             ConfigError: no `quantize` step before, target modules that match nothing, or a second adapter.
         """
-        import dataclasses
-
         data = run.recipe.data
         plan = self._lora().check(model, run)
         return dataclasses.replace(

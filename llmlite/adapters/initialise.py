@@ -88,16 +88,13 @@ def initialise(adapted: nn.Module, dense: nn.Module, batches: Sequence[Batch], a
                 continue
             layer: Any = layers[name].module
             a_RI, b_OR = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-            hessian_II = statistics.all.gram_II / max(statistics.all.tokens, 1)
-            weight_OI = block.linears[role].weight_OI.float()
+            moments, weight_OI = statistics.all, block.linears[role].weight_OI.float()
             error_OI = weight_OI - dequantized(layers[name].base).to(weight_OI)
-            new_RI, new_OR = low_rank_correction(error_OI, hessian_II, len(a_RI))
+            new_RI, new_OR = low_rank_correction(error_OI, moments.hessian_II, len(a_RI))
             scale = layer.scaling[adapter] ** 0.5
             a_RI.copy_(new_RI / scale)
             b_OR.copy_(new_OR / scale)
-            left_OI = error_OI - new_OR @ new_RI
-            before = ((error_OI @ hessian_II) * error_OI).sum().clamp_min(1e-30)
-            left[name] = float(((left_OI @ hessian_II) * left_OI).sum() / before)
+            left[name] = moments.relative_output_error(error_OI - new_OR @ new_RI, error_OI)
         return left
 
     walk = Walk(stages=(tuple(ModelView(dense).family.linears),), inputs="dense")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmlite.config import shorten
 from llmlite.errors import LoadError, first_line
+from llmlite.memory import out_of_memory
 from llmlite.models.device_map import is_offloaded
 
 if TYPE_CHECKING:
@@ -44,10 +45,8 @@ def load_adapter(model: Any, folder: str | Path, *, is_trainable: bool = False, 
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys.*")  # peft would go on with an adapter that was read in part
             return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, **kwargs)
-    except MemoryError:
-        raise
     except Exception as error:  # whatever a wrong file does inside of peft
-        if "out of memory" in str(error):
+        if out_of_memory(error):  # nothing is wrong with the file
             raise
         reason = shorten(first_line(error), 200)
         raise LoadError(

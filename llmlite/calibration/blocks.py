@@ -34,10 +34,9 @@ from llmlite.processes import places_of, rank_and_processes, sum_over_processes
 from llmlite.storage import telling
 from llmlite.training.backbone import hidden_and_head
 
-__all__ = ["EVEN_SHARE", "Blocks", "Statistics", "batches_of", "last_hidden", "skipping"]
+__all__ = ["EVEN_SHARE", "SPILL_BYTES", "Batch", "Blocks", "Statistics", "batches_of", "last_hidden", "skipping"]
 
-
-HELD_OUT_EVERY = 4
+_HELD_OUT_EVERY = 4
 """One batch of this many is held out: its sums are kept apart, to choose damping on."""
 SPILL_BYTES = 1_000_000_000
 """Of a model that is loaded block by block, hidden states beyond so many bytes lie in files."""
@@ -46,6 +45,7 @@ EVEN_SHARE = 0.5
 """Share of the tokens' weight that all of them get alike: where a few tokens weigh nearly everything (queries and keys), the others still have a say."""
 
 Batch = Mapping[str, Any]
+"""Inputs of a model by name: `input_ids`, int64, (B, T), and what goes with them."""
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Statistics:
 
 def batches_of(windows_NT: Tensor, *, most: int = 8) -> list[dict[str, Tensor]]:
     """Windows without padding as model inputs; at least four batches where there are four windows, so that one can be held out."""
-    size = max(1, min(most, len(windows_NT) // HELD_OUT_EVERY))
+    size = max(1, min(most, len(windows_NT) // _HELD_OUT_EVERY))
     return [{"input_ids": windows_NT[start : start + size]} for start in range(0, len(windows_NT), size)]
 
 
@@ -117,7 +117,7 @@ class Blocks:
         self._dtype = quick_dtype(first.device, first.dtype) if quick else first.dtype
         self.shared = shares and 1 < rank_and_processes()[1] <= len(batches)
         self.places = places_of(len(batches), self.shared)
-        self._held_out = len(batches) >= HELD_OUT_EVERY
+        self._held_out = len(batches) >= _HELD_OUT_EVERY
         self.hidden: list[Tensor] = []
         self.real: list[Tensor | None] = []  # (B, T) bool, None where every token is real
         self._calls: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = []
@@ -221,7 +221,7 @@ class Blocks:
                 for role in wanted:
                     keys[role] = next(first for first in wanted if inputs[first] is inputs[role])
             dense_inputs = None if dense is None else self._inputs(block, list(dict.fromkeys(keys.values())), index, dense[index])
-            held = self._held_out and self.places[index] % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+            held = self._held_out and self.places[index] % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
             for role in dict.fromkeys(keys.values()):
                 x_NI = self.tokens(index, inputs[role])
                 share_N1 = None

@@ -79,6 +79,21 @@ class Moments:
         return self.gram_II.diagonal() if self._squares_I is None else self._squares_I
 
     @property
+    def hessian_II(self) -> Tensor:  # noqa: N802 - a tensor with its shape suffix
+        """Mean of x x^T over all tokens."""
+        return self.gram_II / max(self.tokens, 1)
+
+    def relative_output_error(self, change_OI: Tensor, whole_OI: Tensor) -> float:
+        """What a change of a weight does to its outputs: sum_x |E x|^2 / sum_x |W x|^2.
+
+        Args:
+            change_OI: E, float32, (O, I).
+            whole_OI: W, float32, (O, I): the weight, or another change that this one is measured by.
+        """
+        changed, whole = (((matrix_OI @ self.gram_II) * matrix_OI).sum() for matrix_OI in (change_OI, whole_OI))
+        return float(changed.clamp_min(0) / whole.clamp_min(1e-30))
+
+    @property
     def target_JI(self) -> Tensor:  # noqa: N802 - a tensor with its shape suffix
         """What the gram matrix becomes when the outputs wanted are the dense model's: `cross_JI` where it was taken, else the gram matrix itself."""
         return self.gram_II if self.cross_JI is None else self.cross_JI

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -43,15 +43,13 @@ class Walk:
         target: "own": repair towards the outputs that the present inputs give; "dense": towards the dense model's outputs, which also corrects for the
             blocks before and costs one more pass. Needs inputs "compressed".
         gram: whether the sums of products are wanted, or those of squares will do; the latter are much cheaper.
-        dtype: of the sums.
         keeps: whether weights change and are kept. False for walks that only look.
     """
 
     stages: Sequence[Sequence[str]] = field(default_factory=tuple)
-    inputs: str = "compressed"
-    target: str = "own"
+    inputs: Literal["compressed", "dense"] = "compressed"
+    target: Literal["own", "dense"] = "own"
     gram: bool = True
-    dtype: torch.dtype = torch.float32
     keeps: bool = True
 
 
@@ -122,7 +120,7 @@ def _visit(
     after: list[Tensor] | None = None
     for number, stage in enumerate(walk.stages):
         settled = walk.inputs == "compressed" and not any(role in _BEFORE_O for later in (stage, *walk.stages[number + 1 :]) for role in later)
-        found = stream.collect(block, stage, dense=dense, weights=weights, gram=walk.gram, dtype=walk.dtype, settled=settled)
+        found = stream.collect(block, stage, dense=dense, weights=weights, gram=walk.gram, settled=settled)
         if walk.inputs == "dense" and after is None:
             after = stream.through(block, stream.hidden)
         notes |= change(block, found) or {}

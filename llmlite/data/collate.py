@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmlite.data.tokens import IGNORED
+from llmlite.data.tokens import IGNORE_INDEX
 
 __all__ = ["PackedCollator", "PaddedCollator", "examples_of"]
 
@@ -38,7 +38,7 @@ class PaddedCollator:
         return {
             "input_ids": _fill([row["input_ids"] for row in rows], self.pad_token_id, self.multiple_of),
             "attention_mask": _fill([[1] * len(row["input_ids"]) for row in rows], 0, self.multiple_of),
-            "labels": _fill([row["labels"] for row in rows], IGNORED, self.multiple_of),
+            "labels": _fill([row["labels"] for row in rows], IGNORE_INDEX, self.multiple_of),
         }
 
 
@@ -67,7 +67,7 @@ class PackedCollator:
         return {
             "input_ids": _fill(ids, self.pad_token_id),
             "position_ids": torch.tensor(positions, dtype=torch.int64),
-            "labels": _fill(labels, IGNORED),
+            "labels": _fill(labels, IGNORE_INDEX),
             "use_cache": False,
         }
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Counts", "Prepared", "prepare", "prepared"]
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def prepared(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     echo = _echo(chosen, counts, tokenizer, sequence_tokens, packing)
     for loss in _losses(counts, sequence_tokens):
-        logger.warning("%s: %s", rows.source, loss)
+        log.warning("%s: %s", rows.source, loss)
     return Prepared(dataset, chosen, packing, counts, echo, preview(encoded.input_ids[0], encoded.labels[0], tokenizer), int(pad))
 
 

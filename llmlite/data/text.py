@@ -27,7 +27,7 @@ from llmlite.paths import path_problem
 
 __all__ = ["Rows", "SourceCheck", "check_source", "read_rows", "read_splits"]
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _BUILTIN = (PYTHON_DOCS, PYTHON_DOCS_PROSE)
 _SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
@@ -293,7 +293,7 @@ def _assign(names: Sequence[str]) -> dict[Split, list[str]]:
         # Only test files, or files that speak of no split at all: everything is one pile.
         return {**assigned, "train": rest} if rest else {"train": list(names)}
     if rest:
-        logger.warning("%s: not read, since others are named as training data.", ", ".join(rest))
+        log.warning("%s: not read, since others are named as training data.", ", ".join(rest))
     return assigned
 
 
@@ -319,5 +319,5 @@ def _understood(records: _Records, names: ColumnNames, source: str, split: Split
             places.append(place)
     if blank := read - len(rows):
         verbs = ("is blank or has", "was") if blank == 1 else ("are blank or have", "were")
-        logger.warning("%s: %d of %d rows %s nothing to learn from and %s left out; the first is %s.", source, blank, read, *verbs, first_blank)
+        log.warning("%s: %d of %d rows %s nothing to learn from and %s left out; the first is %s.", source, blank, read, *verbs, first_blank)
     return Rows(columns.kind, rows, places, source, split, str(columns), read, blank)

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
     Ids = NDArray[np.int32]
 
-__all__ = ["IGNORED", "Encoded", "encode", "leading_ids", "preview", "token_stream"]
+__all__ = ["IGNORE_INDEX", "Encoded", "encode", "leading_ids", "preview", "token_stream"]
 
-IGNORED = -100
-"""The label of a token that is not trained, as in transformers."""
+IGNORE_INDEX = -100
+"""The label of a token that is not trained and does not count, as in transformers and `torch.nn.functional.cross_entropy`."""
 _BATCH_ROWS = 256
 
 
@@ -60,7 +60,7 @@ class Encoded:
     @property
     def trained_tokens(self) -> int:
         """The tokens that the loss averages over."""
-        return sum(int(np.count_nonzero(labels != IGNORED)) for labels in self.labels)
+        return sum(int(np.count_nonzero(labels != IGNORE_INDEX)) for labels in self.labels)
 
 
 def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, sequence_tokens: int, *, separator: str = "\n\n", progress: bool = True) -> Encoded:
@@ -98,9 +98,9 @@ def encode(rows: Rows, tokenizer: PreTrainedTokenizerBase, sequence_tokens: int,
             encoded.truncated += len(ids_T) > sequence_tokens
             encoded.cut_tokens += max(0, len(ids_T) - sequence_tokens)
         for piece_ids, piece_trained in pieces:
-            labels = np.where(piece_trained, piece_ids, np.int32(IGNORED)).astype(np.int32)
-            labels[:1] = IGNORED
-            if (labels == IGNORED).all():
+            labels = np.where(piece_trained, piece_ids, np.int32(IGNORE_INDEX)).astype(np.int32)
+            labels[:1] = IGNORE_INDEX
+            if (labels == IGNORE_INDEX).all():
                 encoded.dropped += 1
             else:
                 encoded.input_ids.append(piece_ids)
@@ -216,7 +216,7 @@ def preview(
         most: characters shown of one run; longer ones lose their middle.
     """
     shown = []
-    for trained, run in itertools.groupby(zip(input_ids, labels, strict=True), key=lambda pair: int(pair[1]) != IGNORED):
+    for trained, run in itertools.groupby(zip(input_ids, labels, strict=True), key=lambda pair: int(pair[1]) != IGNORE_INDEX):
         text = str(tokenizer.decode([int(token) for token, _ in run], skip_special_tokens=False, clean_up_tokenization_spaces=False))
         if len(text) > most:
             text = f"{text[: most // 2]} … {text[-most // 2 :]}"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmlite.data.tokens import IGNORED
+from llmlite.data.tokens import IGNORE_INDEX
 from llmlite.errors import UnsupportedModel
 
 if TYPE_CHECKING:
@@ -167,10 +167,10 @@ class Vocabulary:
         ids, labels = np.asarray(row["input_ids"], dtype=np.int64), np.asarray(row["labels"], dtype=np.int64)
         lengths = self.lengths[ids]
         new = self.expand(ids)
-        counted = np.repeat(labels != IGNORED, lengths)
+        counted = np.repeat(labels != IGNORE_INDEX, lengths)
         first = np.zeros(len(new), dtype=bool)
         first[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
-        found = {"input_ids": new.tolist(), "labels": np.where(counted, new, IGNORED).tolist(), "starts": (first & counted).astype(np.int64).tolist()}
+        found = {"input_ids": new.tolist(), "labels": np.where(counted, new, IGNORE_INDEX).tolist(), "starts": (first & counted).astype(np.int64).tolist()}
         if "position_ids" in row:
             begins = [index for index, position in enumerate(row["position_ids"]) if position == 0] + [len(ids)]
             found["position_ids"] = [place for start, end in itertools.pairwise(begins) for place in range(int(lengths[start:end].sum()))]

@@ -20,7 +20,7 @@ import uuid
 from collections import Counter
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from llmlite.distillation.api.collect import Budget, Collected
     from llmlite.distillation.api.prompts import Question
     from llmlite.training.token_loss import TokenLoss
+    from llmlite.training.trainer import LossMaker
 
 __all__ = ["DistillBlackBox"]
 
@@ -209,8 +210,8 @@ class DistillBlackBox(StudentStep):
         with run.training_on(lesson.data):
             return self.train_student(model, run, lambda _: nullcontext((loss, None)))
 
-    def loss_with(self, lesson: Lesson) -> Any:
-        """The loss of a batch with the teacher's log-probabilities for its tokens; see `llmlite.training.trainer.LossMaker`."""
+    def loss_with(self, lesson: Lesson) -> LossMaker:
+        """The loss of a batch with the teacher's log-probabilities for its tokens."""
         from llmlite.distillation.api.signals import signal_of
         from llmlite.distillation.objective import Distillation, TopKTeacher
 

@@ -10,7 +10,8 @@ Two kinds, for each token whose prediction is trained:
 
 KEY changes with the teacher's files and precision, with any token or label of the data, and (top_k) with the temperature. Shards are memory-mapped.
 
-Shapes: N tokens of a batch, M tokens of a shard, B rows of a batch, K likeliest tokens, D hidden size of the teacher, V its vocabulary.
+Shapes: N tokens of a batch, of which E are trained and have an entry, C of those in a chunk, M entries of a shard, K likeliest tokens, D hidden size of the
+teacher, V its vocabulary.
 """
 
 from __future__ import annotations
@@ -109,11 +110,13 @@ class TeacherCache:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one entry."""
-        config = self.teacher.config.get_text_config()
         if self.kind == "hidden":
-            return 2 * int(config.hidden_size)
-        k = min(self.k, int(config.vocab_size))
-        return k * (_id_bytes(int(config.vocab_size)) + 2) + 4
+            return 2 * int(self.teacher.config.get_text_config().hidden_size)
+        return min(self.k, self._vocabulary) * (_id_bytes(self._vocabulary) + 2) + 4
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.teacher.config.get_text_config().vocab_size)
 
     def missing(self) -> list[str]:
         """Parts that are not there, or damaged."""
@@ -169,19 +172,17 @@ class TeacherCache:
             parts.append(self._entries(teacher.signal(batch, labels_N), (labels_N != IGNORE_INDEX).nonzero().flatten()))
         return {"counts": torch.tensor(counts), **{name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}}
 
-    def _entries(self, signal: HiddenTeacher, rows_K: Tensor) -> dict[str, Tensor]:
+    def _entries(self, signal: HiddenTeacher, rows_E: Tensor) -> dict[str, Tensor]:
+        """What is kept of a batch: the entries of the tokens `rows_E`, which may be none."""
         if self.kind == "hidden":
-            return {"hidden": signal.hidden_ND[rows_K.to(signal.hidden_ND.device)].to("cpu", torch.bfloat16)}
+            return {"hidden": signal.hidden_ND[rows_E.to(signal.hidden_ND.device)].to("cpu", torch.bfloat16)}
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        for rows_C in torch.split(rows_K, _CHUNK_TOKENS):
+        for rows_C in torch.split(rows_E, _CHUNK_TOKENS):  # one empty chunk where there are no tokens
             ids_CK, logprobs_CK = top_k_teacher(signal.signal(rows_C, signal.hidden_ND.device)[0], self.k, self.temperature)
             tail_C = (1 - logprobs_CK.double().exp().sum(-1)).clamp(min=0.0).float()
-            parts.append((_as_stored(ids_CK.cpu(), int(self.teacher.config.get_text_config().vocab_size)), logprobs_CK.cpu().half(), tail_C.cpu()))
-        if not parts:
-            k = min(self.k, int(self.teacher.config.get_text_config().vocab_size))
-            parts = [(_as_stored(torch.zeros(0, k, dtype=torch.int64), k), torch.zeros(0, k, dtype=torch.float16), torch.zeros(0))]
-        ids, logprobs, tail = (torch.cat(column) for column in zip(*parts, strict=True))
-        return {"ids": ids, "logprobs": logprobs, "tail": tail}
+            parts.append((ids_CK.cpu(), logprobs_CK.cpu().half(), tail_C.cpu()))
+        ids_EK, logprobs_EK, tail_E = (torch.cat(column) for column in zip(*parts, strict=True))
+        return {"ids": _as_stored(ids_EK, self._vocabulary), "logprobs": logprobs_EK, "tail": tail_E}
 
     def _write_head(self, model: PreTrainedModel) -> None:
         from llmlite.training.backbone import logit_transform
@@ -235,14 +236,14 @@ class CachedTeacher:
         Raises:
             RunError: the rows are not those of the cache.
         """
-        keep_K = (labels_N != IGNORE_INDEX).nonzero().flatten()
+        keep_E = (labels_N != IGNORE_INDEX).nonzero().flatten()
         places = list(self._places(inputs["rows"].tolist()))
         none = [(0, slice(0, 0))]  # a batch may have no rows
         entries = {name: torch.cat([self.shards[shard][name][part] for shard, part in none + places]) for name in self.shards[0] if name != "counts"}
         found = len(next(iter(entries.values())))
-        if found != len(keep_K):
-            raise RunError(f"the teacher's cache holds {found} tokens for a batch with {len(keep_K)}: it belongs to other rows. Run with cache: none.")
-        where_N = torch.zeros(len(labels_N), dtype=torch.int64, device=keep_K.device).index_copy_(0, keep_K, torch.arange(found, device=keep_K.device))
+        if found != len(keep_E):
+            raise RunError(f"the teacher's cache holds {found} tokens for a batch with {len(keep_E)}: it belongs to other rows. Run with cache: none.")
+        where_N = torch.zeros(len(labels_N), dtype=torch.int64, device=keep_E.device).index_copy_(0, keep_E, torch.arange(found, device=keep_E.device))
         if self.head is not None:
             return HiddenTeacher(entries["hidden"], self.head.weight_VD, head_bias_V=self.head.bias_V, transform=self.head.transform, where_N=where_N)
         return TopKTeacher(_widened(entries["ids"]), _consistent(entries["logprobs"], entries["tail"]), where_N=where_N)

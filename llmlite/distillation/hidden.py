@@ -1,7 +1,7 @@
 """Match what happens inside: hidden states and attention maps of chosen layers, one number per token.
 
 Student and teacher widths may differ: a learned projection then lifts the student's states to the teacher's width. Train it with the student and
-throw it away afterwards. All mathematics in float32.
+throw it away afterwards. All mathematics in float32, of float64 states in float64.
 
 Shapes: B sequences, H heads, T positions, N tokens, D hidden size of the student, E hidden size of the teacher.
 """

@@ -6,8 +6,8 @@
     half its gradient by h      =  A d + B'g
     half its gradient by W      =  W (sum of d h') + E (sum of g h')
 
-Logits cost 2 N V D operations a product and there are four of them; here five products cost 2 V D^2 each, less whenever a batch has more tokens
-than the hidden size has numbers. Differences are taken before products, so nothing cancels when the student is close to its teacher.
+Logits cost 2 N V D operations a product and there are four of them; here five products cost 2 V D^2 each, less whenever a batch has more than
+1.25 D tokens. Differences are taken before products, so nothing cancels when the student is close to its teacher.
 
 Shapes: N tokens, V vocabulary (the shared prefix, where one head is padded), D hidden size of both models.
 """
@@ -26,7 +26,7 @@ _ROWS = 8192
 
 
 def pays(tokens: int, hidden_size: int) -> bool:
-    """Whether there are tokens enough: counting operations, five products of D against four of N meet at 1.25 D."""
+    """Whether there are tokens enough: twice D, well above the 1.25 D at which the operations are as many."""
     return tokens >= 2 * hidden_size
 
 

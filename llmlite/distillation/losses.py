@@ -124,7 +124,7 @@ def total_variation(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temper
 def logit_mse(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float = 1.0, centred: bool = False) -> Tensor:
     """Mean over the vocabulary of the squared difference of the logits; tokens masked (-inf) on either side count zero.
 
-    The large-temperature limit of KL * T^2, up to the factor 2 / V, if logits are centred. Temperature cancels and is accepted for uniformity.
+    Twice the large-temperature limit of KL * T^2 if logits are centred. Temperature cancels and is accepted for uniformity.
 
     Args:
         student_logits_NV: (N, V), real logits.

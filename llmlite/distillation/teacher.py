@@ -26,7 +26,7 @@ from llmlite.distillation.uld import align
 from llmlite.errors import UnsupportedModel
 from llmlite.models.device_map import SPREADING, memory_limits
 from llmlite.step import ModelPlan, Scheme
-from llmlite.training.backbone import hidden_and_head
+from llmlite.training.backbone import hidden_and_head, require_known_logits
 from llmlite.training.token_loss import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from llmlite.models.find import Source
     from llmlite.models.settings import Model
 
-__all__ = ["AlignedTeacher", "LiveTeacher", "Teacher", "TeacherModel"]
+__all__ = ["AlignedSignal", "AlignedTeacher", "LiveTeacher", "Teacher", "TeacherModel"]
 
 
 class Teacher(Protocol):
@@ -270,6 +270,9 @@ class TeacherModel:
 
         Args:
             beside: the student, in training; see `split`. Otherwise it may be let go before, and processes may run it a different number of times.
+
+        Raises:
+            UnsupportedModel: an architecture that is not in the families table, and makes something else of its logits than its config says.
         """
         from llmlite.models.load import load_model
         from llmlite.models.view import ModelView
@@ -287,6 +290,11 @@ class TeacherModel:
             options["quantization_config"] = Quantize(scheme=self.quantization, unaligned="skip").bitsandbytes_config(ModelPlan(self.config), self.run)
         model = load_model(self.source(weights=True), self.laid_out, self.run.device, **options)
         model.requires_grad_(False)
+        if not self._known:
+            try:
+                require_known_logits(model)
+            except UnsupportedModel as error:
+                raise UnsupportedModel(f"teacher '{self.name}': {error} Its answers can be had: step distill.blackbox, teacher: serve:{self.name}.") from None
         if beside and self.split:
             share_out(model, [block.module for block in ModelView(model).blocks], self.run.device)
         return model

@@ -7,7 +7,7 @@ entropy has to say that. Which positions may be compared is found by characters:
 
 Shapes: N tokens, V vocabulary of the student, W of the teacher, T student tokens and S teacher tokens of one example.
 
-Source: Boizard et al. 2024, arXiv:2402.12030, eq. 4 (their alignment is by position; by characters it is ours).
+Source: Boizard et al. 2024, arXiv:2402.12030 (their alignment is by position; by characters it is ours).
 """
 
 from __future__ import annotations

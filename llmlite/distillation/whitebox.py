@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from llmlite.context import Run
     from llmlite.distillation.cache import TeacherCache
+    from llmlite.distillation.inner import InnerLosses
     from llmlite.distillation.teacher import Teacher, TeacherModel
     from llmlite.layout import Layout
     from llmlite.training.trainer import Companion, LossMaker
@@ -228,7 +229,7 @@ class DistillWhiteBox(StudentStep):
             if longest and run.recipe.data.max_length > longest:
                 problems.append(f"max_length={run.recipe.data.max_length} should be at most {longest}, the longest sequence that the teacher allows.")
         if self.hidden_weight or self.attention_weight:
-            layers = [int(getattr(c, family_of(c).num_layers)) for c in (model.config, teacher.config)]
+            layers = [family_of(c).layers(c) for c in (model.config, teacher.config)]
             wrong = [pair for pair in self.layer_map if pair[0] >= layers[0] or pair[1] >= layers[1]]
             if wrong:
                 problems.append(
@@ -322,7 +323,7 @@ class DistillWhiteBox(StudentStep):
         kind = run.agreed(choose() if run.is_main else None)
         return caches[kind] if kind else None
 
-    def _inner(self, student: PreTrainedModel, teacher: PreTrainedModel, run: Run) -> Any:
+    def _inner(self, student: PreTrainedModel, teacher: PreTrainedModel, run: Run) -> InnerLosses | None:
         if not (self.hidden_weight or self.attention_weight):
             return None
         from llmlite.distillation.inner import InnerLosses, InnerWeights, layer_pairs
@@ -340,9 +341,9 @@ class DistillWhiteBox(StudentStep):
             checkpoint=run.agreed(checkpoint),
         )
 
-    def _companion(self, inner: Any, student: PreTrainedModel, run: Run) -> Companion | None:
+    def _companion(self, inner: InnerLosses | None, student: PreTrainedModel, run: Run) -> Companion | None:
         if not self.on_policy:
-            return inner  # type: ignore[no-any-return]
+            return inner
         from llmlite.distillation.on_policy import OnPolicy
 
         ends = student.generation_config.eos_token_id if student.generation_config is not None else None

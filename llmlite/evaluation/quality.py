@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from llmlite.calibration.blocks import last_hidden
+from llmlite.calibration.blocks import Batch, last_hidden
 from llmlite.processes import places_of, rank_and_processes, sum_over_processes
 from llmlite.training.backbone import logit_transform
 from llmlite.training.chunked import head_logits
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["Quality", "Reference", "measure_quality", "reference_of"]
 
 _CHUNK_TOKENS = 256
-Batch = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

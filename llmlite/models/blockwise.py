@@ -14,7 +14,6 @@ Changes go to new files only: writing into weights that a library has offloaded 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -30,7 +29,7 @@ from llmlite.models.device_map import brought
 from llmlite.models.safety import make_safe
 from llmlite.models.tensor_files import TensorFiles
 from llmlite.models.view import BlockView, ModelView
-from llmlite.storage import write_json
+from llmlite.storage import flush, write_json
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -369,6 +368,5 @@ def _write_shard(file: Path, tensors: Tensors) -> None:
         raise UnsupportedModel(f"{len(meta)} tensors of {file.name}, such as {meta[0]}, are not in memory.")
     part = file.with_suffix(".part")
     save_file(tensors, part, metadata={"format": "pt"})
-    with part.open("rb") as stream:
-        os.fsync(stream.fileno())
+    flush(part)
     part.replace(file)

@@ -37,6 +37,7 @@ class Family:
         gate, up, down, gate_up: FFN projections, relative to the block. `gate` is None in an FFN without gating; `gate_up` fuses gate rows, then up rows.
         attention_norm, attention_post_norm, ffn_norm, ffn_post_norm: norms before the sublayer and on its output, relative to the block.
         norm_kind: "rms" or "layer". LayerNorm subtracts the mean over the hidden width.
+        norm_eps: name of the config attribute that is added to the variance.
         norm_weight_offset: 1.0 where the norm multiplies by (1 + weight), as Gemma does.
         scaled_embedding: the embedding is multiplied by sqrt(hidden_size) in the forward pass.
         hidden_size, num_layers, num_heads, num_kv_heads, head_dim, ffn_width: names of config attributes. `num_kv_heads` is None where every head has its
@@ -130,6 +131,11 @@ class Family:
         """Number of key/value heads; the number of query heads where the family has no grouping."""
         count = getattr(config, self.num_kv_heads, None) if self.num_kv_heads else None
         return int(count) if count else self.heads(config)
+
+    def query_groups(self, config: Any) -> int:
+        """Groups of query heads of which each must keep the same number: those that read one key/value head; 1 where every query head has its own."""
+        heads, kv_heads = self.heads(config), self.kv_heads(config)
+        return kv_heads if kv_heads < heads else 1
 
     def width(self, config: Any) -> int:
         """Hidden width."""

@@ -25,6 +25,7 @@ from llmlite.step import Scheme
 
 __all__ = [
     "BLOCK_SIZE",
+    "NESTED_BLOCK_SIZE",
     "Size",
     "Zeros",
     "count_zeros",
@@ -39,9 +40,10 @@ __all__ = [
 
 BLOCK_SIZE = 64
 """Weights that share one scale in bitsandbytes' 4-bit types; BitsAndBytesConfig offers no other number."""
+NESTED_BLOCK_SIZE = 256
+"""Scales that share one second-level scale, with double quantization."""
 
 _RUNTIME_BYTES = 500_000_000  # Python, torch, transformers, bitsandbytes and the allocator, before any weight
-_NESTED_BLOCKSIZE = 256  # absmax values that share one second-level absmax
 _OFFSET_DIGITS = 18  # typical length of the nested offset as JSON; the real one depends on the weights
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8", torch.uint8: "U8"}  # in file order
 
@@ -188,9 +190,9 @@ def _packed_tensors(
     }
     text = len(json.dumps(state))
     if double_quant:
-        tensors[f"{name}.nested_absmax"] = (torch.float32, (math.ceil(blocks / _NESTED_BLOCKSIZE),))
+        tensors[f"{name}.nested_absmax"] = (torch.float32, (math.ceil(blocks / NESTED_BLOCK_SIZE),))
         tensors[f"{name}.nested_quant_map"] = (torch.float32, (256,))
-        text = len(json.dumps({**state, "nested_blocksize": _NESTED_BLOCKSIZE, "nested_dtype": "float32", "nested_offset": 0})) - 1 + _OFFSET_DIGITS
+        text = len(json.dumps({**state, "nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": 0})) - 1 + _OFFSET_DIGITS
     tensors[f"{name}.quant_state.bitsandbytes__{scheme}"] = (torch.uint8, (text,))
     return tensors
 

@@ -38,7 +38,7 @@ __all__ = [
     "with_zero_biases",
 ]
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 Sliced = tuple[Any, dict[str, Tensor]]
 PerLayer = Sequence[Sequence[int]]
@@ -191,7 +191,7 @@ def with_zero_biases(view: ModelView, *, attention: bool = False, ffn: bool = Fa
         if name not in state and name.endswith(".bias"):
             state[name] = torch.zeros(parameter.shape, dtype=like.dtype, device=like.device)
     if note:
-        logger.info("%s", note)
+        log.info("%s", note)
     return config, state
 
 
@@ -273,7 +273,7 @@ def finish(view: ModelView, changes: dict[str, Any], state: dict[str, Tensor]) -
             setattr(config, name, value)
     legal, note = legal_config(config)
     if note:
-        logger.info("%s", note)
+        log.info("%s", note)
     return legal, state
 
 

@@ -1,7 +1,7 @@
 """The families table resolved on one model: modules instead of paths.
 
-A view holds references only, so it is cheap, works on the meta device, and sees whatever the modules are at the moment. It looks through PEFT, DDP,
-FSDP1 and `torch.compile` wrappers, and through the layers that PEFT and bitsandbytes put in place of `nn.Linear`.
+A view holds references only, so it is cheap, works on the meta device, and sees whatever the modules are at the moment. It looks through the wrappers
+that `unwrap` knows, and through the layers that PEFT and bitsandbytes put in place of `nn.Linear`.
 
 Shape suffixes: O out_features, I in_features.
 """
@@ -22,19 +22,16 @@ __all__ = ["BlockView", "LinearView", "ModelView", "base_layer", "unwrap"]
 
 
 def unwrap(model: Any) -> Any:
-    """The transformers model inside PEFT, DDP, FSDP1 and `torch.compile` wrappers; the model itself where there are none."""
+    """The transformers model inside PEFT, DDP, FSDP1, DeepSpeed and `torch.compile` wrappers; the model itself where there are none."""
     while True:
         if hasattr(model, "get_base_model"):
-            inner = model.get_base_model()
+            model = model.get_base_model()
         elif hasattr(model, "_orig_mod"):
-            inner = model._orig_mod
-        elif not hasattr(model, "config") and isinstance(getattr(model, "module", None), nn.Module):
-            inner = model.module
+            model = model._orig_mod
+        elif isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module
         else:
             return model
-        if inner is model:
-            return model
-        model = inner
 
 
 def base_layer(module: Any) -> Any:

@@ -62,14 +62,13 @@ class PruneHeads(UnitStep):
 
     def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
         """Walk through the blocks, then slice."""
-        from llmlite.models.view import ModelView
+        from llmlite.models.families import family_of
         from llmlite.pruning.units import Cut, cut_units
 
         keep, units = self._number(model.config)
         if keep == units:
             return model
-        view = ModelView(model)
-        groups = view.kv_heads if self.unit == "query_heads" and view.kv_heads < view.heads else 1
+        groups = family_of(model.config).query_groups(model.config) if self.unit == "query_heads" else 1
         pruned, figures = cut_units(model, [Cut(self.unit, units, keep, groups)], run.calibration_windows, self, walk_state(run))
         run.note(**figures)
         return pruned
@@ -102,9 +101,7 @@ def nearest_heads(config: Any, wanted: float, unit: Unit) -> int:
     from llmlite.models.families import family_of
 
     family = family_of(config)
-    heads, kv_heads = family.heads(config), family.kv_heads(config)
-    step = kv_heads if unit == "query_heads" and kv_heads < heads else 1
-    units = kv_heads if unit == "kv_groups" else heads
+    units, step = (family.kv_heads(config), 1) if unit == "kv_groups" else (family.heads(config), family.query_groups(config))
     candidates = sorted(range(step, units + 1, step), key=lambda number: (abs(number - wanted), number))
     if candidates[0] == units:
         return units
@@ -134,7 +131,7 @@ def config_with_heads(config: Any, keep: int, unit: Unit) -> Any:
     view = ModelView(meta_model(config))
     if unit == "kv_groups":
         return take_kv_groups(view, [range(keep)] * len(view.blocks))[0]
-    groups = view.kv_heads if view.kv_heads < view.heads else 1
+    groups = view.family.query_groups(config)
     size = view.heads // groups
     kept = [group * size + member for group in range(groups) for member in range(keep // groups)]
     return take_query_heads(view, [kept] * len(view.blocks))[0]

@@ -61,7 +61,7 @@ class PruneLayers(Step):
         from llmlite.models.families import family_of
 
         require_plain(model, "prune.layers")
-        layers = int(getattr(model.config, family_of(model.config).num_layers))
+        layers = family_of(model.config).layers(model.config)
         keep = self._number(layers)
         try:
             config = config_with_layers(model.config, keep)

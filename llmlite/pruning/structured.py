@@ -18,7 +18,7 @@ from pydantic import Field
 
 from llmlite.config import settings
 from llmlite.errors import ConfigError
-from llmlite.pruning.settings import WITH_GRADIENTS, Keep, Score, UnitStep, compensated, needs_gradients, planned, require_plain, walk_state
+from llmlite.pruning.settings import WITH_GRADIENTS, Keep, Score, UnitStep, compensated, kept_in, needs_gradients, planned, require_plain, walk_state
 from llmlite.step import ModelPlan
 
 if TYPE_CHECKING:
@@ -59,15 +59,15 @@ class PruneStructured(UnitStep):
         Raises:
             ConfigError: the share cannot be reached.
         """
-        require_plain(model, "prune.structured")
         from llmlite.models.size import size_of_config
 
+        require_plain(model, "prune.structured")
         if self.spread == "measured":
             return self._estimate(model, run)
         cuts, config = allocate(model.config, self.keep_parameters, self.multiple_of, self.spread)
         if self.bias_compensation and cuts:
-            kinds = {cut.role for cut in cuts}
-            config = compensated(config, "prune.structured", attention="o" in kinds, ffn="down" in kinds)
+            roles = {cut.role for cut in cuts}
+            config = compensated(config, "prune.structured", attention="o" in roles, ffn="down" in roles)
         share = size_of_config(config).decoder / size_of_config(model.config).decoder
         parts = [f"{cut.keep} of {cut.units} {'FFN channels' if cut.kind == 'ffn' else cut.kind.replace('_', ' ')}" for cut in cuts]
         note = f"{share:.1%} of the decoder stays: {', '.join(parts) or 'everything'}"
@@ -153,8 +153,9 @@ class PruneStructured(UnitStep):
 @contextmanager
 def _scratch_of(run: Run) -> Iterator[Path]:
     """Where trials are kept: with the run, or for the moment."""
-    if run.scratch != Path():
-        yield run.own_scratch / "trials"
+    kept = kept_in(run, "trials")
+    if kept is not None:
+        yield kept
         return
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
@@ -167,6 +168,7 @@ def allocate(config: Any, keep_parameters: float, multiple_of: int, spread: str)
         ConfigError: nothing reaches it.
     """
     from llmlite.models.families import family_of
+    from llmlite.models.legal import round_to_multiple
     from llmlite.models.size import size_of_config
     from llmlite.pruning.ffn import config_with_channels
     from llmlite.pruning.heads import config_with_heads, nearest_heads
@@ -177,8 +179,7 @@ def allocate(config: Any, keep_parameters: float, multiple_of: int, spread: str)
     wanted = keep_parameters * dense
     # parameters are linear in the number of channels, so two sizes give the number wanted
     one = (dense - size_of_config(config_with_channels(config, channels - 1)).decoder) if channels > 1 else dense
-    heads, kv_heads = family.heads(config), family.kv_heads(config)
-    step = kv_heads if kv_heads < heads else 1
+    heads, step = family.heads(config), family.query_groups(config)
     gone_heads = step if spread == "query_heads+ffn" and keep_parameters < 1 else 0
     while True:
         narrowed = config
@@ -194,10 +195,8 @@ def allocate(config: Any, keep_parameters: float, multiple_of: int, spread: str)
             what = "FFN channels alone" if spread == "ffn" or family.no_heads else "FFN channels and heads"
             raise ConfigError("prune.structured", [f"keep_parameters={keep_parameters} cannot be reached by {what}. Add a prune.layers step."])
         gone_heads += step
-    from llmlite.models.legal import round_to_multiple
-
     kept = round_to_multiple(round(keep), multiple_of, channels)
-    cuts = [Cut("query_heads", heads, heads - gone_heads, kv_heads if kv_heads < heads else 1)] if gone_heads else []
+    cuts = [Cut("query_heads", heads, heads - gone_heads, step)] if gone_heads else []
     if kept < channels:
         cuts.append(Cut("ffn", channels, kept))
     return cuts, config_with_channels(narrowed, kept)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class Cut:
         score: how these units are judged, instead of the step's score.
     """
 
-    kind: str
+    kind: Literal["ffn", "kv_groups", "query_heads"]
     units: int
     keep: int
     groups: int = 1

@@ -143,11 +143,11 @@ class PruneWeights(Step):
             return self._change(block, found, shares_L[block.index])
 
         with torch.no_grad():
-            stages = _STAGES if self.inputs == "compressed" else (tuple(role for stage in _STAGES for role in stage),)
-            walk = Walk(stages=stages, inputs=self.inputs, gram=self.method == "sparsegpt")
             if self.method == "magnitude":
                 walk_blocks(model, [], Walk(stages=((),)), change, walk_state(run))  # nothing to hear, and resumed as the others are
             else:
+                stages = _STAGES if self.inputs == "compressed" else (tuple(role for stage in _STAGES for role in stage),)
+                walk = Walk(stages=stages, inputs=self.inputs, gram=self.method == "sparsegpt")
                 batches = batches_of(run.calibration_windows)
                 weigh = (lambda places: quick_sensitivity(model, batches, places, run.recipe.seed, walk_state(run))) if self._goes_backward else None
                 walk_blocks(model, batches, walk, change, walk_state(run), weigh)

@@ -33,9 +33,9 @@ from llmlite.models.device_map import is_offloaded
 from llmlite.models.quick import quick_dtype_of
 from llmlite.models.view import BlockView, LinearView, ModelView
 from llmlite.processes import rank_and_processes
-from llmlite.quantization.nf4 import DoubleScales, Grid, calibrated_codes, dequantize, grid_of, output_error
+from llmlite.quantization.nf4 import Codes, Grid, calibrated_codes, grid_of
 from llmlite.quantization.stock_format import write_codes
-from llmlite.quantization.tune import Codes, tune_scales
+from llmlite.quantization.tune import tune_scales
 from llmlite.storage import damage, file_sums, flush, set_aside, writing_folder
 
 if TYPE_CHECKING:
@@ -119,25 +119,23 @@ def calibrate(model: nn.Module, batches: Sequence[Batch], how: CalibratedScheme,
                 together.setdefault(id(statistics), (statistics, []))[1].append(block.linears[role])
         for statistics, layers in together.values():
             moments = statistics.all
-            hessian_II = moments.gram_II / max(moments.tokens, 1)
             dense = [linear.weight_OI.float() for linear in layers]
-            here = grid.to(hessian_II.device)
-            chosen = calibrated_codes(dense, hessian_II, here, double_quant=how.double_quant, damping=how.damping, sweeps=how.sweeps)
-            for linear, weight_OI, (index_OI, scales_OB, double) in zip(layers, dense, chosen, strict=True):
-                quantized_OI = dequantize(index_OI, scales_OB, here)
-                whole = output_error(weight_OI, hessian_II).sum().clamp_min(1e-30)
-                error = float(output_error(weight_OI - quantized_OI, hessian_II).sum() / whole)
+            here = grid.to(moments.gram_II.device)
+            chosen = calibrated_codes(dense, moments.hessian_II, here, double_quant=how.double_quant, damping=how.damping, sweeps=how.sweeps)
+            for linear, weight_OI, one in zip(layers, dense, chosen, strict=True):
+                quantized_OI = one.dequantized(here)
+                error = moments.relative_output_error(weight_OI - quantized_OI, weight_OI)
                 linear.weight_OI.copy_(quantized_OI)
-                notes[linear.name] = {"error": error, "sha256": _keep(codes / f"{linear.name}.safetensors", Codes(index_OI, scales_OB, double))}
+                notes[linear.name] = {"error": error, "sha256": _keep(codes / f"{linear.name}.safetensors", one)}
         return notes
 
     if state is not None and (rank_and_processes()[0] == 0 or not is_blockwise(model)):  # whose state is common to all processes
         _set_aside_blocks(state, codes)
-    families = ModelView(model).family.linears
+    roles = tuple(ModelView(model).family.linears)
     notes = walk_blocks(
         model,
         batches,
-        Walk(stages=(tuple(families),), inputs="dense", keeps=not in_parts),  # of a model that is not in memory the codes are all that is needed
+        Walk(stages=(roles,), inputs="dense", keeps=not in_parts),  # of a model that is not in memory the codes are all that is needed
         change,
         state,
         weigh if how.token_weights == "sensitivity" else None,
@@ -147,8 +145,7 @@ def calibrate(model: nn.Module, batches: Sequence[Batch], how: CalibratedScheme,
             _tune(model, batches, hidden, how.tune, grid, codes, state)
         for linear in ModelView(model).linears():
             if (file := codes / _TUNED / f"{linear.name}.safetensors").is_file():
-                one = _read(file)
-                linear.weight_OI.copy_(dequantize(one.index_OI, one.scales_OB, grid))
+                linear.weight_OI.copy_(_read(file).dequantized(grid))
     return {name: float(layer["error"]) for block in notes for name, layer in block.items()}
 
 
@@ -189,7 +186,6 @@ def write_calibrated(model: nn.Module, codes: Path, scheme: Literal["nf4", "fp4"
         scheme: the model's.
     """
     grid = grid_of(scheme)
-
     tuned = codes / _TUNED
     place = tuned if tuned.is_dir() else codes
 
@@ -197,8 +193,7 @@ def write_calibrated(model: nn.Module, codes: Path, scheme: Literal["nf4", "fp4"
         files = {linear: place / f"{linear.name}.safetensors" for linear in block.linears.values()}
         there = {linear: file for linear, file in files.items() if file.is_file()}
         for linear, file in there.items():
-            one = _read(file)
-            write_codes(linear.base, one.index_OI, one.scales_OB, grid, one.double)
+            write_codes(linear.base, _read(file), grid)
         return len(there)
 
     shelf = shelf_of(model)
@@ -218,6 +213,4 @@ def _keep(file: Path, codes: Codes) -> str:
 
 
 def _read(file: Path) -> Codes:
-    stored = load_file(file)
-    double = DoubleScales(stored["offset"][0], stored["absmax"], stored["code"]) if "absmax" in stored else None
-    return Codes(stored["index"], stored["scales"], double)
+    return Codes.of(load_file(file))

@@ -20,7 +20,7 @@ from llmlite.calibration.walk import Walk, walk_blocks
 from llmlite.models.blockwise import present
 from llmlite.models.size import BLOCK_SIZE
 from llmlite.models.view import BlockView, ModelView
-from llmlite.quantization.nf4 import dequantize, grid_of, largest_scales, nearest_index, output_error
+from llmlite.quantization.nf4 import dequantize, grid_of, largest_scales, nearest_index
 
 if TYPE_CHECKING:
     from llmlite.calibration.blocks import Batch
@@ -51,12 +51,9 @@ def layer_errors(dense: nn.Module, quantized: nn.Module, batches: Sequence[Batch
                 linear = rounded[block.index].linears[role]
                 if not linear.quantized:
                     continue
-                moments = statistics.all
-                hessian_II = moments.gram_II / max(moments.tokens, 1)
                 weight_OI = block.linears[role].weight_OI.float()
                 rounded_OI = dequantized(linear.base).to(weight_OI)
-                whole = output_error(weight_OI, hessian_II).sum().clamp_min(1e-30)
-                errors[linear.name] = float(output_error(weight_OI - rounded_OI, hessian_II).sum() / whole)
+                errors[linear.name] = statistics.all.relative_output_error(weight_OI - rounded_OI, weight_OI)
         return errors
 
     walk = Walk(stages=(tuple(ModelView(dense).family.linears),), inputs="dense", keeps=False)

@@ -17,7 +17,7 @@ Legend: O out_features, I in_features, B = I / block size, k inputs of a block, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from llmlite.calibration.inverse_factor import inverse_factor
-from llmlite.models.size import BLOCK_SIZE
+from llmlite.models.size import BLOCK_SIZE, NESTED_BLOCK_SIZE
 
 __all__ = [
     "FACTORS",
+    "Codes",
     "DoubleScales",
     "Grid",
     "calibrated_codes",
@@ -37,14 +38,12 @@ __all__ = [
     "grid_of",
     "largest_scales",
     "nearest_index",
-    "output_error",
     "refine",
     "search_scales",
 ]
 
 FACTORS = tuple(round(0.68 + 0.02 * step, 2) for step in range(20))  # shares of the block's largest weight tried as its scale: 0.68 ... 1.06
 _BINS = 2048  # of a table of nearest levels, for each unit of the grid
-_DOUBLE_BLOCK = 256  # scales that share one second-level scale
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,9 @@ def nearest_index(scaled: Tensor, grid: Grid) -> Tensor:
     return torch.bucketize(scaled, grid.bounds, out_int32=True).to(torch.uint8)
 
 
-def largest_scales(weight_OI: Tensor, block_size: int = BLOCK_SIZE) -> Tensor:
+def largest_scales(weight_OI: Tensor) -> Tensor:
     """bitsandbytes' choice: the largest absolute weight of each block, (O, B) float32; a block of zeros gets a tiny scale above 0."""
-    return weight_OI.float().view(len(weight_OI), -1, block_size).abs().amax(-1).clamp_min(1e-12)
+    return weight_OI.float().view(len(weight_OI), -1, BLOCK_SIZE).abs().amax(-1).clamp_min(1e-12)
 
 
 def dequantize(index_OI: Tensor, scales_OB: Tensor, grid: Grid) -> Tensor:
@@ -94,29 +93,23 @@ def dequantize(index_OI: Tensor, scales_OB: Tensor, grid: Grid) -> Tensor:
     return (levels_OBk * scales_OB[..., None]).view(index_OI.shape)
 
 
-def output_error(error_OI: Tensor, hessian_II: Tensor) -> Tensor:
-    """Mean squared error of each output, (O,): e^T H e for each row e, with H = E[x x^T]."""
-    return ((error_OI @ hessian_II) * error_OI).sum(1).clamp_min(0)
-
-
-def search_scales(weight_OI: Tensor, importance_I: Tensor, grid: Grid, factors: Sequence[float] = FACTORS, block_size: int = BLOCK_SIZE) -> Tensor:
+def search_scales(weight_OI: Tensor, importance_I: Tensor, grid: Grid, factors: Sequence[float] = FACTORS) -> Tensor:
     """The scale of each block with the least weighted rounding error, then its closed-form refit.
 
         argmin_s sum_j importance[j] (w[j] - s level[j])^2,    s <- sum_j importance w level / sum_j importance level^2
 
     Args:
-        weight_OI: weights, (O, I); I a multiple of `block_size`.
+        weight_OI: weights, (O, I); I a multiple of `BLOCK_SIZE`.
         importance_I: weight of each input's error, for instance the diagonal of H, (I,).
         grid: see `grid_of`.
         factors: candidates as shares of the block's largest weight.
-        block_size: inputs that share a scale.
 
     Returns:
         Scales, (O, B) float32, above 0.
     """
-    weight_OBk = weight_OI.float().view(len(weight_OI), -1, block_size)
-    importance_Bk = importance_I.float().view(-1, block_size)
-    largest_OB = largest_scales(weight_OI, block_size)
+    weight_OBk = weight_OI.float().view(len(weight_OI), -1, BLOCK_SIZE)
+    importance_Bk = importance_I.float().view(-1, BLOCK_SIZE)
+    largest_OB = largest_scales(weight_OI)
     best_OB, scales_OB = torch.full_like(largest_OB, torch.inf), largest_OB.clone()
     # thirteen times faster than a search for each weight; a weight between two levels, to 1/2 of a bin, may take either, which costs the same
     bins = _BINS * int(1 + 1 / min(factors, default=1.0))
@@ -161,8 +154,8 @@ class DoubleScales:
 
         flat = scales_OB.float().flatten()
         offset = flat.mean()
-        padded = torch.nn.functional.pad((flat - offset).abs(), (0, -len(flat) % _DOUBLE_BLOCK))
-        absmax_G = padded.view(-1, _DOUBLE_BLOCK).amax(1).clamp_min(1e-12)
+        padded = torch.nn.functional.pad((flat - offset).abs(), (0, -len(flat) % NESTED_BLOCK_SIZE))
+        absmax_G = padded.view(-1, NESTED_BLOCK_SIZE).amax(1).clamp_min(1e-12)
         return cls(offset, absmax_G, create_dynamic_map().to(flat.device))
 
     def to(self, device: torch.device) -> DoubleScales:
@@ -172,7 +165,7 @@ class DoubleScales:
     def index(self, scales_OB: Tensor) -> Tensor:
         """The 8-bit code of the nearest scale that is above 0, uint8, (O, B)."""
         flat = scales_OB.float().flatten()
-        absmax = self.absmax_G.repeat_interleave(_DOUBLE_BLOCK)[: len(flat)]
+        absmax = self.absmax_G.repeat_interleave(NESTED_BLOCK_SIZE)[: len(flat)]
         bounds = (self.code_256[1:] + self.code_256[:-1]) / 2
         found = torch.bucketize((flat - self.offset) / absmax, bounds)
         lowest = torch.searchsorted(self.code_256, (-self.offset / absmax).contiguous(), right=True).clamp_max(255)  # a scale of 0 or less would end its block
@@ -181,12 +174,48 @@ class DoubleScales:
     def values(self, index_OB: Tensor) -> Tensor:
         """The scales that codes stand for, float32, (O, B)."""
         flat = index_OB.flatten().long()
-        absmax = self.absmax_G.repeat_interleave(_DOUBLE_BLOCK)[: len(flat)]
+        absmax = self.absmax_G.repeat_interleave(NESTED_BLOCK_SIZE)[: len(flat)]
         return (self.code_256[flat] * absmax + self.offset).view(index_OB.shape)
 
     def round(self, scales_OB: Tensor) -> Tensor:
         """The nearest scales that can be stored."""
         return self.values(self.index(scales_OB))
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What the weights of one layer are in 4 bits.
+
+    Attributes:
+        index_OI: indices of the grid's levels, uint8, (O, I).
+        scales_OB: scales, float32, (O, B), as they will be read back.
+        double: the second level of the scales, or None.
+    """
+
+    index_OI: Tensor
+    scales_OB: Tensor
+    double: DoubleScales | None = None
+
+    def dequantized(self, grid: Grid) -> Tensor:
+        """The weights that they stand for, float32, (O, I)."""
+        return dequantize(self.index_OI, self.scales_OB, grid)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name, as it is kept in a file."""
+        found = {"index": self.index_OI, "scales": self.scales_OB}
+        if self.double is not None:
+            found |= {"offset": self.double.offset.reshape(1), "absmax": self.double.absmax_G, "code": self.double.code_256}
+        return found
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Codes:
+        """What `tensors` gave."""
+        double = DoubleScales(tensors["offset"][0], tensors["absmax"], tensors["code"]) if "absmax" in tensors else None
+        return cls(tensors["index"], tensors["scales"], double)
+
+    def to(self, device: torch.device) -> Codes:
+        """The same codes on another device."""
+        return Codes(self.index_OI.to(device), self.scales_OB.to(device), None if self.double is None else self.double.to(device))
 
 
 def _damped(hessian_II: Tensor, damping: float) -> Tensor:
@@ -324,8 +353,7 @@ def calibrated_codes(
     double_quant: bool = False,
     damping: float = 1e-3,
     sweeps: int = 2,
-    block_size: int = BLOCK_SIZE,
-) -> list[tuple[Tensor, Tensor, DoubleScales | None]]:
+) -> list[Codes]:
     """Scales, then codes, then both once more: everything above in its order.
 
     Layers that hear the same input go in one pass: outputs do not depend on one another, and the steps over inputs are made once for all.
@@ -337,14 +365,13 @@ def calibrated_codes(
         double_quant: the scales will be stored in 8 bits; codes are chosen for the scales that will really be there.
         damping: share of the mean diagonal added to H's diagonal.
         sweeps: passes of `refine`; 0 leaves it out.
-        block_size: inputs that share a scale.
 
     Returns:
-        For each layer: indices, uint8, (O, I); scales, float32, (O, B), as they will be read back; the second level of the scales, or None.
+        The codes of each layer.
     """
     rows = [len(weight_OI) for weight_OI in weights]
     weight_OI = torch.cat([weight_OI.float() for weight_OI in weights]).contiguous()
-    scales_OB = search_scales(weight_OI, hessian_II.diagonal(), grid, block_size=block_size)
+    scales_OB = search_scales(weight_OI, hessian_II.diagonal(), grid)
     double = _Doubles([DoubleScales.of(part_OB) for part_OB in torch.split(scales_OB, rows)], rows) if double_quant else None
     if double:
         scales_OB = double.round(scales_OB)
@@ -352,7 +379,7 @@ def calibrated_codes(
     if sweeps:
         index_OI, scales_OB = refine(weight_OI, hessian_II, index_OI, scales_OB, grid, sweeps=sweeps, damping=damping, double=double)
     parts = double.parts if double else [None] * len(rows)
-    return [(index, scales, part) for index, scales, part in zip(torch.split(index_OI, rows), torch.split(scales_OB, rows), parts, strict=True)]
+    return [Codes(*layer) for layer in zip(torch.split(index_OI, rows), torch.split(scales_OB, rows), parts, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmlite.quantization.nf4 import DoubleScales, Grid
+from llmlite.quantization.nf4 import Codes, Grid
 
 if TYPE_CHECKING:
     from bitsandbytes.nn import Linear4bit
@@ -36,15 +36,13 @@ def pack(codes_OI: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def write_codes(layer: Linear4bit, index_OI: Tensor, scales_OB: Tensor, grid: Grid, double: DoubleScales | None = None) -> None:
+def write_codes(layer: Linear4bit, codes: Codes, grid: Grid) -> None:
     """Replace what a 4-bit layer holds, in place; its storage type, compute type and device stay.
 
     Args:
         layer: a layer that bitsandbytes has quantized, not packed for the CPU (see `make_safe`).
-        index_OI: indices of levels, uint8, (O, I).
-        scales_OB: scales, float32, (O, B). With `double`, scales that it can hold.
+        codes: with a second level of the scales, which holds them, exactly when the layer has one.
         grid: the grid of the layer's own type.
-        double: the second level of the scales, exactly when the layer has one.
 
     Raises:
         ValueError: another shape, block size, type or nesting than the layer has, or a layer packed for the CPU.
@@ -52,7 +50,8 @@ def write_codes(layer: Linear4bit, index_OI: Tensor, scales_OB: Tensor, grid: Gr
     state = layer.weight.quant_state
     _require_plain(layer)
     wanted = (tuple(state.shape), state.blocksize, state.nested)
-    given = (tuple(index_OI.shape), index_OI.shape[1] // scales_OB.shape[1], double is not None)
+    index_OI, double = codes.index_OI, codes.double
+    given = (tuple(index_OI.shape), index_OI.shape[1] // codes.scales_OB.shape[1], double is not None)
     if wanted != given:
         raise ValueError(f"the layer has shape, block size and double quantization {wanted}, the codes have {given}")
     if not torch.equal(grid.levels_L[torch.bucketize(state.code.cpu().float(), grid.bounds.cpu())].cpu(), state.code.cpu().float()):
@@ -61,9 +60,9 @@ def write_codes(layer: Linear4bit, index_OI: Tensor, scales_OB: Tensor, grid: Gr
     packed = pack(grid.codes_L.to(index_OI.device)[index_OI.long()]).to(device)
     layer.weight.data = packed.flatten().view(data.dtype).view(data.shape)
     if double is None:
-        state.absmax = scales_OB.float().flatten().to(device)
+        state.absmax = codes.scales_OB.float().flatten().to(device)
         return
-    state.absmax = double.index(scales_OB).flatten().to(device)
+    state.absmax = double.index(codes.scales_OB).flatten().to(device)
     state.offset = double.offset.float().to(device)
     state.state2.absmax = double.absmax_G.float().to(device)
     state.state2.code = double.code_256.float().to(device)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,34 +25,14 @@ from llmlite.calibration.kept import digest_of
 from llmlite.distillation.descent import DenseAnswers, Descent, Kept, descend
 from llmlite.models.quick import quick_copy, quick_dtype
 from llmlite.models.view import LinearView, ModelView
-from llmlite.quantization.nf4 import DoubleScales, Grid
+from llmlite.quantization.nf4 import Codes, DoubleScales, Grid
 
 if TYPE_CHECKING:
     from llmlite.calibration.blocks import Batch
 
-__all__ = ["Codes", "scaled_product", "tune_scales"]
+__all__ = ["scaled_product", "tune_scales"]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Codes:
-    """What one layer's weights are: indices of levels, uint8, (O, I); scales, float32, (O, B); their second level, or None."""
-
-    index_OI: Tensor
-    scales_OB: Tensor
-    double: DoubleScales | None = None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All of it by name, as it is kept in a file."""
-        found = {"index": self.index_OI, "scales": self.scales_OB}
-        if self.double is not None:
-            found |= {"offset": self.double.offset.reshape(1), "absmax": self.double.absmax_G, "code": self.double.code_256}
-        return found
-
-    def to(self, device: torch.device) -> Codes:
-        """The same codes on another device."""
-        return Codes(self.index_OI.to(device), self.scales_OB.to(device), None if self.double is None else self.double.to(device))
 
 
 class _ScaledProduct(torch.autograd.Function):

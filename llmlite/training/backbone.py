@@ -4,15 +4,14 @@ The chunked losses need the halves apart. Rather than calling the decoder behind
 shown a single position: what it was about to be given is kept. So everything around the decoder (PEFT, DDP, `device_map`, generation of masks) works
 as it does elsewhere, and no table of families is needed.
 
-What a family does to the logits afterwards is read from its config, and `supports_chunked_head` checks on one tiny forward that nothing was
-missed. Where it says no, use full logits: `chunked_head_loss(logits, nn.Identity(), ...)`.
+What a family does to the logits afterwards is read from its config. Tests hold that for every family of the table; of any other model
+`require_known_logits` finds out on one tiny forward that nothing was missed.
 
 Shapes: B sequences, T positions, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -22,11 +21,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from llmlite.errors import UnsupportedModel
+from llmlite.models.view import unwrap
 from llmlite.training.token_loss import LogitTransform
 
-__all__ = ["HiddenAndHead", "hidden_and_head", "logit_transform", "supports_chunked_head"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["HiddenAndHead", "hidden_and_head", "logit_transform", "require_known_logits"]
 
 _NOT_FOR_HIDDEN = ("labels", "shift_labels", "logits_to_keep", "num_items_in_batch", "use_cache")
 
@@ -52,7 +50,7 @@ def hidden_and_head(model: nn.Module, inputs: Mapping[str, Any]) -> HiddenAndHea
     Raises:
         UnsupportedModel: there is no head, or the model does not call it exactly once.
     """
-    bare = _unwrap(model)
+    bare = unwrap(model)
     head = _head(bare)
     if any(hasattr(parameter, "ds_id") for parameter in head.parameters()):  # ZeRO-3 brings a weight in for its module's own forward and backward pass only
         output = model(**{name: value for name, value in inputs.items() if name not in _NOT_FOR_HIDDEN}, use_cache=False)
@@ -67,32 +65,31 @@ def hidden_and_head(model: nn.Module, inputs: Mapping[str, Any]) -> HiddenAndHea
 
 
 def logit_transform(config: Any) -> LogitTransform:
-    """What the family does to its raw logits, from its config: gemma's softcap; granite's, cohere's and falcon_h1's scales."""
+    """What the family does to its raw logits, from its config: gemma's softcaps; the scales of granite, cohere, falcon_h1 and hyperclovax."""
     text = config.get_text_config()
     scale = 1.0
-    if _number(text, "logits_scaling"):
-        scale /= text.logits_scaling
+    if _number(text, "logits_scaling"):  # hyperclovax multiplies by what granite divides by
+        scale *= text.logits_scaling if text.model_type == "hyperclovax" else 1 / text.logits_scaling
     for name in ("logit_scale", "lm_head_multiplier"):
         if _number(text, name):
             scale *= getattr(text, name)
-    return LogitTransform(scale, text.final_logit_softcapping if _number(text, "final_logit_softcapping") else None)
+    softcap = next((getattr(text, name) for name in ("final_logit_softcapping", "logits_soft_cap") if _number(text, name)), None)
+    return LogitTransform(scale, softcap)
 
 
-def supports_chunked_head(model: nn.Module) -> bool:
-    """Whether `transform(head(hidden))` gives the model's own logits, found out on a forward of eight tokens.
+def require_known_logits(model: nn.Module) -> None:
+    """Refuse a model whose logits are not `transform(head(hidden))`, found out on a forward of eight tokens.
 
     Train and eval modes stay as they are (an eval forward can damage bitsandbytes weights), and so does the random state. Ask before wrapping in
-    FSDP or DeepSpeed. The reason of a no is logged as a warning.
+    FSDP or DeepSpeed.
+
+    Raises:
+        UnsupportedModel: they are others, or there is no head.
     """
-    model = _unwrap(model)
-    try:
-        difference, allowed = _probe(model)
-    except UnsupportedModel as error:
-        logger.warning("%s Its loss is computed from full logits.", error)
-        return False
-    if not difference <= allowed:
-        logger.warning("%s changes its logits in a way not known here (difference %.3g): its loss is computed from full logits.", _name(model), difference)
-    return difference <= allowed
+    model = unwrap(model)
+    difference, allowed = _probe(model)
+    if not difference <= allowed:  # written so that NaN fails
+        raise UnsupportedModel(f"{_name(model)} changes its logits in a way not known here (difference {difference:.3g}).")
 
 
 def _probe(model: Any) -> tuple[float, float]:
@@ -138,19 +135,6 @@ def _without_dropout(head: nn.Module) -> Iterator[None]:
     finally:
         for module in active:
             module.train()
-
-
-def _unwrap(model: Any) -> Any:
-    """The transformers model inside of `torch.compile`, DDP and PEFT."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif isinstance(getattr(model, "module", None), nn.Module):
-            model = model.module
-        else:
-            return model
 
 
 def _head(model: Any) -> nn.Module:

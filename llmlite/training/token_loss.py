@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-__all__ = ["IGNORE_INDEX", "CrossEntropy", "LogitTransform", "PlainHead", "TokenLoss", "WithoutLogits", "next_token_labels"]
+from llmlite.data.tokens import IGNORE_INDEX
 
-IGNORE_INDEX = -100
-"""The label of a token that does not count, as in transformers and `torch.nn.functional.cross_entropy`."""
+__all__ = ["IGNORE_INDEX", "CrossEntropy", "LogitTransform", "PlainHead", "TokenLoss", "WithoutLogits", "next_token_labels"]
 
 
 def next_token_labels(labels_BT: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmlite
 from llmlite.errors import ConfigError
+from llmlite.kept import load_result
 from llmlite.models.added_tokens import fill_rows
 from llmlite.quantization.bnb import Quantize
 from tests.conftest import build_tiny, build_tokenizer, logits_of, save_tiny
@@ -77,7 +78,7 @@ def test_an_adapter_on_the_stock_base_with_more_rows_gives_the_same_logits_in_a_
         names = {"Qwen/Qwen3-0.6B": base, "151_671": str(vocabulary + 2), "outputs/lora": report.path}
         found: dict[str, Any] = {"AutoModelForCausalLM": AutoModelForCausalLM, "PeftModel": PeftModel}
         exec(snippet("docs/adapters.md", "resize_token_embeddings", names), found)
-        ids_BT, (ours, _) = torch.tensor([[5, vocabulary, 6, vocabulary + 1]]), llmlite.pipeline.load_result(report.path)
+        ids_BT, (ours, _) = torch.tensor([[5, vocabulary, 6, vocabulary + 1]]), load_result(report.path)
         assert torch.equal(logits_of(found["model"].eval(), ids_BT), logits_of(ours, ids_BT))
         return
     command = [sys.executable, "-c", STRANGER, str(base), str(report.path), str(tmp_path / "found.safetensors")]
@@ -85,7 +86,7 @@ def test_an_adapter_on_the_stock_base_with_more_rows_gives_the_same_logits_in_a_
     assert done.returncode == 0, done.stderr
     found = load_file(tmp_path / "found.safetensors")
     assert (found["ids"] >= vocabulary).sum() == 2
-    ours, _ = llmlite.pipeline.load_result(report.path)
+    ours, _ = load_result(report.path)
     with torch.no_grad():
         expected = ours(input_ids=found["ids"]).logits
     assert torch.equal(found["logits"], expected)

@@ -22,8 +22,8 @@ import llmlite
 from llmlite.cli import main
 from llmlite.errors import ConfigError, OutputError, RunError
 from llmlite.hub.push import push
+from llmlite.kept import load_result
 from llmlite.models.safety import make_safe
-from llmlite.pipeline import load_result
 from tests.conftest import logits_of, save_tiny, token_ids
 from tests.hub.conftest import STRANGERS_LINES, loopback_hub
 from tests.hub.fake_hub import FakeHub

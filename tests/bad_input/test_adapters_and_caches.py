@@ -112,6 +112,17 @@ def test_an_adapter_of_another_model_and_a_pickled_one_are_refused(model_folder:
     assert not (tmp_path / "harmed").exists()
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory: you tried to allocate"), MemoryError()])
+def test_no_memory_is_not_the_adapters_fault(error: Exception, model_folder: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(peft.PeftModel, "from_pretrained", full)
+    with pytest.raises(type(error)) as raised:
+        llmlite.load_adapter(AutoModelForCausalLM.from_pretrained(model_folder), adapter)
+    assert raised.value is error
+
+
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_sampled_text_that_is_damaged_is_sampled_again(kind: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMLITE_CACHE", str(tmp_path / "cache"))

@@ -23,11 +23,20 @@ def test_moments_are_those_of_the_data_however_it_is_cut() -> None:
         torch.testing.assert_close(moments.gram_II, whole.gram_II)
         torch.testing.assert_close(moments.cross_JI, whole.cross_JI)
     torch.testing.assert_close(whole.gram_II, x.T @ x)
+    torch.testing.assert_close(whole.hessian_II, x.T @ x / 50)
     torch.testing.assert_close(whole.cross_JI, dense.T @ x)
     torch.testing.assert_close(whole.mean_I, x.mean(0))
     torch.testing.assert_close(whole.variance_I, x.var(0, correction=0))
     torch.testing.assert_close(whole.norm_I, x.norm(dim=0))
     assert (whole.tokens, parts.tokens) == (50, 50)
+
+
+def test_the_relative_output_error_is_that_of_the_outputs() -> None:
+    x, weight, change = torch.randn(50, 6), torch.randn(4, 6), torch.randn(4, 6)
+    moments = Moments(6)
+    moments.add(x)
+    assert moments.relative_output_error(change, weight) == pytest.approx(float((x @ change.T).square().sum() / (x @ weight.T).square().sum()), rel=1e-5)
+    assert moments.relative_output_error(torch.zeros(4, 6), torch.zeros(4, 6)) == 0
 
 
 @pytest.mark.parametrize("width", [1, 2, 35, 64, 65, 128, 200, 400])

@@ -15,10 +15,7 @@ from llmlite.data.settings import Data
 from llmlite.models.find import Source
 from tests.conftest import build_tiny
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMLITE_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def run_on(model_folder: Path, **data: Any) -> Run:

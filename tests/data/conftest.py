@@ -3,14 +3,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from tokenizers import decoders as token_decoders
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+from tests.conftest import CHATML, build_tokenizer
+
 CHATML_MARKED = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}"
@@ -37,33 +34,18 @@ NO_END = (
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 
-_TEXT = [
-    "What does the function do?",
-    "It returns the answer to the question.",
-    "user assistant system",
-    "The capital of France is Paris. 서울은 한국의 수도.",
-] * 20
+_TEXT = ["What does the function do?", "It returns the answer to the question.", "user assistant system", "The capital of France is Paris. 서울은 한국의 수도."]
 
 
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
-    """A small byte-level BPE, its padding token equal to EOS as so often."""
+    """`build_tokenizer` on text of two languages, with a template of one's own, and with BOS before every text where asked."""
 
     def make(template: str | None = CHATML, adds_bos: bool = False) -> PreTrainedTokenizerFast:
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = token_decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=320, special_tokens=["<s>", "<|im_start|>", "<|im_end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-        )
-        tokenizer.train_from_iterator(_TEXT, trainer)
+        tokenizer = build_tokenizer(_TEXT, template, additional_special_tokens=["<|im_start|>"])
         if adds_bos:
-            tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])
-        wrapped = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|im_end|>", pad_token="<|im_end|>", additional_special_tokens=["<|im_start|>"]
-        )
-        wrapped.chat_template = template
-        return wrapped
+            tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+        return tokenizer
 
     return make
 

@@ -8,7 +8,7 @@ import pytest
 
 from llmlite.data.prepare import prepare
 from llmlite.data.text import Rows
-from llmlite.data.tokens import IGNORED, encode, leading_ids, preview, token_stream
+from llmlite.data.tokens import IGNORE_INDEX, encode, leading_ids, preview, token_stream
 from llmlite.errors import DataError
 
 END = "<|im_end|>"
@@ -48,7 +48,7 @@ def test_end_of_sequence_is_trained_though_it_is_the_padding_token(make_tokenize
     for ids, labels, mask, length in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], map(len, prepared.dataset["input_ids"]), strict=True):
         assert labels[:length].tolist().count(tokenizer.eos_token_id) == 1  # the answer's end, not the user's
         assert ids[:length].tolist().count(tokenizer.eos_token_id) == 2
-        assert (labels[length:] == IGNORED).all()
+        assert (labels[length:] == IGNORE_INDEX).all()
         assert mask.tolist() == [1] * length + [0] * (len(mask) - length)
 
 
@@ -118,7 +118,7 @@ def test_where_the_template_marks_the_assistant_transformers_agrees(make_tokeniz
     tokenizer = make_tokenizer(marked)
     output = tokenizer.apply_chat_template(CHAT["messages"], return_dict=True, return_assistant_tokens_mask=True)
     encoded = encode(rows_of(CHAT), tokenizer, 400)
-    assert (encoded.labels[0] != IGNORED).tolist() == [bool(mask) for mask in output["assistant_masks"]]
+    assert (encoded.labels[0] != IGNORE_INDEX).tolist() == [bool(mask) for mask in output["assistant_masks"]]
 
 
 def test_a_template_without_an_end_of_turn_gets_one(make_tokenizer: Callable, templates: dict[str, str]):
@@ -150,7 +150,7 @@ def test_of_plain_text_all_but_the_first_token_is_trained(make_tokenizer: Callab
     tokenizer = make_tokenizer()
     encoded = encode(rows_of({"text": "The capital of France is Paris."}), tokenizer, 200)
     ids, labels = encoded.input_ids[0], encoded.labels[0]
-    assert labels[0] == IGNORED
+    assert labels[0] == IGNORE_INDEX
     assert (labels[1:] == ids[1:]).all()
     assert ids[-1] == tokenizer.eos_token_id
 
@@ -213,7 +213,7 @@ def test_the_echo_tells_what_was_understood_and_what_was_left_out(make_tokenizer
     counts = prepared.counts
     assert (counts.rows_read, counts.blank, counts.examples) == (50, 1, 49)
     assert counts.tokens == sum(map(len, prepared.dataset["input_ids"]))
-    assert counts.trained_tokens == sum(label != IGNORED for labels in prepared.dataset["labels"] for label in labels)
+    assert counts.trained_tokens == sum(label != IGNORE_INDEX for labels in prepared.dataset["labels"] for label in labels)
     assert counts.fill == counts.tokens / (counts.sequences * 64)
 
 

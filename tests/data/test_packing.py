@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmlite.data.collate import PackedCollator, PaddedCollator
 from llmlite.data.packing import pack, packed_dataset, padded_dataset
-from llmlite.data.tokens import IGNORED, Encoded
+from llmlite.data.tokens import IGNORE_INDEX, Encoded
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -58,9 +58,9 @@ def tiny(family: str, attention: str = "sdpa") -> PreTrainedModel:
 def examples(lengths: list[int]) -> Encoded:
     generator = np.random.default_rng(0)
     ids = [generator.integers(3, 64, length).astype(np.int32) for length in lengths]
-    labels = [np.where(np.arange(len(row)) < len(row) // 3, IGNORED, row).astype(np.int32) for row in ids]
+    labels = [np.where(np.arange(len(row)) < len(row) // 3, IGNORE_INDEX, row).astype(np.int32) for row in ids]
     for row in labels:
-        row[0] = IGNORED
+        row[0] = IGNORE_INDEX
     return Encoded(ids, labels, ["row"] * len(ids))
 
 
@@ -71,7 +71,7 @@ def token_losses(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
     with torch.no_grad():
         logits_BTV = model(**inputs).logits.float()
     losses = cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), reduction="none")
-    return losses[labels_BT[:, 1:].flatten() != IGNORED].sort().values
+    return losses[labels_BT[:, 1:].flatten() != IGNORE_INDEX].sort().values
 
 
 @pytest.mark.parametrize(("family", "attention"), CASES)
@@ -154,7 +154,7 @@ def test_packed_rows_restart_positions_and_never_train_a_first_token():
     for row in rows:
         starts = [at for at, position in enumerate(row["position_ids"]) if position == 0]
         assert starts[0] == 0
-        assert all(row["labels"][at] == IGNORED for at in starts)
+        assert all(row["labels"][at] == IGNORE_INDEX for at in starts)
         for begin, end in itertools.pairwise([*starts, len(row["input_ids"])]):
             assert row["position_ids"][begin:end] == list(range(end - begin))
 
@@ -168,5 +168,5 @@ def test_batches_of_prepared_rows_come_from_their_own_collator(make_tokenizer: C
     assert packed.counts.trained_tokens == padded.counts.trained_tokens
     for prepared in (packed, padded):
         batch = prepared.collator()(list(prepared.dataset))
-        assert int((batch["labels"] != IGNORED).sum()) == prepared.counts.trained_tokens
+        assert int((batch["labels"] != IGNORE_INDEX).sum()) == prepared.counts.trained_tokens
     assert "attention_mask" not in packed.collator()(list(packed.dataset))

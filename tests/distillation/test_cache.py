@@ -14,7 +14,7 @@ import llmlite
 from llmlite.context import Run
 from llmlite.distillation import cache as cache_module
 from llmlite.distillation.cache import TeacherCache, choose_kind
-from llmlite.distillation.objective import Distillation
+from llmlite.distillation.objective import Distillation, HiddenTeacher
 from llmlite.distillation.teacher import LiveTeacher, TeacherModel
 from llmlite.errors import RunError
 from llmlite.training.chunked import chunked_head_loss
@@ -23,8 +23,7 @@ from tests.conftest import save_tiny
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMLITE_CACHE", str(tmp_path / "cache"))
+def _small_shards(own_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module, "_ROWS_PER_SHARD", 4)
 
 
@@ -134,6 +133,16 @@ def test_ids_of_every_size_come_back(vocabulary):
     stored = cache_module._as_stored(ids, vocabulary)
     assert stored.element_size() == (2 if vocabulary <= 2**16 else 4)
     assert torch.equal(cache_module._widened(stored), ids)
+
+
+@pytest.mark.parametrize("vocabulary", [2**16, 2**16 + 1])
+def test_a_batch_of_which_no_token_is_trained_joins_the_others_of_its_shard(model_folder, pairs_file, monkeypatch, vocabulary):
+    cache = cache_of(context(model_folder, pairs_file), "top_k")
+    monkeypatch.setattr(cache.teacher.config, "vocab_size", vocabulary)
+    signal = HiddenTeacher(torch.randn(5, 3), torch.randn(vocabulary, 3))
+    none, some = (cache._entries(signal, torch.tensor(rows, dtype=torch.int64)) for rows in ([], [4, 1]))
+    for name, part in some.items():
+        assert torch.equal(torch.cat([none[name], part]), part)
 
 
 def test_auto_takes_what_is_there_then_what_fits_then_the_live_teacher():

@@ -8,17 +8,21 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import MixtralForCausalLM
 
 import llmlite
 from llmlite.config import settings
 from llmlite.context import Run
 from llmlite.distillation.inner import InnerLosses, InnerWeights
-from llmlite.errors import ConfigError
+from llmlite.distillation.teacher import TeacherModel
+from llmlite.errors import ConfigError, UnsupportedModel
 from llmlite.recipe import Recipe
 from llmlite.recipes.distill_whitebox import DistillWhiteBox as Preset
 from llmlite.step import ModelPlan, Step
 from tests.conftest import build_tiny, build_tokenizer, save_tiny
 from tests.distillation.test_uld import other_tokenizer
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @settings
@@ -47,11 +51,6 @@ def run(model: Path, data: Path, out: Path, *steps: Step) -> Any:
         model=str(model), data=llmlite.Data(train=str(data), max_length=64, evaluation_rows=6), steps=[Noise(), *steps], output_dir=str(out)
     )
     return recipe.run()
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMLITE_CACHE", str(tmp_path / "cache"))
 
 
 def problems_of(model: Path, data: Path, *steps: Any) -> str:
@@ -123,6 +122,24 @@ def test_quantized_weights_are_refused_without_an_adapter_and_taken_with_one(mod
     plan = llmlite.Recipe(model=str(model_folder), data=data, steps=[quantize, llmlite.DistillWhiteBox(adapter=llmlite.Lora(r=4), max_steps=1)]).check()
     assert plan.rows[2]["adapters"]
     assert "rank 4 on 21 layers" in plan.rows[2]["notes"]
+
+
+def test_a_teacher_of_no_known_family_that_makes_something_else_of_its_logits_is_refused(
+    model_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = Run(llmlite.Recipe(model=str(model_folder), data=str(pairs_file), steps=[llmlite.DistillWhiteBox()]))
+    teacher = TeacherModel(student, str(save_tiny(tmp_path / "teacher", "mixtral")))
+    teacher.load()
+    forward = MixtralForCausalLM.forward
+
+    def doubled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        output.logits = 2 * output.logits
+        return output
+
+    monkeypatch.setattr(MixtralForCausalLM, "forward", doubled)
+    with pytest.raises(UnsupportedModel, match=r"^teacher '.*': mixtral changes its logits .* distill\.blackbox, teacher: serve:"):
+        teacher.load()
 
 
 def test_a_teacher_with_another_tokenizer_is_refused_unless_the_loss_is_made_for_it(model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import llmlite
 from llmlite.errors import ConfigError, HubError, OutputError, PushFailed
 from llmlite.hub.push import push
-from llmlite.pipeline import load_result
+from llmlite.kept import load_result
 from llmlite.report import Report
 from tests.conftest import build_tokenizer, save_tiny, token_ids
 from tests.hub.conftest import STRANGERS_LINES, loopback_hub

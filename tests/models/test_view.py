@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
 from llmlite.errors import UnsupportedModel
-from llmlite.models.view import ModelView
+from llmlite.models.view import ModelView, unwrap
 from tests.conftest import ALL_FAMILIES, build_tiny, logits_of, tiny_config
 
 
@@ -79,6 +79,24 @@ def test_lora_on_the_projections_hits_every_block_linear_and_nothing_else(name: 
     assert view.unmapped_parameters() == []
     assert all(linear.weight_OI.shape == (linear.out_features, linear.in_features) for linear in view.linears())
     assert torch.equal(logits_of(peft), dense)
+
+
+class Engine(torch.nn.Module):
+    """As DeepSpeed's: the model under `module`, and a `config` of its own."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module, self.config = module, {"train_batch_size": 1}
+
+
+def test_a_model_is_found_under_every_wrapper_in_any_order() -> None:
+    model = build_tiny("llama")
+    assert unwrap(model) is model
+    for wrapped in (Engine(model), torch.compile(model), Engine(torch.compile(model))):
+        assert unwrap(wrapped) is model
+    peft = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    for wrapped in (peft, Engine(peft), torch.compile(peft), Engine(torch.compile(peft)), torch.compile(Engine(peft))):
+        assert unwrap(wrapped) is model
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt2"])

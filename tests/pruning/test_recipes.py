@@ -15,10 +15,7 @@ from llmlite.data.settings import Data
 from llmlite.models.size import count_zeros, size_of_model
 from tests.conftest import build_tiny, token_ids
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMLITE_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def options(model_folder: Path, pairs_file: Path, out: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import llmlite
 from llmlite.context import Run
-from llmlite.distillation import descent, descent_state
+from llmlite.distillation import descent
 from llmlite.errors import ConfigError, LlmliteError, RunError
 from llmlite.models.size import count_zeros
 from llmlite.models.view import ModelView
@@ -22,10 +22,7 @@ from llmlite.pruning.rescale import PruneRescale
 from llmlite.step import ModelPlan
 from tests.conftest import ALL_FAMILIES, build_tiny, logits_of, require_stock_reload, save_tiny, token_ids
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMLITE_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def random_factors(factors: Factors) -> None:
@@ -100,21 +97,9 @@ def test_a_pruned_model_comes_nearer_to_the_base(folder: Path, pruning: Any) -> 
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in tuned.modules())
 
 
-def test_a_descent_stopped_twice_ends_in_the_same_bits(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(descent_state, "KEEP_SECONDS", 0.0)
-    monkeypatch.setattr(descent_state, "KEEP_SHARE", torch.inf)
-    real = descent._descend
-
+def test_a_descent_stopped_twice_ends_in_the_same_bits(folder: Path, tmp_path: Path, descents: Any) -> None:
     def once(scratch: Path, stop: int | None) -> tuple[Any, int]:
-        calls: list[int] = []
-
-        def descend(*args: Any) -> float:
-            if len(calls) == stop:
-                raise KeyboardInterrupt
-            calls.append(1)
-            return real(*args)
-
-        monkeypatch.setattr(descent, "_descend", descend)
+        calls = descents(stop)
         run = run_on(folder, scratch)
         pruned = llmlite.PruneFfn(keep=0.5, multiple_of=16).apply(AutoModelForCausalLM.from_pretrained(folder), run_on(folder))
         (step,) = run.recipe.steps

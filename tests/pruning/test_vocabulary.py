@@ -23,12 +23,9 @@ from llmlite.models.vocabulary import narrow_model, narrowed_config
 from llmlite.report import Report
 from tests.conftest import ALL_FAMILIES, build_tiny, logits_of, require_stock_reload, token_ids
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 KEPT = [0, 1, 2, *range(3, 96, 2)]
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMLITE_CACHE", str(tmp_path / "cache"))
 
 
 def test_kept_tokens_have_the_logits_they_had_in_every_family_and_stock_code_reloads_them(tmp_path: Path) -> None:

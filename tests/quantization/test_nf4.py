@@ -19,7 +19,6 @@ from llmlite.quantization.nf4 import (
     grid_of,
     largest_scales,
     nearest_index,
-    output_error,
     refine,
     search_scales,
 )
@@ -38,7 +37,8 @@ def _problem(outputs: int = 24, inputs: int = 128, tokens: int = 400, seed: int 
 
 
 def _error(weight_OI: Tensor, hessian_II: Tensor, index_OI: Tensor, scales_OB: Tensor, scheme: str) -> float:
-    return output_error(weight_OI - dequantize(index_OI, scales_OB, grid_of(scheme)), hessian_II).sum().item()  # type: ignore[arg-type]
+    error_OI = weight_OI - dequantize(index_OI, scales_OB, grid_of(scheme))  # type: ignore[arg-type]
+    return (error_OI @ hessian_II * error_OI).sum().item()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -118,10 +118,9 @@ def test_inputs_that_are_always_zero_and_fewer_tokens_than_inputs_are_survived()
     weight_OI, _ = _problem()
     x_NI = torch.randn(20, 128)
     x_NI[:, 5] = 0
-    ((index_OI, scales_OB, _),) = calibrated_codes([weight_OI], x_NI.t() @ x_NI / 20, grid_of("nf4"))
-    restored_OI = dequantize(index_OI, scales_OB, grid_of("nf4"))
-    assert bool(restored_OI.isfinite().all())
-    assert bool((scales_OB > 0).all())
+    (codes,) = calibrated_codes([weight_OI], x_NI.t() @ x_NI / 20, grid_of("nf4"))
+    assert bool(codes.dequantized(grid_of("nf4")).isfinite().all())
+    assert bool((codes.scales_OB > 0).all())
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -148,7 +147,8 @@ def test_each_step_lowers_the_output_error(scheme: str) -> None:
 def test_refined_codes_cannot_be_improved_by_moving_any_one_of_them() -> None:
     weight_OI, hessian_II = _problem(outputs=2, inputs=64)
     grid = grid_of("nf4")
-    ((index_OI, scales_OB, _),) = calibrated_codes([weight_OI], hessian_II, grid, sweeps=50, damping=0.0)
+    (codes,) = calibrated_codes([weight_OI], hessian_II, grid, sweeps=50, damping=0.0)
+    index_OI, scales_OB = codes.index_OI, codes.scales_OB
     best = _error(weight_OI, hessian_II, index_OI, scales_OB, "nf4")
     for row, column, step in itertools.product(range(2), range(64), (-1, 1)):
         moved_OI = index_OI.clone()
@@ -174,12 +174,12 @@ def test_codes_chosen_for_8_bit_scales_beat_codes_whose_scales_are_rounded_after
     weight_OI, hessian_II = _problem(outputs=96, seed=3)
     weight_OI[::7] *= 6  # rows of very different size, so that 8 bits are coarse for the small ones
     grid = grid_of("nf4")
-    ((index_OI, scales_OB, _),) = calibrated_codes([weight_OI], hessian_II, grid)
-    rounded_after = _error(weight_OI, hessian_II, index_OI, DoubleScales.of(scales_OB).round(scales_OB), "nf4")
-    ((index_OI, scales_OB, double),) = calibrated_codes([weight_OI], hessian_II, grid, double_quant=True)
-    assert double is not None
-    assert torch.equal(double.round(scales_OB), scales_OB)
-    assert _error(weight_OI, hessian_II, index_OI, scales_OB, "nf4") < rounded_after
+    (codes,) = calibrated_codes([weight_OI], hessian_II, grid)
+    rounded_after = _error(weight_OI, hessian_II, codes.index_OI, DoubleScales.of(codes.scales_OB).round(codes.scales_OB), "nf4")
+    (codes,) = calibrated_codes([weight_OI], hessian_II, grid, double_quant=True)
+    assert codes.double is not None
+    assert torch.equal(codes.double.round(codes.scales_OB), codes.scales_OB)
+    assert _error(weight_OI, hessian_II, codes.index_OI, codes.scales_OB, "nf4") < rounded_after
 
 
 def _stock_layer(weight_OI: Tensor, scheme: str, double_quant: bool, storage: torch.dtype = torch.uint8) -> bnb.nn.Linear4bit:
@@ -201,9 +201,9 @@ def test_a_written_layer_computes_with_exactly_the_chosen_weights(scheme: str, d
     grid = grid_of(scheme)  # type: ignore[arg-type]
     layer = _stock_layer(weight_OI, scheme, double_quant, storage)
     before = {name: (tensor.dtype, tensor.shape) for name, tensor in layer.state_dict().items() if "quant_state" not in name}
-    ((index_OI, scales_OB, double),) = calibrated_codes([weight_OI], hessian_II, grid, double_quant=double_quant)
-    write_codes(layer, index_OI, scales_OB, grid, double)
-    expected_OI = dequantize(index_OI, scales_OB, grid)
+    (codes,) = calibrated_codes([weight_OI], hessian_II, grid, double_quant=double_quant)
+    write_codes(layer, codes, grid)
+    expected_OI = codes.dequantized(grid)
     torch.testing.assert_close(dequantize_4bit(layer.weight.data, layer.weight.quant_state), expected_OI, rtol=1e-6, atol=1e-7)
     x_NI = torch.randn(3, 128)
     torch.testing.assert_close(layer(x_NI), x_NI @ expected_OI.t())
@@ -212,13 +212,13 @@ def test_a_written_layer_computes_with_exactly_the_chosen_weights(scheme: str, d
 
 def test_codes_for_another_layer_or_type_are_refused() -> None:
     weight_OI, hessian_II = _problem()
-    ((index_OI, scales_OB, double),) = calibrated_codes([weight_OI], hessian_II, grid_of("nf4"))
+    (codes,) = calibrated_codes([weight_OI], hessian_II, grid_of("nf4"))
     with pytest.raises(ValueError, match="double quantization"):
-        write_codes(_stock_layer(weight_OI, "nf4", True), index_OI, scales_OB, grid_of("nf4"), double)
+        write_codes(_stock_layer(weight_OI, "nf4", True), codes, grid_of("nf4"))
     with pytest.raises(ValueError, match="shape"):
-        write_codes(_stock_layer(weight_OI[:12], "nf4", False), index_OI, scales_OB, grid_of("nf4"), double)
+        write_codes(_stock_layer(weight_OI[:12], "nf4", False), codes, grid_of("nf4"))
     with pytest.raises(ValueError, match="another grid"):
-        write_codes(_stock_layer(weight_OI, "fp4", False), index_OI, scales_OB, grid_of("nf4"), double)
+        write_codes(_stock_layer(weight_OI, "fp4", False), codes, grid_of("nf4"))
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -228,12 +228,12 @@ def test_layers_that_hear_the_same_input_get_the_codes_that_each_gets_alone(doub
     hessian_II = x_NI.t() @ x_NI / 300
     weights = [torch.randn(outputs, 128, generator=generator) for outputs in (64, 16, 40)]
     together = calibrated_codes(weights, hessian_II, grid_of("nf4"), double_quant=double_quant)
-    for weight_OI, (index_OI, scales_OB, double) in zip(weights, together, strict=True):
-        ((alone_OI, alone_OB, alone),) = calibrated_codes([weight_OI], hessian_II, grid_of("nf4"), double_quant=double_quant)
-        assert index_OI.shape == weight_OI.shape
-        assert (index_OI == alone_OI).float().mean() > 0.999  # sums of other sizes end in other last bits
-        torch.testing.assert_close(scales_OB, alone_OB, rtol=1e-2, atol=1e-2)
-        assert (double is None) == (alone is None) == (not double_quant)
-        if double is not None and alone is not None:
-            torch.testing.assert_close(double.absmax_G, alone.absmax_G)
-            assert torch.equal(double.round(scales_OB), scales_OB)
+    for weight_OI, codes in zip(weights, together, strict=True):
+        (alone,) = calibrated_codes([weight_OI], hessian_II, grid_of("nf4"), double_quant=double_quant)
+        assert codes.index_OI.shape == weight_OI.shape
+        assert (codes.index_OI == alone.index_OI).float().mean() > 0.999  # sums of other sizes end in other last bits
+        torch.testing.assert_close(codes.scales_OB, alone.scales_OB, rtol=1e-2, atol=1e-2)
+        assert (codes.double is None) == (alone.double is None) == (not double_quant)
+        if codes.double is not None and alone.double is not None:
+            torch.testing.assert_close(codes.double.absmax_G, alone.double.absmax_G)
+            assert torch.equal(codes.double.round(codes.scales_OB), codes.scales_OB)

@@ -13,8 +13,8 @@ from llmlite.distillation.descent import Descent
 from llmlite.models.quick import quick_copy
 from llmlite.models.view import ModelView
 from llmlite.quantization.calibrate import CalibratedScheme, calibrate
-from llmlite.quantization.nf4 import DoubleScales, grid_of, nearest_index
-from llmlite.quantization.tune import Codes, scaled_product, tune_scales
+from llmlite.quantization.nf4 import Codes, DoubleScales, grid_of, nearest_index
+from llmlite.quantization.tune import scaled_product, tune_scales
 from tests.conftest import build_tiny, logits_of, token_ids
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmlite.errors import UnsupportedModel
-from llmlite.training.backbone import hidden_and_head, logit_transform, supports_chunked_head
+from llmlite.training.backbone import hidden_and_head, logit_transform, require_known_logits
 from tests.training.cross_entropy import chunked_cross_entropy
 
 SMALL = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32}
@@ -33,6 +33,8 @@ FAMILIES = {
     "granite": {**GROUPED, "logits_scaling": 6.0},
     "olmo2": GROUPED,
     "cohere": {**GROUPED, "logit_scale": 0.25, "pad_token_id": 0},
+    "hyperclovax": {**GROUPED, "logits_scaling": 6.0},
+    "recurrent_gemma": {**SMALL, "logits_soft_cap": 3.0},
 }
 
 
@@ -57,7 +59,7 @@ def test_transformed_head_of_hidden_equals_logits(family):
     hidden_BTD, head, transform = hidden_and_head(model, batch())
     expected_BTV = model(**batch()).logits
     torch.testing.assert_close(transform(head(hidden_BTD)), expected_BTV, rtol=1e-5, atol=1e-5)
-    assert supports_chunked_head(model)
+    require_known_logits(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -110,7 +112,7 @@ def test_the_head_sees_one_position_only_and_keeps_no_hook():
     assert not model.lm_head._forward_pre_hooks
 
 
-def test_a_model_that_changes_its_logits_in_an_unknown_way_is_not_supported(caplog):
+def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused():
     model = tiny("llama")
     original = model.forward
 
@@ -120,8 +122,8 @@ def test_a_model_that_changes_its_logits_in_an_unknown_way_is_not_supported(capl
         return output
 
     model.forward = shifted
-    assert not supports_chunked_head(model)
-    assert "full logits" in caplog.text
+    with pytest.raises(UnsupportedModel, match="llama changes its logits in a way not known here"):
+        require_known_logits(model)
 
 
 def test_probing_changes_neither_modes_nor_random_state():
@@ -129,7 +131,7 @@ def test_probing_changes_neither_modes_nor_random_state():
     model.base_model.model.model.norm.eval()
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
-    assert supports_chunked_head(model)
+    require_known_logits(model)
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in model.modules()] == modes
 
@@ -137,4 +139,5 @@ def test_probing_changes_neither_modes_nor_random_state():
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(UnsupportedModel, match="no LM head"):
         hidden_and_head(tiny("llama").model, batch())
-    assert not supports_chunked_head(tiny("llama").model)
+    with pytest.raises(UnsupportedModel, match="no LM head"):
+        require_known_logits(tiny("llama").model)

@@ -16,7 +16,7 @@ import numpy as np
 
 from llmlite.data.prepare import Prepared, prepared
 from llmlite.data.text import Rows
-from llmlite.data.tokens import IGNORED, Encoded, encode, leading_ids
+from llmlite.data.tokens import IGNORE_INDEX, Encoded, encode, leading_ids
 from llmlite.distillation.api.align import Signal, align
 from llmlite.distillation.api.asking import Mode, positions_of
 from llmlite.distillation.api.logprobs import Position
@@ -152,17 +152,17 @@ def _train_the_answer_only(encoded: Encoded, examples: Sequence[int], kind: str,
     for example in examples:
         labels = encoded.labels[example]
         if kind == "chat":
-            labels[: _last_run(labels)[0]] = IGNORED
+            labels[: _last_run(labels)[0]] = IGNORE_INDEX
         if cut:
-            for index in reversed(np.flatnonzero(labels != IGNORED)):
+            for index in reversed(np.flatnonzero(labels != IGNORE_INDEX)):
                 if int(encoded.input_ids[example][index]) not in special:
                     break
-                labels[index] = IGNORED
+                labels[index] = IGNORE_INDEX
 
 
 def _last_run(labels_T: Any) -> tuple[int, int]:
     """Start and end of the last stretch of trained tokens."""
-    trained = np.flatnonzero(labels_T != IGNORED)
+    trained = np.flatnonzero(labels_T != IGNORE_INDEX)
     if not len(trained):
         return len(labels_T), len(labels_T)
     gaps = np.flatnonzero(np.diff(trained) > 1)
@@ -188,7 +188,7 @@ def _signal(
         heads = {int(start) + place for start in starts[:-1] for place, token in enumerate(leading) if ids_T[start : start + len(leading)].tolist() == leading}
         spoken = [index for index in range(len(ids_T)) if index not in heads]
     else:
-        spoken = [int(index) for index in np.flatnonzero(labels_T != IGNORED)]
+        spoken = [int(index) for index in np.flatnonzero(labels_T != IGNORE_INDEX)]
     ends = {vocabulary.by_id.get(token) for token in special}
     if not any(position.chosen.text in ends for position in positions[-1:]):  # servers seldom show the token that ends an answer
         while spoken and int(ids_T[spoken[-1]]) in special:

@@ -18,7 +18,7 @@ from typing import Any
 
 from llmlite.distillation.api.asking import Asking
 from llmlite.distillation.api.cache import Answers, Spent, request_key
-from llmlite.distillation.api.client import Client, Fatal, Raw, Rejected, Unanswered
+from llmlite.distillation.api.client import Client, Raw, Rejected, Unanswered
 from llmlite.distillation.api.prompts import Question
 from llmlite.errors import ApiError, Interrupted, counted
 
@@ -150,30 +150,38 @@ def collect(
     return result
 
 
+@dataclass
 class _Loop:
-    """The loop of `collect` and its state."""
+    """The loop of `collect` and its state.
 
-    def __init__(
-        self,
-        client: Client,
-        waiting: deque[_Task],
-        found: dict[int, tuple[Question, dict[str, Any]]],
-        result: Collected,
-        teacher: str,
-        answers: Answers,
-        budget: Budget,
-        concurrency: int,
-        asked_by: str,
-        stop: Callable[[], bool],
-        bar: Any,
-    ) -> None:
-        self.client, self.waiting, self.found, self.result = client, waiting, found, result
-        self.teacher, self.answers, self.budget, self.asked_by, self.stop, self.bar = teacher, answers, budget, asked_by, stop, bar
-        self.concurrency = concurrency
-        self.work: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
-        self.back: queue.SimpleQueue[tuple[_Task, Raw | Exception]] = queue.SimpleQueue()
-        self.under_way: dict[int, _Task] = {}
-        self.in_a_row, self.last = 0, ""
+    Attributes:
+        client, teacher, answers, budget, concurrency, asked_by, stop: see `collect`.
+        waiting: what is still to be asked, in order.
+        found: place of a question -> the question and its answer.
+        result: counts, and what was used.
+        bar: goes on with every answer.
+        work: for the threads; None ends one.
+        back: from the threads.
+        under_way: what they have, by place.
+        in_a_row, last: questions without an answer since the last one that had one, and what was said of the latest.
+    """
+
+    client: Client
+    waiting: deque[_Task]
+    found: dict[int, tuple[Question, dict[str, Any]]]
+    result: Collected
+    teacher: str
+    answers: Answers
+    budget: Budget
+    concurrency: int
+    asked_by: str
+    stop: Callable[[], bool]
+    bar: Any
+    work: queue.SimpleQueue[_Task | None] = field(default_factory=queue.SimpleQueue)
+    back: queue.SimpleQueue[tuple[_Task, Raw | Exception]] = field(default_factory=queue.SimpleQueue)
+    under_way: dict[int, _Task] = field(default_factory=dict)
+    in_a_row: int = 0
+    last: str = ""
 
     def run(self) -> None:
         """Until nothing is left, or something ends it."""
@@ -245,9 +253,7 @@ class _Loop:
         while (task := self.work.get()) is not None:
             try:
                 self.back.put((task, self.client.ask(task.question.endpoint, task.body)))
-            except (Rejected, Unanswered, Fatal) as error:
-                self.back.put((task, error))
-            except Exception as error:  # a bug: the loop shall die of it, not this thread alone
+            except Exception as error:  # what the client says, or a bug: the loop shall die of that, not this thread alone
                 self.back.put((task, error))
 
 
