@@ -176,7 +176,7 @@ class Trials:
         self.held_NT, fit_NT = windows_NT[:held], windows_NT[held:] if len(windows_NT) > held else windows_NT
         self.view = ModelView(model)
         kinds = [Cut("kv_groups", self.view.kv_heads, 1, score=head_score), Cut("query_heads", self.view.heads, 1, score=head_score)]
-        self.gradients = gradients_for(model, fit_NT, [*kinds, Cut("ffn", self.view.ffn_channels, 1)], step)
+        self.gradients = gradients_for(model, fit_NT, [*kinds, Cut("ffn", self.view.ffn_channels, 1)], step, folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._file = folder / "trials.json"
         stored = json.loads(self._file.read_text(encoding="utf-8")) if self._file.is_file() else {"losses": {}, "dampings": {}}
