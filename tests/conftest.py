@@ -89,6 +89,37 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def kept_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A descent keeps its state behind every step, however little time has gone by."""
+    from llmlite.distillation import descent_state
+
+    monkeypatch.setattr(descent_state, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(descent_state, "KEEP_SHARE", torch.inf)
+
+
+@pytest.fixture
+def descents(monkeypatch: pytest.MonkeyPatch, kept_each_step: None) -> Callable[[int | None], list[int]]:
+    """`descents(stop)` counts the rows that a descent goes down on from now on, and interrupts it at that one; None lets it end."""
+    from llmlite.distillation import descent
+
+    real = descent._descend
+
+    def watched(stop: int | None) -> list[int]:
+        calls: list[int] = []
+
+        def descend(*args: Any) -> float:
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+            calls.append(1)
+            return real(*args)
+
+        monkeypatch.setattr(descent, "_descend", descend)
+        return calls
+
+    return watched
+
+
 def token_ids(rows: int = 2, length: int = 20, seed: int = 0, vocab_size: int = 96) -> torch.Tensor:
     """Random ordinary tokens (never pad, bos or eos), (rows, length), int64."""
     return torch.randint(3, vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))

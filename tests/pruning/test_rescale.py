@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import llmlite
 from llmlite.context import Run
-from llmlite.distillation import descent, descent_state
+from llmlite.distillation import descent
 from llmlite.errors import ConfigError, LlmliteError, RunError
 from llmlite.models.size import count_zeros
 from llmlite.models.view import ModelView
@@ -100,33 +100,23 @@ def test_a_pruned_model_comes_nearer_to_the_base(folder: Path, pruning: Any) -> 
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in tuned.modules())
 
 
-def test_a_descent_stopped_twice_ends_in_the_same_bits(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(descent_state, "KEEP_SECONDS", 0.0)
-    monkeypatch.setattr(descent_state, "KEEP_SHARE", torch.inf)
-    real = descent._descend
-
-    def once(scratch: Path, stop: int | None) -> tuple[Any, int]:
-        calls: list[int] = []
-
-        def descend(*args: Any) -> float:
-            if len(calls) == stop:
-                raise KeyboardInterrupt
-            calls.append(1)
-            return real(*args)
-
-        monkeypatch.setattr(descent, "_descend", descend)
+def test_a_descent_stopped_twice_ends_in_the_same_bits(folder: Path, tmp_path: Path, descents: Any) -> None:
+    def tuned(scratch: Path) -> Any:
         run = run_on(folder, scratch)
         pruned = llmlite.PruneFfn(keep=0.5, multiple_of=16).apply(AutoModelForCausalLM.from_pretrained(folder), run_on(folder))
         (step,) = run.recipe.steps
-        return step.apply(pruned, run), len(calls)
+        return step.apply(pruned, run)
 
-    whole, calls = once(tmp_path / "whole", None)
-    assert calls == ROWS
+    calls = descents(None)
+    whole = tuned(tmp_path / "whole")
+    assert len(calls) == ROWS
     for stop in (3, 6):  # in the second step, in the fourth of those that are left
+        descents(stop)
         with pytest.raises(KeyboardInterrupt):
-            once(tmp_path / "stopped", stop)
-    again, calls = once(tmp_path / "stopped", None)
-    assert calls == ROWS - 2 - 6
+            tuned(tmp_path / "stopped")
+    calls = descents(None)
+    again = tuned(tmp_path / "stopped")
+    assert len(calls) == ROWS - 2 - 6
     assert all(torch.equal(one, other) for one, other in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
 
 

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,7 @@ ROWS, EPOCHS = 8, 2
 STEPS = ROWS * EPOCHS
 
 
-@pytest.fixture(autouse=True)
-def _kept_after_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(descent_state, "KEEP_SECONDS", 0.0)
-    monkeypatch.setattr(descent_state, "KEEP_SHARE", torch.inf)
+pytestmark = pytest.mark.usefixtures("kept_each_step")
 
 
 def scheme(**options: Any) -> CalibratedScheme:
@@ -62,26 +58,6 @@ def require_same(one: Path, other: Path) -> None:
     assert len({name.split("/")[0] for name in ours}) == 21
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-@pytest.fixture
-def descents(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[int]]:
-    """Count the rows that tuning goes down on from now on, and stop it at one of them."""
-    real = descent._descend
-
-    def watched(stop: int | None = None) -> list[int]:
-        calls: list[int] = []
-
-        def descend(*args: Any) -> float:
-            if len(calls) == stop:
-                raise KeyboardInterrupt
-            calls.append(1)
-            return real(*args)
-
-        monkeypatch.setattr(descent, "_descend", descend)
-        return calls
-
-    return watched
 
 
 @pytest.mark.parametrize(("family", "double_quant"), [("llama", False), ("llama", True), ("gpt2", False)])
