@@ -316,11 +316,14 @@ def keep_still() -> None:
     warnings.simplefilter("ignore")
 
 
+QUIET = ("accelerate", "bitsandbytes", "httpx", "httpx2", "httpcore", "httpcore2", "filelock", "urllib3", "fsspec", "lm_eval")
+"""Libraries that log what harms nobody: each request, and of bitsandbytes a kernel that it cannot fetch and what its 8-bit layers cast."""
+
+
 def log_plainly() -> None:
-    """Log to the terminal without decoration, on the main process only, and not what other libraries log harmlessly: each request, and of bitsandbytes a kernel
-    that it cannot fetch."""
+    """Log to the terminal without decoration, on the main process only, and not what other libraries log harmlessly."""
     logging.basicConfig(level=logging.INFO if is_main() else logging.ERROR, format="%(message)s", stream=sys.stderr)
-    for name in ("accelerate", "bitsandbytes", "httpx", "httpx2", "httpcore", "httpcore2", "filelock", "urllib3", "fsspec", "lm_eval"):
+    for name in QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
