@@ -121,8 +121,8 @@ class Evaluation:
         if timed is None:
             return ""
         return (
-            f"Speed of the reloaded models: {counted(timed['repeats'], 'repeat')} after one that warms up, prompts of {timed['prompt_tokens']} random tokens "
-            f"and {timed['new_tokens']} more; p50 is the median over them, p95 the 95th percentile"
+            f"Speed of the reloaded models: {counted(timed['repeats'], 'repeat')} after one that warms up, prompts of "
+            f"{counted(timed['prompt_tokens'], 'random token')} and {timed['new_tokens']} more; p50 is the median over them, p95 the 95th percentile"
             + (": of so few first tokens nearly the slowest." if timed["repeats"] < _MANY else ".")
         )
 

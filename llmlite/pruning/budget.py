@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmlite.errors import ConfigError, UnsupportedModel
+from llmlite.errors import ConfigError, UnsupportedModel, counted
 from llmlite.storage import damage, write_json, writing_folder
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ class Spread:
     channels: int = 0
 
     def __str__(self) -> str:
-        parts = [(self.layers, "layers"), (self.kv_groups, "key/value groups"), (self.query_heads, "query heads"), (self.channels, "FFN channels")]
-        return ", ".join(f"{count} {name}" for count, name in parts if count) or "nothing"
+        parts = [(self.layers, "layer"), (self.kv_groups, "key/value group"), (self.query_heads, "query head"), (self.channels, "FFN channel")]
+        return ", ".join(counted(count, name) for count, name in parts if count) or "nothing"
 
 
 def fitted(config: Any, spread: Spread, keep_parameters: float, multiple_of: int = 1) -> Spread | None:
