@@ -253,14 +253,16 @@ def run_recipe(recipe: Recipe) -> None:
 
 
 def _show_samples(console: Any, report: Any) -> None:
-    samples = [(row.name, row.details.get("sample")) for row in report.rows if row.details.get("sample")]
-    if len(samples) < 2:
+    """Print what the base and the result answered; a base of which part is brought in for each forward pass was not asked."""
+    base, result = ((row.name, row.details.get("sample")) for row in (report.rows[0], report.rows[-1]))
+    if len(report.rows) < 2 or not result[1]:
         return
-    console.print("\nA held-out question, answered by the base and by the result:", markup=False)
-    console.print(f"  question  {samples[0][1]['prompt']}", markup=False)
-    for name, sample in (samples[0], samples[-1]):
-        console.print(f"  {name:9s} {sample['answer']}", markup=False)
-    console.print(f"  expected  {samples[0][1]['expected']}\n", markup=False)
+    console.print(f"\nA held-out question, answered by {'the base and by ' if base[1] else ''}the result:", markup=False)
+    console.print(f"  question  {result[1]['prompt']}", markup=False)
+    for name, sample in (base, result):
+        if sample:
+            console.print(f"  {name:9s} {sample['answer']}", markup=False)
+    console.print(f"  expected  {result[1]['expected']}\n", markup=False)
 
 
 def show_evaluation(console: Any, found: Any) -> None:
@@ -316,11 +318,14 @@ def keep_still() -> None:
     warnings.simplefilter("ignore")
 
 
+QUIET = ("accelerate", "bitsandbytes", "httpx", "httpx2", "httpcore", "httpcore2", "filelock", "urllib3", "fsspec", "lm_eval")
+"""Libraries that log what harms nobody: each request, and of bitsandbytes a kernel that it cannot fetch and what its 8-bit layers cast."""
+
+
 def log_plainly() -> None:
-    """Log to the terminal without decoration, on the main process only, and not what other libraries log harmlessly: each request, and of bitsandbytes a kernel
-    that it cannot fetch."""
+    """Log to the terminal without decoration, on the main process only, and not what other libraries log harmlessly."""
     logging.basicConfig(level=logging.INFO if is_main() else logging.ERROR, format="%(message)s", stream=sys.stderr)
-    for name in ("accelerate", "bitsandbytes", "httpx", "httpx2", "httpcore", "httpcore2", "filelock", "urllib3", "fsspec", "lm_eval"):
+    for name in QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

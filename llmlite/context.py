@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmlite.layout import Layout
+from llmlite.models.adapted import longest_of
 from llmlite.models.find import Source, find
 from llmlite.models.load import compute_dtype, load_config, load_model, load_tokenizer
 
@@ -222,12 +223,17 @@ class Run:
             return self._prepare(data.evaluation, None, data.evaluation_rows)
         return self._prepare(data.train, "test", data.evaluation_rows)
 
+    @property
+    def longest_text(self) -> int | None:
+        """Tokens of text that the base and what every step makes of it read; see `llmlite.models.adapted.longest_of`."""
+        return longest_of(self.config, max((getattr(step, "num_virtual_tokens", 0) for step in self.recipe.steps), default=0))
+
     def _require_places(self, longest: int) -> None:
         """Tokens in pieces make rows longer; a learned table of positions ends."""
         from llmlite.errors import DataError
         from llmlite.models.families import family_of
 
-        most = int(getattr(self.config, "max_position_embeddings", 0) or 0)
+        most = self.longest_text
         if family_of(self.config).position_embedding and most and longest > most:
             raise DataError(
                 f"data: a held-out row has {longest} tokens once those that went are written in pieces, and the model has {most} positions. Lower max_length."

@@ -61,6 +61,7 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
     """
     context = context or Run(recipe)
     from llmlite.calibration.memory import spilled_bytes
+    from llmlite.models.adapted import longest_of
     from llmlite.models.families import family_of
     from llmlite.models.load import require_matching
     from llmlite.models.size import expected_bytes
@@ -76,7 +77,7 @@ def check(recipe: Recipe, context: Run | None = None) -> Plan:
     _require_buildable(context)
     require_matching(context.tokenizer, config)
     _require_new_tokens(context)
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = longest_of(config)
     if longest and recipe.data.max_length > longest:
         raise ConfigError(
             recipe.name, [f"max_length={recipe.data.max_length} should be at most {longest}, the longest sequence that {recipe.model.name} allows."]

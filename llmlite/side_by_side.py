@@ -7,6 +7,7 @@ What is measured is in `llmlite.evaluation.reloaded`; a recipe's `evaluate` does
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from llmlite.config import validate
 from llmlite.errors import ConfigError, LoadError
 from llmlite.evaluating import Evaluate
-from llmlite.evaluation.reloaded import Checkpoint, Reloaded, publish, require_measurable
+from llmlite.evaluation.reloaded import Checkpoint, Reloaded, longest_read, publish, require_measurable
 from llmlite.evaluation.result import Evaluation
 from llmlite.kept import KEPT_FIGURES
 from llmlite.models.find import weight_bytes
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from llmlite.context import Run
 
 __all__ = ["evaluate"]
+
+log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -88,7 +91,8 @@ def evaluate(
     layout = {name: value for name, value in (("device_map", device_map), ("max_memory", max_memory)) if value not in ("none", None)}
     checkpoints, context = _subjects(folder, each_step, base, data, layout, tp_plan == "auto")
     _require_layout([checkpoint.folder for checkpoint in checkpoints], context, asked)
-    require_measurable(asked, context)
+    require_measurable(asked, context, checkpoints=checkpoints)
+    _cut_rows(checkpoints, context)
     if context.is_main:
         require_writable(folder, "The figures go there: copy the folder to where you can write, and evaluate the copy.")
     keep = folder / "steps" / KEPT_FIGURES if each_step and not context.tensor_parallel else None
@@ -195,6 +199,14 @@ def _require_layout(folders: Sequence[Path], context: Run, asked: Evaluate) -> N
         problems += dict.fromkeys(problem for config in configs for problem in indivisible(config, context.layout.processes))
     if problems:
         raise ConfigError("evaluate", problems)
+
+
+def _cut_rows(checkpoints: Sequence[Checkpoint], context: Run) -> None:
+    """Let held-out rows be no longer than all models read. A recipe's check has seen to that for a run's own base; here nobody has asked for a length."""
+    longest, data = longest_read(context, checkpoints), context.recipe.data
+    if longest is not None and longest < data.max_length:
+        log.info("the models read %d tokens at a time, so held-out rows are cut there", longest)
+        context.recipe = dataclasses.replace(context.recipe, data=dataclasses.replace(data, max_length=longest))
 
 
 def _bytes(folder: Path, context: Run) -> int:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from llmlite.adapters.settings import AdapterStep
 from llmlite.config import settings
 from llmlite.errors import ConfigError, counted, first_line
+from llmlite.models.adapted import longest_of
 from llmlite.step import ModelPlan
 from llmlite.training.settings import PositiveInt
 
@@ -50,11 +51,11 @@ class Prefix(AdapterStep):
             ConfigError: packed rows, activation checkpointing, a merge, or no positions left for the text behind the prefix.
         """
         problems, length = [], run.recipe.data.max_length
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if longest and self.num_virtual_tokens + length > longest:
+        left = longest_of(model.config, self.num_virtual_tokens)
+        if left is not None and length > left:
             problems.append(
-                f"num_virtual_tokens={self.num_virtual_tokens} before rows of max_length={length} tokens are more than {longest}, the longest sequence that "
-                "the model allows. Lower one of the two."
+                f"num_virtual_tokens={self.num_virtual_tokens} before rows of max_length={length} tokens are more than {longest_of(model.config)}, the "
+                "longest sequence that the model allows. Lower one of the two."
             )
         if run.recipe.data.packing and run.packs:
             problems.append("a prefix belongs to one text and rows of several texts have only one: set data.packing: false.")

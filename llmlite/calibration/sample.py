@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmlite.config import fingerprint
+from llmlite.errors import counted
 from llmlite.models.find import Source, weight_files
 from llmlite.storage import cache_folder, damage, writing_folder
 
@@ -92,7 +93,12 @@ def sampled_windows(source: Source, load: Callable[[], PreTrainedModel], windows
         place = folder / f"{batch:04d}"
         if damage(place) is not None:
             model = model or load()
-            log.info("sampling calibration text from the model itself, %d of %d windows; kept in %s", min((batch + 1) * per_batch, windows), windows, folder)
+            log.info(
+                "sampling calibration text from the model itself, %d of %s; kept in %s",
+                min((batch + 1) * per_batch, windows),
+                counted(windows, "window"),
+                folder,
+            )
             ids = sample_documents(model, per_batch * for_each, document, seed=seed * 100_003 + batch)
             with writing_folder(place) as temporary:
                 save_file({"ids": ids.reshape(per_batch, -1)[:, :window_tokens].to(torch.int32).contiguous()}, temporary / "ids.safetensors")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmlite.calibration.mixture import SELF, parse_mixture, shares
-from llmlite.errors import DataError
+from llmlite.errors import DataError, counted
 
 if TYPE_CHECKING:
     from llmlite.context import Run
@@ -47,7 +47,8 @@ def calibration_windows(run: Run, mixture: str | None = None) -> Tensor:
             stream_T = _stream(run, source)
             found.append(windows_of(stream_T, count, data.max_length, seed, leading=leading_ids(run.tokenizer)))
             if len(found[-1]) < count:
-                log.warning("calibration: %s has only %d windows of %d tokens; %d were asked for", source, len(found[-1]), data.max_length, count)
+                windows = f"{counted(len(found[-1]), 'window')} of {data.max_length} tokens"
+                log.warning("calibration: %s has only %s; %s asked for", source, windows, counted(count, "was", "were"))
     width = min(part.shape[1] for part in found)
     windows_NT = torch.cat([part[:, :width] for part in found])
     return windows_NT[torch.randperm(len(windows_NT), generator=torch.Generator().manual_seed(seed))]

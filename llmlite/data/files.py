@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llmlite.errors import DataError, first_line
+from llmlite.errors import DataError, counted, first_line
 
 __all__ = ["SUFFIXES", "Record", "data_suffix", "no_json", "read_file"]
 
@@ -152,7 +152,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
                 continue
             if len(cells) != len(header):
                 raise DataError(
-                    f"{path} line {line}: {len(cells)} fields, but the header has {len(header)}. "
+                    f"{path} line {line}: {counted(len(cells), 'field')}, but the header has {len(header)}. "
                     "A comma, quote or line break inside a field wants quotes around the field."
                 )
             # pandas writes its index as a column without a name

@@ -254,7 +254,7 @@ class DistillBlackBox(StudentStep):
         from llmlite.training.checkpoints import StopRequest, stopping_at_signals
 
         teacher = ApiTeacher(self, run)
-        questions, done = teacher.questions(), run.scratch / "collected.json"
+        questions, done = teacher.with_room(teacher.questions()), run.scratch / "collected.json"
         stop = StopRequest()
         with closing(teacher.answers()) as answers, stopping_at_signals(stop, "waiting for the answers that are under way"):
             known = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else None

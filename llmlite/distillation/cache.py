@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from llmlite.config import fingerprint
 from llmlite.distillation.losses import top_k_teacher
 from llmlite.distillation.objective import HiddenTeacher, TopKTeacher
-from llmlite.errors import ConfigError, RunError
+from llmlite.errors import ConfigError, RunError, counted
 from llmlite.storage import cache_folder, damage, require_space, writing_folder
 from llmlite.training.token_loss import IGNORE_INDEX, LogitTransform, next_token_labels
 
@@ -135,7 +135,9 @@ class TeacherCache:
             folder = self.folder
             share = len(missing) / max(self.shards, 1)
             require_space(folder, int(self.bytes_per_token * self.data.counts.trained_tokens * share))
-            log.info("the teacher reads the training rows once, %d of %d parts; kept in %s", len(missing), self.shards + (self.kind == "hidden"), folder)
+            log.info(
+                "the teacher reads the training rows once, %d of %s; kept in %s", len(missing), counted(self.shards + (self.kind == "hidden"), "part"), folder
+            )
             teacher = load()
             if "head" in missing and run.is_main:
                 self._write_head(teacher.model)
@@ -242,7 +244,9 @@ class CachedTeacher:
         entries = {name: torch.cat([self.shards[shard][name][part] for shard, part in none + places]) for name in self.shards[0] if name != "counts"}
         found = len(next(iter(entries.values())))
         if found != len(keep_E):
-            raise RunError(f"the teacher's cache holds {found} tokens for a batch with {len(keep_E)}: it belongs to other rows. Run with cache: none.")
+            raise RunError(
+                f"the teacher's cache holds {counted(found, 'token')} for a batch with {len(keep_E)}: it belongs to other rows. Run with cache: none."
+            )
         where_N = torch.zeros(len(labels_N), dtype=torch.int64, device=keep_E.device).index_copy_(0, keep_E, torch.arange(found, device=keep_E.device))
         if self.head is not None:
             return HiddenTeacher(entries["hidden"], self.head.weight_VD, head_bias_V=self.head.bias_V, transform=self.head.transform, where_N=where_N)

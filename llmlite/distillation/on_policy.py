@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from llmlite.data.collate import PaddedCollator, examples_of
+from llmlite.models.adapted import longest_text
 from llmlite.training.token_loss import IGNORE_INDEX
 from llmlite.training.trainer import Companion
 
@@ -95,17 +96,48 @@ def prompts_of(inputs: dict[str, Tensor]) -> list[tuple[list[int], int]]:
 
 @torch.no_grad()
 def sample_answers(model: Any, prompts: list[list[int]], lengths: list[int], end_ids: tuple[int, ...], pad_id: int) -> list[list[int]]:
-    """Answers drawn from the model at temperature 1, all prompts in one batch; each ends with an end token or at its length.
+    """Answers drawn from the model at temperature 1; each ends with an end token or at its length.
+
+    All prompts are in one batch, which goes on until the longest answer is written, behind the longest prompt. Where the model has fewer positions than that,
+    they are in several.
 
     Args:
         model: in any mode, which it keeps; wrapped by DDP or PEFT if you like.
         prompts: ids.
-        lengths: most tokens of each answer, at least 1.
+        lengths: most tokens of each answer, at least 1, and no more than the model has positions for behind its prompt.
         end_ids, pad_id: see `OnPolicy`.
     """
+    bare = extract_model_from_parallel(model)
+    answers: list[list[int]] = [[]] * len(prompts)
+    training = bare.training
+    bare.eval()
+    try:
+        for places in _batches([*map(len, prompts)], lengths, longest_text(bare)):
+            found = _sampled(bare, [prompts[place] for place in places], [lengths[place] for place in places], end_ids, pad_id)
+            for place, answer in zip(places, found, strict=True):
+                answers[place] = answer
+    finally:
+        bare.train(training)
+    return answers
+
+
+def _batches(read: list[int], wanted: list[int], longest: int | None) -> list[list[int]]:
+    """Places of prompts that can be answered together: the longest prompt of each batch and its longest answer fit into `longest` tokens."""
+    if longest is None or max(read) + max(wanted) <= longest:
+        return [[*range(len(read))]]
+    batches: list[list[int]] = []
+    for place in sorted(range(len(read)), key=lambda place: read[place]):
+        if batches and read[place] + max(wanted[other] for other in [*batches[-1], place]) <= longest:
+            batches[-1].append(place)
+        else:
+            batches.append([place])
+    return batches
+
+
+def _sampled(bare: Any, prompts: list[list[int]], lengths: list[int], end_ids: tuple[int, ...], pad_id: int) -> list[list[int]]:
+    """One batch of `sample_answers`, of a model in eval mode."""
     from transformers import GenerationConfig
 
-    bare = extract_model_from_parallel(model)
     device = bare.get_input_embeddings().weight.device
     width = max(map(len, prompts))
     ids_BT = torch.tensor([[*[pad_id] * (width - len(prompt)), *prompt] for prompt in prompts], device=device)
@@ -120,12 +152,7 @@ def sample_answers(model: Any, prompts: list[list[int]], lengths: list[int], end
         eos_token_id=list(end_ids) or None,
         pad_token_id=pad_id,
     )
-    training = bare.training
-    bare.eval()
-    try:
-        output_BT = bare.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=how)
-    finally:
-        bare.train(training)
+    output_BT = bare.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=how)
     return [_ended(row[:length], end_ids) for row, length in zip(output_BT[:, width:].tolist(), lengths, strict=True)]
 
 

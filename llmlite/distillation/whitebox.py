@@ -23,6 +23,7 @@ from pydantic import Field
 from llmlite.config import settings
 from llmlite.distillation.student import StudentStep
 from llmlite.errors import ConfigError, counted
+from llmlite.models.adapted import longest_of
 from llmlite.models.device_map import SPREADING, MemoryLimits
 from llmlite.paths import PathText
 from llmlite.step import ModelPlan, Scheme
@@ -206,7 +207,7 @@ class DistillWhiteBox(StudentStep):
         config = teacher.config.get_text_config()
         if self.teacher_quantization and getattr(teacher.config, "quantization_config", None) is not None:
             problems.append(f"teacher_quantization={self.teacher_quantization}: the teacher '{self.teacher}' is quantized already.")
-        longest = getattr(config, "max_position_embeddings", None)
+        longest = longest_of(config)
         if self.divergence == "uld":
             slow = [who for who, tokenizer in (("student", run.tokenizer), ("teacher", teacher.tokenizer)) if not getattr(tokenizer, "is_fast", False)]
             if slow:
@@ -286,7 +287,7 @@ class DistillWhiteBox(StudentStep):
         live = LiveTeacher(model, cut=source.cut) if inner is None else LiveTeacher(model, inner.watching_teacher)
         teacher: Teacher = live
         if self.divergence == "uld":
-            teacher = AlignedTeacher(live, run.tokenizer, source.tokenizer, getattr(source.config.get_text_config(), "max_position_embeddings", None))
+            teacher = AlignedTeacher(live, run.tokenizer, source.tokenizer, longest_of(source.config))
         try:
             yield self.loss_with(teacher), self._companion(inner, student, run)
         finally:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from llmlite.errors import RunError
+from llmlite.models.adapted import tokens_left
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +63,7 @@ def reload_difference(model: PreTrainedModel, lines: str) -> tuple[float, float]
     model.eval()
     device = model.get_input_embeddings().weight.device
     generator = torch.Generator().manual_seed(1)
-    length = min(32, getattr(model.config, "max_position_embeddings", None) or 32)
+    length = tokens_left(model, 0, 32)
     input_ids_BT = torch.randint(0, model.config.vocab_size, (2, length), generator=generator)
     logits_BTV = model(input_ids=input_ids_BT.to(device)).logits.float().cpu()
     model.train(was_training)

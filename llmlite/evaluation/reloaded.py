@@ -23,9 +23,10 @@ from llmlite.config import fingerprint, to_mapping
 from llmlite.errors import ConfigError, counted
 from llmlite.evaluating import Evaluate
 from llmlite.evaluation.result import Evaluation
+from llmlite.models.adapted import longest_of, tokens_left
 from llmlite.models.find import find, weight_bytes, weights_fingerprint
 from llmlite.report import Report, environment
-from llmlite.storage import damage, file_sums, write_json, writing_folder
+from llmlite.storage import damage, file_sums, read_object, write_json, writing_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,11 +34,11 @@ if TYPE_CHECKING:
 
     from llmlite.context import Run
 
-__all__ = ["Checkpoint", "Reloaded", "publish", "require_measurable"]
+__all__ = ["Checkpoint", "Reloaded", "longest_read", "publish", "require_measurable"]
 
 log = logging.getLogger(__name__)
 
-_ENERGY_TOKENS = 64
+_ENERGY_TOKENS, _ENERGY_PROMPT_TOKENS = 64, 32  # fewer where the model has no position for them
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,14 @@ class Checkpoint:
     step: str = ""
 
 
-def require_measurable(asked: Evaluate, context: Run, where: str = "evaluate") -> None:
+def require_measurable(asked: Evaluate, context: Run, where: str = "evaluate", checkpoints: Sequence[Checkpoint] = ()) -> None:
     """Find what would fail only after models were loaded: a text, a window or tasks that cannot be.
 
     Args:
         asked: what is to be measured.
         context: the run that knows the base.
         where: what the message begins with.
+        checkpoints: what will be measured, where it is there already.
 
     Raises:
         LlmliteError: what is wrong, and what to do.
@@ -74,7 +76,7 @@ def require_measurable(asked: Evaluate, context: Run, where: str = "evaluate") -
         from llmlite.evaluation.windows import text_ids
 
         text_ids(asked.text, context.tokenizer, asked.most_tokens)
-        _window(context, asked)
+        _window(context, asked, longest_read(context, checkpoints))
     elif given := {name: value for name, value in (("window", asked.window), ("stride", asked.stride)) if value is not None}:
         shown = " and ".join(f"{name}={value}" for name, value in given.items())
         raise ConfigError(
@@ -84,6 +86,25 @@ def require_measurable(asked: Evaluate, context: Run, where: str = "evaluate") -
         from llmlite.evaluation.tasks import check_tasks
 
         check_tasks(asked.tasks)
+
+
+def longest_read(context: Run, checkpoints: Sequence[Checkpoint]) -> int | None:
+    """Tokens of text that the base and every checkpoint read, a prefix before the text taken off; `None` where no config sets a limit.
+
+    Args:
+        context: the run that knows the base.
+        checkpoints: stock model or adapter folders.
+    """
+    from transformers import AutoConfig
+
+    found = [context.longest_text]
+    for folder in (checkpoint.folder for checkpoint in checkpoints):
+        if (folder / "adapter_config.json").is_file():
+            before = read_object(folder / "adapter_config.json").get("num_virtual_tokens")
+            found.append(longest_of(context.config, before if isinstance(before, int) else 0))
+        else:
+            found.append(longest_of(AutoConfig.from_pretrained(folder)))
+    return min((longest for longest in found if longest is not None), default=None)
 
 
 def publish(found: Evaluation, report: Report | None) -> None:
@@ -125,7 +146,7 @@ class Reloaded:
             out: the folder that is evaluated.
             checkpoints: in order; the last one is the result.
         """
-        self.batches, on = _batches(self.context, self.asked)
+        self.batches, on = _batches(self.context, self.asked, checkpoints)
         found = Evaluation(out, about={**environment(self.context.device.type), "quality_on": on})
         if self.keep is not None:
             found.about["asked"] = self.fingerprint(checkpoints)
@@ -270,14 +291,16 @@ class Reloaded:
 
         from llmlite.evaluation.energy import measured_energy
 
-        prompt_BT = torch.randint(3, min(1000, model.config.vocab_size), (1, 32), generator=torch.Generator().manual_seed(0))
-        options = {"max_new_tokens": _ENERGY_TOKENS, "min_new_tokens": _ENERGY_TOKENS, "do_sample": False, "pad_token_id": self.context.tokenizer.pad_token_id}
+        tokens = max(1, tokens_left(model, 1, _ENERGY_TOKENS))
+        shape = (1, max(1, tokens_left(model, tokens, _ENERGY_PROMPT_TOKENS)))
+        prompt_BT = torch.randint(3, min(1000, model.config.vocab_size), shape, generator=torch.Generator().manual_seed(0))
+        options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": self.context.tokenizer.pad_token_id}
         options["tokenizer"] = self.context.tokenizer  # for stop strings that its generation config may name
         alone = not self.context.tensor_parallel  # the other processes of a launch keep still
         with measured_energy(self.context.device.type, estimate=self.estimate_energy, alone=alone) as energy, torch.no_grad():
             prompt_BT = prompt_BT.to(model.get_input_embeddings().weight.device)
             model.generate(input_ids=prompt_BT, attention_mask=torch.ones_like(prompt_BT), **options)
-        return energy, _ENERGY_TOKENS
+        return energy, tokens
 
 
 def _sums(checkpoint: Checkpoint) -> list[Any]:
@@ -287,7 +310,7 @@ def _sums(checkpoint: Checkpoint) -> list[Any]:
 # What quality is measured on ----------------------------------------------------------------------------------------------------------
 
 
-def _batches(context: Run, asked: Evaluate) -> tuple[Callable[[], list[dict[str, Tensor]]], str]:
+def _batches(context: Run, asked: Evaluate, checkpoints: Sequence[Checkpoint]) -> tuple[Callable[[], list[dict[str, Tensor]]], str]:
     """What quality is measured on, written in the tokens that the model of the moment has, and that in words."""
     if asked.text is None:
         data = context.evaluation_data
@@ -295,25 +318,36 @@ def _batches(context: Run, asked: Evaluate) -> tuple[Callable[[], list[dict[str,
         return context.evaluation_batches, f"Quality on the trained tokens of {counted(data.counts.examples, 'held-out row')} of {source}."
     from llmlite.evaluation.windows import sliding_batches, text_ids
 
-    window, stride = _window(context, asked)
+    window, stride = _window(context, asked, longest_read(context, checkpoints))
     ids_T = text_ids(asked.text, context.tokenizer, asked.most_tokens)
     batches = sliding_batches(ids_T, window, stride)
     name = Path(asked.text).name
     return lambda: context.in_present_tokens(batches), f"Quality on {counted(len(ids_T) - 1, 'token')} of {name}, sliding window of {window}, stride {stride}."
 
 
-def _window(context: Run, asked: Evaluate) -> tuple[int, int]:
-    """Tokens of the sliding window and of its steps, with what was left out and at most what the model reads.
+def _window(context: Run, asked: Evaluate, longest: int | None) -> tuple[int, int]:
+    """Tokens of the sliding window and of its steps, with what was left out and at most what the models read.
+
+    Args:
+        context: the run that knows the data.
+        asked: window and stride.
+        longest: see `longest_read`.
 
     Raises:
-        ConfigError: the stride does not go with that window.
+        ConfigError: the models do not read as much at a time, or the stride does not go with that window.
     """
-    longest = getattr(context.config, "max_position_embeddings", None)
-    wanted = asked.window or context.recipe.data.max_length
-    whose = f"window={wanted}" if asked.window else f"the window of {wanted} tokens, the data's max_length"
-    width = min(wanted, int(longest)) if longest else wanted
-    if width < wanted:
-        whose = f"the window of {width} tokens, all that {context.recipe.model.name} reads at a time"
+    name = context.recipe.model.name
+    reader = f"all that {name} reads at a time"
+    if longest != longest_of(context.config):
+        reader = f"all that {name} and what was made of it both read at a time, positions of a prefix not counted"
+    if asked.window is not None and longest is not None and asked.window > longest:
+        raise ConfigError(
+            "evaluate", [f"window={asked.window} should be at most {longest}, {reader}. Lower window, or leave it out for that or the data's max_length."]
+        )
+    width = asked.window or context.recipe.data.max_length
+    whose = f"window={width}" if asked.window else f"the window of {width} tokens, the data's max_length"
+    if longest is not None and longest < width:
+        width, whose = longest, f"the window of {longest} tokens, {reader}"
     step = max(1, width // 2) if asked.stride is None else asked.stride
     if not 1 <= step < width:
         raise ConfigError("evaluate", [f"stride={step} should be at least 1 and below {whose}. Lower stride, or leave it out for half a window."])

@@ -78,9 +78,9 @@ class Evaluation:
         return f"Measured afterwards, {'both' if len(self.models) < 3 else 'each'} loaded from disk"
 
     def answers(self) -> list[tuple[dict[str, str], list[tuple[str, str]]]]:
-        """For each held-out prompt the prompt with what is expected, and the answer of each model by its heading; none where a model gave none."""
-        found = zip(*(model.get("answers") or [] for model in self.models.values()), strict=False)
-        return [(given[0], [(name, one["answer"]) for name, one in zip(self.headings(), given, strict=True)]) for given in found]
+        """For each held-out prompt the prompt with what is expected, and the answers by headings of those models that were asked: an offloaded one is not."""
+        asked = {name: model["answers"] for name, model in zip(self.headings(), self.models.values(), strict=True) if model.get("answers")}
+        return [(given[0], [(name, one["answer"]) for name, one in zip(asked, given, strict=True)]) for given in zip(*asked.values(), strict=False)]
 
     def lines(self) -> dict[str, list[str]]:
         """A name, then a cell for each model."""
@@ -121,8 +121,8 @@ class Evaluation:
         if timed is None:
             return ""
         return (
-            f"Speed of the reloaded models: {counted(timed['repeats'], 'repeat')} after one that warms up, prompts of {timed['prompt_tokens']} random tokens "
-            f"and {timed['new_tokens']} more; p50 is the median over them, p95 the 95th percentile"
+            f"Speed of the reloaded models: {counted(timed['repeats'], 'repeat')} after one that warms up, prompts of "
+            f"{counted(timed['prompt_tokens'], 'random token')} and {timed['new_tokens']} more; p50 is the median over them, p95 the 95th percentile"
             + (": of so few first tokens nearly the slowest." if timed["repeats"] < _MANY else ".")
         )
 

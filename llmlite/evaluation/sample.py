@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from llmlite.errors import counted
+from llmlite.models.adapted import longest_text, tokens_left
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,11 +25,11 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Row
         model: any causal LM; left in the mode it was in.
         tokenizer: its chat template is used where there is one.
         rows: held-out rows; of plain text the first words are the prompt.
-        new_tokens: longest answer.
+        new_tokens: longest answer; shorter where the model has fewer positions left behind the prompt.
         index: which row.
 
     Returns:
-        ``prompt``, ``expected`` and ``answer``, as text.
+        ``prompt``, ``expected`` and ``answer``, as text. A prompt that leaves no position is not asked, and the answer says so in brackets.
     """
     prompt, expected, messages = _question(rows, index)
     if messages and tokenizer.chat_template:
@@ -35,6 +38,11 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Row
         inputs = tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].numel():  # a chat that begins with the answer asks nothing
         return {"prompt": "", "expected": _short(expected), "answer": ""}
+    read = inputs["input_ids"].shape[1]
+    new_tokens = tokens_left(model, read, new_tokens)
+    if not new_tokens:
+        reason = f"[not asked: the prompt has {counted(read, 'token')}, and the model reads {longest_text(model)} with its answer]"
+        return {"prompt": _short(prompt), "expected": _short(expected), "answer": reason}
     was_training = model.training
     model.eval()
     inputs = {name: tensor.to(model.get_input_embeddings().weight.device) for name, tensor in inputs.items() if name != "token_type_ids"}
@@ -42,7 +50,7 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Row
         inputs["tokenizer"] = tokenizer
     output_BT = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     model.train(was_training)
-    answer = tokenizer.decode(output_BT[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answer = tokenizer.decode(output_BT[0, read:], skip_special_tokens=True)
     return {"prompt": _short(prompt), "expected": _short(expected), "answer": _short(answer)}
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmlite.models.adapted import longest_text
+from llmlite.models.adapted import tokens_left
 from llmlite.models.view import unwrap
 
 if TYPE_CHECKING:
@@ -70,8 +70,7 @@ def measure_speed(model: PreTrainedModel, prompt_tokens: int = 256, new_tokens: 
 
     Args:
         model: any causal LM, on its device. It is put into eval mode and back.
-        prompt_tokens: length of the prompt; at most what the model allows.
-        new_tokens: decoding steps timed after each prompt.
+        prompt_tokens, new_tokens: see `measure_latency`.
         repeats: timed repeats after one that warms up.
     """
     found = measure_latency(model, 1, prompt_tokens, new_tokens, repeats)
@@ -85,8 +84,8 @@ def measure_latency(model: PreTrainedModel, batch: int = 1, prompt_tokens: int =
     Args:
         model: any causal LM, on its device. It is put into eval mode and back.
         batch: prompts at a time.
-        prompt_tokens: length of each prompt; at most what the model allows.
-        new_tokens: decoding steps timed after each prompt.
+        prompt_tokens: length of each prompt; at most what the model has positions for, behind a prefix and before the new tokens.
+        new_tokens: decoding steps timed after each prompt; fewer where the model has no position for a prompt before them.
         repeats: timed repeats after one that warms up.
     """
     from llmlite.memory import measured_peak
@@ -94,8 +93,8 @@ def measure_latency(model: PreTrainedModel, batch: int = 1, prompt_tokens: int =
     was_training = model.training
     model.eval()
     device = model.get_input_embeddings().weight.device
-    longest = longest_text(model) or prompt_tokens + new_tokens
-    prompt_tokens = max(1, min(prompt_tokens, longest - new_tokens))
+    new_tokens = max(1, tokens_left(model, 1, new_tokens))
+    prompt_tokens = max(1, tokens_left(model, new_tokens, prompt_tokens))
     generator = torch.Generator().manual_seed(0)
     prompt_BT = torch.randint(0, min(1000, model.config.vocab_size), (batch, prompt_tokens), generator=generator).to(device)
     first: list[float] = []

@@ -86,7 +86,7 @@ def run_tasks(
         seed: of few-shot examples and everything else random.
 
     Raises:
-        ConfigError: see `check_tasks`; or a task whose data cannot be had.
+        ConfigError: see `check_tasks`; or a task whose data cannot be had, or whose answers may be longer than the model's positions.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -109,6 +109,11 @@ def run_tasks(
             )
     except OSError as error:  # no connection, no file
         raise ConfigError("tasks", [f"the data of {', '.join(names)} cannot be had: {first_line(error)[:200]}"]) from None
+    except AssertionError as error:
+        if "requested max tokens to generate" not in str(error):
+            raise
+        asks = f"{', '.join(names)}: the answers that are asked for have no room: the model reads and writes {longest} tokens together"
+        raise ConfigError("tasks", [f"{asks}. Lower max_gen_toks under generation_kwargs in a task of your own (256 where it says nothing)."]) from None
     return [_result(name, found["results"][name], found["samples"].get(name, [])) for name in names]
 
 

@@ -54,7 +54,7 @@ def run_page(report: Report, evaluation: Evaluation | None = None) -> str:
         worst=[{"name": row.name, "text": text} for row in report.rows if (text := row.worst_layers())],
         table=[["", *(row.name for row in report.rows)], *([name.strip(), *cells] for name, cells in report.lines().items())],
         groups=_groups(report) if plots.available() else [],
-        samples=samples if len(samples) > 1 else [],
+        samples=samples if any(row.details.get("sample") for row in report.rows[1:]) else [],
         question=sample.get("prompt", ""),
         expected=sample.get("expected", ""),
         loading=report.loading,

@@ -26,7 +26,9 @@ for lines in sys.argv[1:3]:
     names = {}
     exec(lines, names)
     model = names["model"].eval()
-    length = min(32, getattr(model.config, "max_position_embeddings", None) or 32)
+    adapters = getattr(model, "peft_config", {}).values()
+    taken = max((getattr(adapter, "num_virtual_tokens", None) or 0 for adapter in adapters), default=0)
+    length = min(32, (getattr(model.config, "max_position_embeddings", None) or 32 + taken) - taken)
     input_ids = torch.randint(0, model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         logits.append(model(input_ids=input_ids.to(model.device)).logits.float().cpu())

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llmlite.errors import LoadError, UnsupportedModel
+from llmlite.errors import LoadError, UnsupportedModel, counted
 from llmlite.models.device_map import brought
 from llmlite.models.safety import make_safe
 from llmlite.models.tensor_files import TensorFiles
@@ -365,7 +365,7 @@ def _stored(tensor: Tensor, dtype: torch.dtype, quantized: bool) -> Tensor:
 def _write_shard(file: Path, tensors: Tensors) -> None:
     meta = [name for name, tensor in tensors.items() if tensor.is_meta]
     if meta:
-        raise UnsupportedModel(f"{len(meta)} tensors of {file.name}, such as {meta[0]}, are not in memory.")
+        raise UnsupportedModel(f"{counted(len(meta), 'tensor')} of {file.name} not in memory, first {meta[0]}.")
     part = file.with_suffix(".part")
     save_file(tensors, part, metadata={"format": "pt"})
     flush(part)

@@ -16,7 +16,7 @@ from pathlib import Path
 import filelock
 
 from llmlite.config import near, shorten
-from llmlite.errors import LoadError, first_line
+from llmlite.errors import LoadError, counted, first_line
 from llmlite.models.gguf import converted, is_packaged, packaged_gguf
 from llmlite.models.settings import Model
 from llmlite.models.stored_codes import require_whole_codes
@@ -112,7 +112,7 @@ def _require_whole(folder: Path) -> None:
     files = stock_files(folder)
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise LoadError(f"model: '{folder}' lacks {len(missing)} of {len(files)} weight files, first {missing[0]}. Download it again.")
+        raise LoadError(f"model: '{folder}' lacks {len(missing)} of {counted(len(files), 'weight file')}, first {missing[0]}. Download it again.")
     for file in files:
         try:
             with safetensors.safe_open(file, framework="pt"):

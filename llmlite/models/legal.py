@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from llmlite.errors import UnsupportedModel
+from llmlite.errors import UnsupportedModel, counted
 from llmlite.models.families import FAMILIES, family_of
 
 __all__ = ["as_equivalent", "legal_config", "round_to_multiple", "with_bias_switches"]
@@ -147,7 +147,7 @@ def _refusal(config: Any) -> str:
     """Why stock code would not reload a config, or ""."""
     family = family_of(config)
     if family.heads(config) % family.kv_heads(config):
-        return f"{family.heads(config)} query heads are not a multiple of {family.kv_heads(config)} key/value heads"
+        return f"{counted(family.heads(config), 'query head is', 'query heads are')} not a multiple of {counted(family.kv_heads(config), 'key/value head')}"
     try:
         type(config).from_dict(copy.deepcopy(config.to_dict()))
     except Exception as error:
@@ -168,5 +168,5 @@ def _nearest_heads(config: Any) -> str:
     group = heads // kv_heads if heads % kv_heads == 0 else 1
     counts = [count for count in range(group, 2 * heads + 1, group) if not _refusal(_with_heads(config, count, group))]
     nearest = [str(count) for count in [*[c for c in counts if c < heads][-1:], *[c for c in counts if c > heads][:1]]]
-    shape = f"{heads} heads of {family.dim_of_head(config)}, hidden size {family.width(config)}"
+    shape = f"{counted(heads, 'head')} of {family.dim_of_head(config)}, hidden size {family.width(config)}"
     return f"({shape}.) The nearest legal numbers of heads are {' and '.join(nearest)}." if nearest else f"({shape}.) Keep all heads."

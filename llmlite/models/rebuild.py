@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llmlite.errors import UnsupportedModel
+from llmlite.errors import UnsupportedModel, counted
 from llmlite.models.view import unwrap
 
 __all__ = ["rebuild"]
@@ -42,7 +42,9 @@ def rebuild(model: nn.Module, new_config: Any, state_dict: Mapping[str, Tensor])
     old = unwrap(model)
     offloaded = [name for name, tensor in state_dict.items() if tensor.is_meta]
     if offloaded:
-        raise UnsupportedModel(f"{len(offloaded)} tensors, such as {offloaded[0]}, are not in memory (meta device). Load the model without offloading.")
+        raise UnsupportedModel(
+            f"{counted(len(offloaded), 'tensor is', 'tensors are')} not in memory (meta device), first {offloaded[0]}. Load the model without offloading."
+        )
     devices = sorted({str(tensor.device) for tensor in state_dict.values()})
     if len(devices) > 1:
         raise UnsupportedModel(f"the tensors are spread over {', '.join(devices)}; a rebuilt model lives on one device. Load the model on one device.")

@@ -4,11 +4,14 @@ On a CPU with AVX512-BF16 bitsandbytes repacks each 4-bit layer at its first eva
 gradient for its input (a LoRA on it learns from noise), and saving it writes scales that no loader understands; widths that its kernel
 cannot handle raise, or give wrong numbers without a word. None of this happens while every layer is told not to use that path. It costs
 decoding speed, so `packed_generation` turns it back on for a copy of the layers' weights, for generation only.
+
+An 8-bit layer says in every forward pass that it casts what is not float16. Once is enough.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -24,6 +27,25 @@ __all__ = ["linear_4bit_layers", "make_safe", "packed_generation"]
 _PACKED_ROWS = 32  # the packed kernel's block of output features
 
 
+class _Once(logging.Filter):
+    """Lets a line of bitsandbytes through that it has not let through before; everything else always."""
+
+    def __init__(self, begins: str) -> None:
+        super().__init__()
+        self.begins, self.said = begins, set[str]()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if not text.startswith(self.begins):
+            return True
+        new = text not in self.said
+        self.said.add(text)
+        return new
+
+
+_CASTS = _Once("MatMul8bitLt: inputs will be cast")
+
+
 def linear_4bit_layers(model: nn.Module) -> list[Linear4bit]:
     """Every bitsandbytes 4-bit layer of a model; empty when there is none."""
     import bitsandbytes as bnb
@@ -35,11 +57,15 @@ def make_safe(model: nn.Module) -> int:
     """Keep every 4-bit layer in its portable format, whatever the CPU can do. `load_model` and `load_blockwise` call it; so must who loads otherwise,
     before anything else. Returns the number of layers.
 
+    That 8-bit layers cast their inputs is said once in this process from then on (it came from each layer at each forward pass);
+    `logging.getLogger("bitsandbytes").setLevel("ERROR")` silences that too, as the commands of llmlite do.
+
     Without it, on CPUs with AVX512-BF16: KL 7.4 instead of 0.04 after a save, LoRA gradients up to 2500 times too small.
 
     Raises:
         RunError: a layer was packed before, by an evaluation forward; its scales are rounded to bfloat16 and do not come back.
     """
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_CASTS)  # the same one is added once only
     layers = linear_4bit_layers(model)
     packed = sum(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers)
     if packed:

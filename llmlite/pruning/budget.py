@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmlite.errors import ConfigError, UnsupportedModel
+from llmlite.errors import ConfigError, UnsupportedModel, counted
 from llmlite.storage import damage, write_json, writing_folder
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ class Spread:
     channels: int = 0
 
     def __str__(self) -> str:
-        parts = [(self.layers, "layers"), (self.kv_groups, "key/value groups"), (self.query_heads, "query heads"), (self.channels, "FFN channels")]
-        return ", ".join(f"{count} {name}" for count, name in parts if count) or "nothing"
+        parts = [(self.layers, "layer"), (self.kv_groups, "key/value group"), (self.query_heads, "query head"), (self.channels, "FFN channel")]
+        return ", ".join(counted(count, name) for count, name in parts if count) or "nothing"
 
 
 def fitted(config: Any, spread: Spread, keep_parameters: float, multiple_of: int = 1) -> Spread | None:
@@ -176,7 +176,7 @@ class Trials:
         self.held_NT, fit_NT = windows_NT[:held], windows_NT[held:] if len(windows_NT) > held else windows_NT
         self.view = ModelView(model)
         kinds = [Cut("kv_groups", self.view.kv_heads, 1, score=head_score), Cut("query_heads", self.view.heads, 1, score=head_score)]
-        self.gradients = gradients_for(model, fit_NT, [*kinds, Cut("ffn", self.view.ffn_channels, 1)], step)
+        self.gradients = gradients_for(model, fit_NT, [*kinds, Cut("ffn", self.view.ffn_channels, 1)], step, folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._file = folder / "trials.json"
         stored = json.loads(self._file.read_text(encoding="utf-8")) if self._file.is_file() else {"losses": {}, "dampings": {}}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from llmlite.config import settings
-from llmlite.errors import ConfigError, UnsupportedModel
+from llmlite.errors import ConfigError, UnsupportedModel, counted
 from llmlite.pruning.settings import ADVICE, Keep, kept_in, planned, require_plain
 from llmlite.step import ModelPlan, Step
 from llmlite.storage import write_json
@@ -67,7 +67,7 @@ class PruneLayers(Step):
             config = config_with_layers(model.config, keep)
         except UnsupportedModel as error:
             raise ConfigError("prune.layers", [str(error)]) from None
-        return planned(model, config, run, calibrated=keep < layers, notes=(f"{keep} of {layers} layers stay",))
+        return planned(model, config, run, calibrated=keep < layers, notes=(f"{keep} of {counted(layers, 'layer')} {'stays' if keep == 1 else 'stay'}",))
 
     def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
         """Choose, then slice."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from llmlite.config import settings
-from llmlite.errors import ConfigError, RunError
+from llmlite.errors import ConfigError, RunError, counted
 from llmlite.pruning.settings import ADVICE, calibration_tokens, kept_in, require_plain
 from llmlite.step import ModelPlan, Step
 
@@ -76,7 +76,7 @@ class PruneRescale(Step):
             trained_parameters=0,
             peak_bytes=expected_bytes(model.config, dtype=run.compute_dtype) + beside + runtime_bytes(run.device),
             tokens=tokens,
-            notes=(f"factors of rows, columns and norms tuned against the base in up to {steps} steps, then multiplied into the weights",),
+            notes=(f"factors of rows, columns and norms tuned against the base in up to {counted(steps, 'step')}, then multiplied into the weights",),
         )
 
     def no_blocks(self) -> str:

@@ -139,7 +139,7 @@ class PruneStructured(UnitStep):
             best, losses = run.agreed((best, losses))
             gone, influence = trials.removed_layers(best), trials.influence
         spread = fitted(config, best, self.keep_parameters, self.multiple_of) or best
-        log.info("%s go", spread)
+        log.info("gone: %s", spread)
         run.note(spread=dataclasses.asdict(spread), trials={str(tried): loss for tried, loss in losses.items()})
         if gone:
             run.note(removed_layers=gone, block_influence=influence)

@@ -9,12 +9,14 @@ Shapes: O outputs, I inputs of a projection, U units, M rows or columns of one u
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from llmlite.models.quick import quickened
+from llmlite.calibration.kept import digest_of, made_once
+from llmlite.models.quick import quick_dtype_of, quickened
 from llmlite.models.slicing import head_rows
 from llmlite.models.view import BlockView, LinearView, ModelView
 from llmlite.pruning.scores import element_taylor_score
@@ -27,7 +29,7 @@ __all__ = ["taylor_scores"]
 _Part = tuple[LinearView, int, Tensor]  # a projection, whether its rows (0) or columns (1) belong to units, and which belong to each, (U, M)
 
 
-def taylor_scores(model: PreTrainedModel, windows_NT: Tensor, units: Mapping[str, int]) -> dict[tuple[str, int], Tensor]:
+def taylor_scores(model: PreTrainedModel, windows_NT: Tensor, units: Mapping[str, int], state: Path | None = None) -> dict[tuple[str, int], Tensor]:
     """First-order scores of every unit: (kind, block) -> (U,), float32. One forward and one backward pass over a few windows, in the quickest type; gradients
     of the projections concerned only.
 
@@ -35,12 +37,21 @@ def taylor_scores(model: PreTrainedModel, windows_NT: Tensor, units: Mapping[str
         model: a plain model; its weights are read.
         windows_NT: token ids without padding. Their gradients are added up before anything is judged.
         units: kind of unit ("ffn", "kv_groups", "query_heads") -> how many there are in each block.
+        state: a folder of this process where the scores are kept for a run that is stopped behind them; `None` keeps nothing.
 
     Source: Ma et al. 2023 (LLM-Pruner), arXiv:2305.11627, section 3.2: the first-order term, element-wise, summed over the group.
     """
-    model = quickened(model)
+    keys = {f"{kind} {block.index}": (kind, block.index) for kind in units for block in ModelView(model).blocks}
+    made_of = digest_of("taylor by elements", windows_NT, sorted(units.items()), quick_dtype_of(model))
+    device = next(model.parameters()).device
+    found = made_once(None if state is None else state / "taylor", made_of, lambda: _measured(quickened(model), windows_NT, units), device)
+    return {key: found[name] for name, key in keys.items()}
+
+
+def _measured(model: PreTrainedModel, windows_NT: Tensor, units: Mapping[str, int]) -> dict[str, Tensor]:
+    """The scores by a backward pass, under kind and block."""
     view = ModelView(model)
-    parts = {(kind, block.index): _parts(view, block, kind, count) for kind, count in units.items() for block in view.blocks}
+    parts = {f"{kind} {block.index}": _parts(view, block, kind, count) for kind, count in units.items() for block in view.blocks}
     wanted = {id(linear.base.weight) for of_unit in parts.values() for linear, _, _ in of_unit}
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from llmlite.calibration.blocks import Statistics, batches_of
-from llmlite.calibration.sensitivity import cost_of_silence
+from llmlite.calibration.sensitivity import quick_silence
 from llmlite.calibration.walk import Walk, walk_blocks
 from llmlite.models.blockwise import rebuilt
-from llmlite.models.quick import quickened
 from llmlite.models.slicing import take_ffn_channels, take_kv_groups, take_query_heads, with_zero_biases
 from llmlite.models.view import BlockView, LinearView, ModelView
 from llmlite.pruning import scores
@@ -93,7 +92,7 @@ def cut_units(
         roles = {cut.role for cut in cuts}
         model = rebuilt(model, partial(with_zero_biases, attention="o" in roles, ffn="down" in roles))
     batches = batches_of(windows_NT)
-    gradients = gradients_for(model, windows_NT, cuts, step)
+    gradients = gradients_for(model, windows_NT, cuts, step, state)
 
     def change(block: BlockView, found: dict[str, Statistics]) -> Mapping[str, Any]:
         notes = {}
@@ -118,13 +117,21 @@ def cut_units(
     return model, figures
 
 
-def gradients_for(model: PreTrainedModel, windows_NT: Tensor, cuts: Sequence[Cut], step: UnitStep) -> dict[tuple[str, int], Tensor]:
-    """Scores of the units of those cuts that are judged by gradients: (kind, block) -> (U,)."""
+def gradients_for(model: PreTrainedModel, windows_NT: Tensor, cuts: Sequence[Cut], step: UnitStep, state: Path | None = None) -> dict[tuple[str, int], Tensor]:
+    """Scores of the units of those cuts that are judged by gradients: (kind, block) -> (U,).
+
+    Args:
+        model: dense.
+        windows_NT: calibration token ids without padding.
+        cuts: with their own scores.
+        step: whose score judges the others.
+        state: a folder of this process where what the backward passes gave is kept for a run that was stopped behind them; `None` keeps nothing.
+    """
     found: dict[tuple[str, int], Tensor] = {}
     for score, scores_of, most in (("taylor", taylor_scores, _TAYLOR_WINDOWS), ("fisher", fisher_scores, _FISHER_WINDOWS)):
         units = {cut.kind: cut.units for cut in cuts if (cut.score or step.score) == score}
         if units:
-            found |= scores_of(model, windows_NT[:most], units)
+            found |= scores_of(model, windows_NT[:most], units, state)
     return found
 
 
@@ -205,9 +212,12 @@ def obs_choice(weight_OI: Tensor, inverse_II: Tensor, cut: Cut) -> list[int]:
     return [int(unit) for unit in alive.nonzero()]
 
 
-def fisher_scores(model: PreTrainedModel, windows_NT: Tensor, units: Mapping[str, int]) -> dict[tuple[str, int], Tensor]:
-    """Second-order scores of every unit, see `cost_of_silence`: (kind, block) -> (U,). One forward and one backward pass, in the quickest type."""
+def fisher_scores(model: PreTrainedModel, windows_NT: Tensor, units: Mapping[str, int], state: Path | None = None) -> dict[tuple[str, int], Tensor]:
+    """Second-order scores of every unit, see `cost_of_silence`: (kind, block) -> (U,). One forward and one backward pass, in the quickest type.
+
+    The sums are kept in `state`, see `gradients_for`.
+    """
     blocks = ModelView(model).blocks
     wanted = {(kind, block.index): (block.linears[role_of(kind)].name, count) for kind, count in units.items() for block in blocks}
-    found = cost_of_silence(quickened(model), batches_of(windows_NT), wanted.values())
+    found = quick_silence(model, batches_of(windows_NT), wanted.values(), state=state)
     return {key: found[unit] for key, unit in wanted.items()}

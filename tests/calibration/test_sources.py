@@ -74,6 +74,13 @@ def test_a_mixture_holds_its_parts_in_the_asked_shares_and_mixed_order(model_fol
     assert holds_a != sorted(holds_a, reverse=True)
 
 
+def test_a_text_that_is_too_short_is_said_with_what_it_has(model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.txt").write_text("a " * 20)
+    run = run_on(model_folder, calibration=str(tmp_path / "a.txt"), calibration_sequences=2)
+    assert len(run.calibration_windows) == 1
+    assert f"calibration: {tmp_path / 'a.txt'} has only 1 window of 32 tokens; 2 were asked for" in caplog.messages
+
+
 def test_the_default_mixes_text_of_the_model_with_rows_that_are_neither_trained_on_nor_tested_on(model_folder: Path, pairs_file: Path) -> None:
     run = run_on(model_folder, train=str(pairs_file), calibration_sequences=4)
     assert run.calibration == f"0.5*self + 0.5*{pairs_file}"

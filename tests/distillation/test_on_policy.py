@@ -59,6 +59,20 @@ def test_answers_end_at_their_length_or_after_an_end_token():
         assert len(answer) == length or answer[-1] < 40
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_a_batch_whose_longest_prompt_and_answer_together_pass_the_last_position_is_written_in_several(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_tiny(family, max_position_embeddings=64)
+    prompts, lengths = [[5] * 60, [6] * 4, [7] * 30, [8] * 2], [4, 60, 34, 2]
+    widths = []
+    real = model.generate
+    monkeypatch.setattr(model, "generate", lambda **inputs: widths.append(real(**inputs)) or widths[-1])
+    assert [len(answer) for answer in sample_answers(model, prompts, lengths, (), 0)] == lengths
+    assert [tuple(ids.shape) for ids in widths] == [(2, 64), (1, 64), (1, 64)]
+    widths.clear()
+    assert [len(answer) for answer in sample_answers(model, prompts, [4, 4, 1, 2], (), 0)] == [4, 4, 1, 2]
+    assert len(widths) == 1  # all fit together
+
+
 def test_the_share_is_as_asked_and_the_same_after_a_resume():
     rows = [{"input_ids": [5, 6, 7, 8], "labels": [X, X, 7, 8]}]
     model = build_tiny("llama")

@@ -22,7 +22,9 @@ from llmlite.context import Run
 from llmlite.distillation.api.asking import Asking, probed
 from llmlite.distillation.api.client import Client
 from llmlite.distillation.api.serve import served
+from llmlite.distillation.api.teacher import ApiTeacher
 from llmlite.errors import ApiError, ConfigError
+from tests.conftest import save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,26 @@ def test_a_step_serves_its_teacher_while_it_asks_and_only_then(
         assert children() == before
 
 
+def test_a_teacher_is_asked_for_no_more_than_it_has_positions_for(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("LLMLITE_CACHE", str(tmp_path / "cache"))
+    teacher = save_tiny(tmp_path / "gpt2", "gpt2", max_position_embeddings=64)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": "a " * words}) + "\n" for words in (4, 16, 30, 31)))
+    step = llmlite.DistillBlackBox(
+        teacher=f"serve:{teacher}", prompts=str(tmp_path / "prompts.jsonl"), endpoint="completions", max_answer_tokens=40, truncated="cut", max_retries=0
+    )
+    recipe = llmlite.Recipe(model=str(model_folder), data=llmlite.Data(max_length=96), steps=[step], output_dir=str(tmp_path / "out"))
+    run = Run(recipe, scratch=tmp_path)
+    asker = ApiTeacher(step, run)
+    placed = asker.with_room(asker.questions())
+    assert [(question.room, asker.asking.body(question)["max_tokens"]) for question in placed] == [(54, 40), (30, 30), (2, 2)]
+    assert "1 question is not asked" in caplog.text
+    assert "row 4: of the 64 tokens that the teacher reads and writes together, none is left" in caplog.text
+    step._collect(run)
+    assert (run.notes["collecting"]["asked"], run.notes["collecting"].get("unanswered", 0)) == (3, 0)
+
+
 def test_what_cannot_be_served_is_refused(model_folder: Path, questions_file: Path, tmp_path: Path) -> None:
     def check(**options: object) -> None:
         llmlite.Recipe(
@@ -113,6 +135,7 @@ def test_a_kill_of_the_run_ends_the_server_too(teacher_folder: Path) -> None:
 import time
 from pathlib import Path
 from llmlite.distillation.api.serve import served
+from llmlite.distillation.api.teacher import ApiTeacher
 with served(Path({str(teacher_folder)!r}), "cpu", "float32") as url:
     print(url, flush=True)
     time.sleep(600)

@@ -150,7 +150,7 @@ def test_a_task_of_one_s_own_that_lm_eval_would_read_otherwise_is_refused_at_onc
     [
         ({"stride": 70}, r"stride=70 should be at least 1 and below the window of 64 tokens, the data's max_length\. Lower stride"),
         ({"stride": 32, "window": 32}, "stride=32 should be at least 1 and below window=32"),
-        ({"stride": 128, "window": 4096}, "below the window of 128 tokens, all that .*tiny-llama reads at a time"),
+        ({"stride": 128, "window": 4096}, "window=4096 should be at most 128, all that .*tiny-llama reads at a time. Lower window"),
         ({"stride": 0}, "stride=0 should be at least 1"),
         ({"text": None, "window": 32}, "window=32: the sliding window is for a text. Name a file with text, or leave window out"),
         ({"text": None, "stride": 8, "window": 32}, "window=32 and stride=8: the sliding window is for a text"),

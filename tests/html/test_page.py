@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import llmlite
+from llmlite.cli import _show_samples, show_evaluation
 from llmlite.errors import LoadError, OutputError
 from llmlite.evaluation.result import Evaluation
 from llmlite.html import plots
@@ -139,6 +141,26 @@ def test_what_evaluate_finds_stands_in_the_page(tmp_path: Path) -> None:
     assert "of so few first tokens nearly the slowest. Speed and energy on cpu (x86_64, 2 cores)" in text
     for words in ("Why is the sky blue?", "Air scatters blue.", "It is blue.", "Scattering."):
         assert f"<blockquote>{words}</blockquote>" in text
+
+
+@pytest.mark.usefixtures("words_only")
+def test_the_result_s_answers_are_shown_where_an_offloaded_base_was_not_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found, (base, *steps) = evaluated(tmp_path, ["lora"]), report(tmp_path).rows
+    found.models["base"]["answers"] = []
+    ran = report(tmp_path, rows=[dataclasses.replace(base, details={"tokens": 99}), steps[0]])
+    text = run_page(ran, found)
+    for words in ("Why is the sky blue?", "Air scatters blue.", "It is blue.", "Scattering."):
+        assert text.count(f"<blockquote>{words}</blockquote>") == 1
+    assert "<h2>One held-out question</h2>" in text
+    assert "<h2>One held-out question, before and after</h2>" in run_page(report(tmp_path))
+    console = Console(highlight=False, width=120)
+    show_evaluation(console, found)
+    _show_samples(console, ran)
+    told = capsys.readouterr().out
+    assert "question  Why is the sky blue?\n  1. lora   Air scatters blue.\n  this      It is blue." in told
+    assert "A held-out question, answered by the result:\n  question  What does `len` do?\n  prune.ffn It <b>counts</b> things.\n" in told
+    _show_samples(console, report(tmp_path))
+    assert "answered by the base and by the result:" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("words_only")

@@ -5,6 +5,7 @@ On CPUs with AVX512-BF16 layers pack themselves; elsewhere the tests switch the 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from llmlite.cli import QUIET, log_plainly
 from llmlite.errors import RunError
+from llmlite.models import safety
 from llmlite.models.safety import linear_4bit_layers, make_safe, packed_generation
 from tests.conftest import build_tiny, logits_of
 
@@ -232,3 +235,35 @@ def test_head_embeddings_and_norms_stay_as_they_are(tmp_path: Path, scheme: str,
     assert {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.bias"} <= kept.keys()
     state = model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in kept.items())
+
+
+def test_that_8_bit_layers_cast_is_said_once_from_python_and_never_by_a_command(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safety, "_CASTS", safety._Once(safety._CASTS.begins))
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    for known in list(logger.filters):
+        logger.removeFilter(known)
+    model = quantized(tmp_path / "dense", "int8").bfloat16()
+    logits_of(model)
+    casts = [message for message in caplog.messages if "inputs will be cast from torch.bfloat16" in message]
+    assert len(casts) == 3 * 7  # each layer
+    caplog.clear()
+    for _ in range(2):
+        make_safe(model)
+        logits_of(model)
+    assert [message for message in caplog.messages if "inputs will be cast" in message] == casts[:1]
+    logger.warning("something else")
+    logger.warning("something else")
+    assert caplog.messages.count("something else") == 2
+    caplog.clear()
+    levels = {name: logging.getLogger(name).level for name in QUIET}
+    safety._CASTS.said.clear()
+    try:
+        log_plainly()
+        logits_of(model)
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        logger.removeFilter(safety._CASTS)
+    assert not caplog.messages

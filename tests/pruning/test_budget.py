@@ -15,6 +15,7 @@ from llmlite.models.size import size_of_config, size_of_model
 from llmlite.pruning.budget import Spread, Trials, cuts_of, fitted, neighbours, search
 from llmlite.pruning.layers import calibration_loss
 from llmlite.pruning.units import cut_units
+from llmlite.step import ModelPlan
 from tests.conftest import build_tiny, logits_of, tiny_config, token_ids
 from tests.pruning.test_steps import run_of
 
@@ -63,6 +64,15 @@ def test_trials_that_were_stopped_go_on(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Blocks, "collect", lambda *_: pytest.fail("nothing is left to collect"))
     monkeypatch.setattr("llmlite.pruning.layers.calibration_loss", lambda *_: pytest.fail("nothing is left to measure"))
     assert Trials(model, WINDOWS, STEP, None, tmp_path / "stopped").loss(Spread(channels=40)) == again.loss(Spread(channels=40))
+
+
+def test_one_of_a_kind_is_named_in_the_singular() -> None:
+    assert str(Spread(layers=1, kv_groups=1, channels=1024)) == "1 layer, 1 key/value group, 1,024 FFN channels"
+    assert str(Spread(layers=2, query_heads=1)) == "2 layers, 1 query head"
+    for keep, note in ((1, "1 of 3 layers stays"), (2, "2 of 3 layers stay")):
+        config = tiny_config("llama")
+        plan = llmlite.PruneLayers(keep=keep / 3).check(ModelPlan(config), run_of(config))
+        assert plan.notes == (note,)
 
 
 def test_every_spread_of_a_search_takes_the_same_share() -> None:

@@ -15,6 +15,7 @@ from llmlite.errors import ConfigError
 from llmlite.evaluation.quality import measure_quality
 from llmlite.models.size import count_zeros, size_of_model
 from llmlite.models.view import ModelView
+from llmlite.pruning import units
 from llmlite.pruning.layers import calibration_loss, greedy_layers, influences
 from llmlite.pruning.structured import allocate
 from llmlite.step import ModelPlan, Step
@@ -217,6 +218,33 @@ def test_a_greedy_search_that_was_stopped_goes_on_behind_its_last_trial(tmp_path
     assert greedy_layers(model, ids, 2, influence, 3, file) == whole
     assert not set(measured) & set(first)
     assert len(measured) == 1
+
+
+@pytest.mark.parametrize("spread", ["measured", "query_heads+ffn"])
+@pytest.mark.parametrize("score", ["taylor", "fisher"])
+def test_a_run_that_is_stopped_behind_its_backward_passes_does_not_go_backward_again(
+    score: Any, spread: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = llmlite.PruneStructured(keep_parameters=0.7, multiple_of=8, spread=spread, score=score, head_score=score)
+    backward, real, passes = torch.Tensor.backward, units.walk_blocks, []
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self, *args, **options: passes.append(1) or backward(self, *args, **options))
+
+    def pruned(scratch: Path, seed: int = 3) -> tuple[Any, int]:
+        run = run_of(tiny_config("qwen2"), token_ids(16, 24, seed=seed))
+        run.scratch = scratch
+        passes.clear()
+        return step.apply(build_tiny("qwen2"), run), len(passes)
+
+    whole, calls = pruned(tmp_path / "whole")
+    assert calls > 0
+    monkeypatch.setattr(units, "walk_blocks", lambda *_args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        pruned(tmp_path / "stopped")
+    monkeypatch.setattr(units, "walk_blocks", real)
+    again, calls = pruned(tmp_path / "stopped")
+    assert calls == 0
+    assert all(torch.equal(one, other) for one, other in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
+    assert pruned(tmp_path / "stopped", seed=4)[1] > 0  # another text
 
 
 def test_greedy_takes_the_layer_whose_absence_costs_least_of_those_tried() -> None:

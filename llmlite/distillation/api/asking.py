@@ -60,7 +60,7 @@ class Asking:
             body |= self._scored(question) | {limit: 1, "prompt_logprobs": self.top}
             return body
         body |= {"prompt": question.asked} if isinstance(question.asked, str) else {"messages": question.asked}
-        body[limit] = self.answer_tokens
+        body[limit] = self.answer_tokens if question.room is None else min(question.room, self.answer_tokens)
         if self.temperature is not None:
             body["temperature"] = self.temperature
         if self.mode == "top_logprobs":

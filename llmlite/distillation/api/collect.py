@@ -207,7 +207,7 @@ class _Loop:
             for _ in range(self.concurrency):
                 self.work.put(None)
         if self.stop():
-            raise Interrupted(f"stopped with {len(self.found)} of {len(self.found) + len(self.waiting)} answers collected; they are kept.")
+            raise Interrupted(f"stopped with {len(self.found)} of {counted(len(self.found) + len(self.waiting), 'answer')} collected; they are kept.")
         if self.in_a_row >= _HOPELESS:
             raise ApiError(
                 f"distill.blackbox: {self.in_a_row} questions in a row got no answer from {self.client.url}, the last: {self.last}. "

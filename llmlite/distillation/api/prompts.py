@@ -32,12 +32,14 @@ class Question:
         row: the row without its answer: prompt and system, messages, or the text so far.
         expected: the answer that the data holds, for scoring; empty when there is none.
         place: where it comes from, for messages.
+        room: tokens of an answer that the teacher has positions for, where its server would not stop there; None where that sets no limit.
     """
 
     asked: list[dict[str, Any]] | str
     row: dict[str, Any]
     expected: str
     place: str
+    room: int | None = None
 
     @property
     def endpoint(self) -> Endpoint:

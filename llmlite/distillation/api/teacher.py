@@ -20,7 +20,8 @@ from llmlite.distillation.api.cache import Answers, Spent, request_key
 from llmlite.distillation.api.client import OPENAI_URL, Client, Endpoint, environment_url, is_loopback, key_of
 from llmlite.distillation.api.prompts import Question, questions_of, read_prompts
 from llmlite.distillation.api.serve import served
-from llmlite.errors import ApiError
+from llmlite.errors import ApiError, counted
+from llmlite.models.adapted import longest_of
 from llmlite.models.find import Source, find, weight_files
 from llmlite.models.load import load_config, load_tokenizer
 from llmlite.models.settings import Model
@@ -166,6 +167,31 @@ class ApiTeacher:
         rows = read_prompts(self.step.prompts) if self.step.prompts else read_rows(data.train, "train", **self.run.columns())
         return questions_of(rows if data.max_train_rows is None else rows.sample(data.max_train_rows, self.run.recipe.seed), endpoint)
 
+    def with_room(self, questions: list[Question]) -> list[Question]:
+        """The questions that leave the teacher a position for its answer, each with what it leaves; those of somebody else's teacher as they are.
+
+        `transformers serve` reads and writes on behind the last position of a model, where a learned table ends with an error.
+        """
+        longest = None if self.own is None else longest_of(self.config())
+        if longest is None:
+            return questions
+        placed = [dataclasses.replace(question, room=longest - self._read_tokens(question)) for question in questions]
+        found = [question for question in placed if question.room and question.room > 0]
+        if full := [question.place for question in placed if question not in found]:
+            log.warning(
+                "distill.blackbox: %s not asked, first %s: of the %d tokens that the teacher reads and writes together, none is left for the answer",
+                counted(len(full), "question is", "questions are"),
+                full[0],
+                longest,
+            )
+        return found
+
+    def _read_tokens(self, question: Question) -> int:
+        """How many tokens a question makes a teacher of one's own read, by its tokenizer and template."""
+        if isinstance(question.asked, str):
+            return len(self._tokenizer(question.asked, verbose=False)["input_ids"])
+        return len(self._tokenizer.apply_chat_template(question.asked, add_generation_prompt=True, return_dict=True)["input_ids"])
+
     def outlook(self) -> tuple[int, Spent] | None:
         """How many questions there are, and about what all answers use at most; None when only a download would tell."""
         from llmlite.data.text import check_source
@@ -199,8 +225,11 @@ class ApiTeacher:
         """Its config, without fetching weights."""
         return self.run.config if self.own == "base" else load_config(find(self._model, weights=False), self._model)
 
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return self.run.tokenizer if self.own == "base" else load_tokenizer(self.source, self._model)
+
     @property
     def _chats(self) -> bool:
         """Whether it has a chat template."""
-        tokenizer = self.run.tokenizer if self.own == "base" else load_tokenizer(self.source, self._model)
-        return bool(tokenizer.chat_template)
+        return bool(self._tokenizer.chat_template)
