@@ -74,7 +74,7 @@ def _parts(view: ModelView, block: BlockView, kind: str, units: int) -> list[_Pa
         rows = {"gate": channels, "up": channels, "gate_up": torch.cat([channels, channels + units], 1)}
         behind = block.linears["down"]
     else:
-        with_their_own = kind == "kv_groups" or view.heads == view.kv_heads  # keys and values that nobody else reads
+        with_their_own = kind == "kv_groups" or view.family.query_groups(view.config) == 1  # keys and values that nobody else reads
         rows = {role: head_rows(view, role, range(heads)).view(units, -1) for role, heads in _heads_that_go(view, with_their_own).items()}
         rows["qkv"] = torch.cat(list(rows.values()), 1)
         behind = block.linears["o"]
