@@ -1,6 +1,6 @@
 r"""The headline table: what each method makes of one model, by recipes as anybody would run them, offline.
 
-    python benchmarks/headline.py                                   # SmolLM2-135M-Instruct, about 80 minutes of one core's time; not timed on two quiet cores
+    python benchmarks/headline.py                                   # SmolLM2-135M-Instruct, about 45 minutes on two cores
     python benchmarks/train_gpt2.py outputs/gpt2 && python benchmarks/headline.py --model outputs/gpt2 --data outputs/gpt2-text.jsonl --dtype bfloat16 \
         --out benchmarks/results/headline_gpt2.json                 # a second family: a small GPT-2, trained first
 
