@@ -95,7 +95,7 @@ def cut_units(
     gradients = gradients_for(model, windows_NT, cuts, step, state)
 
     def change(block: BlockView, found: dict[str, Statistics]) -> Mapping[str, Any]:
-        notes = {}
+        notes: dict[str, Any] = {}
         for cut in cuts:
             if cut.role in found:
                 notes[cut.kind] = cut_block(block.linears[cut.role], cut, found[cut.role], step, gradients.get((cut.kind, block.index)))
@@ -129,7 +129,7 @@ def gradients_for(model: PreTrainedModel, windows_NT: Tensor, cuts: Sequence[Cut
     """
     found: dict[tuple[str, int], Tensor] = {}
     for score, scores_of, most in (("taylor", taylor_scores, _TAYLOR_WINDOWS), ("fisher", fisher_scores, _FISHER_WINDOWS)):
-        units = {cut.kind: cut.units for cut in cuts if (cut.score or step.score) == score}
+        units: dict[str, int] = {cut.kind: cut.units for cut in cuts if (cut.score or step.score) == score}
         if units:
             found |= scores_of(model, windows_NT[:most], units, state)
     return found
