@@ -5,7 +5,7 @@
 
 A step is all of it, as the recipe distill_whitebox makes it: the teacher's signal, forward and backward of the student, twice, then AdamW. Students are the
 teacher with a fifth of its layers gone, with half of them gone, and the first with a LoRA that alone is trained. Steps of all kinds alternate in one process on
-the same batches, and the figure is the ratio of medians to the live step of the same student, on the clock and of the processor.
+the same batches, and the figure is the median ratio to the live step of the same round and student, on the clock and of the processor.
 
 The error of a kind is that of the gradient which enters the student's body from the loss (0.5 CE + 0.5 forward KL, and the KL alone), relative to the live
 teacher's. The cache is made in a temporary folder; how long the teacher took to fill it is given in live steps for the same tokens.
@@ -114,11 +114,6 @@ def steps_of(student: Any, teachers: dict[str, Any], batches: list[Any], accumul
     return times
 
 
-def medians(times: dict[str, list[tuple[float, float]]], name: str, which: int) -> float:
-    """Median of one kind's seconds."""
-    return statistics.median(both[which] for both in times[name])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL)
@@ -162,12 +157,12 @@ def main() -> None:
     live_steps = len(data.dataset) / args.rows / args.accumulate
     for student, times in taken.items():
         for name, row in rows.items():
-            clock, processor = (medians(times, name, i) / medians(times, "live", i) for i in (0, 1))
+            clock, processor = (statistics.median(a[i] / b[i] for a, b in zip(times[name], times["live"], strict=True)) for i in (0, 1))
             row.setdefault("students", {})[student] = {"time": round(clock, 3), "cpu_time": round(processor, 3)}  # type: ignore[index]
-    first = taken[args.students[0]]
+    live_seconds = statistics.median(processor for _, processor in taken[args.students[0]]["live"])
     for row in rows.values():
         if "fill_cpu_seconds" in row:
-            row["fill_in_live_steps"] = round(row.pop("fill_cpu_seconds") / live_steps / medians(first, "live", 1), 3)  # type: ignore[operator]
+            row["fill_in_live_steps"] = round(row.pop("fill_cpu_seconds") / live_steps / live_seconds, 3)  # type: ignore[operator]
     trained = sum(int((labels_N != IGNORE_INDEX).sum()) for _, labels_N in batches) / sum(len(labels_N) for _, labels_N in batches)
     size = f"{args.accumulate} x {args.rows} x {args.max_length}"
     print(f"{size} tokens a step, {trained:.0%} of them trained, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
