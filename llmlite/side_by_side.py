@@ -34,6 +34,8 @@ __all__ = ["evaluate"]
 
 log = logging.getLogger(__name__)
 
+_LEAST_LENGTH = 16  # of data.max_length
+
 
 def evaluate(
     folder: Path | str,
@@ -206,7 +208,7 @@ def _cut_rows(checkpoints: Sequence[Checkpoint], context: Run) -> None:
     longest, data = longest_read(context, checkpoints), context.recipe.data
     if longest is not None and longest < data.max_length:
         log.info("the models read %d tokens at a time, so held-out rows are cut there", longest)
-        context.recipe = dataclasses.replace(context.recipe, data=dataclasses.replace(data, max_length=longest))
+        context.recipe = dataclasses.replace(context.recipe, data=dataclasses.replace(data, max_length=max(_LEAST_LENGTH, longest)))
 
 
 def _bytes(folder: Path, context: Run) -> int:

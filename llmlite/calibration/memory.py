@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["backward_bytes", "blockwise_bytes", "spilled_bytes", "walk_bytes"]
+__all__ = ["backward_bytes", "blockwise_bytes", "head_loss_bytes", "spilled_bytes", "walk_bytes"]
 
 
 def walk_bytes(config: Any, tokens: int) -> int:
@@ -76,3 +76,18 @@ def backward_bytes(config: Any, row_tokens: int, dtype: torch.dtype, scale_block
     kept = row_tokens * element * family.layers(config) * (16 * family.width(config) + 12 * family.ffn_channels(config))
     scales = sum(outputs * inputs for outputs, inputs in linear_shapes(config).values()) // scale_block if scale_block else 0
     return expected_bytes(config, dtype=dtype) + kept + 4 * 5 * scales
+
+
+def head_loss_bytes(config: Any, row_tokens: int, dtype: torch.dtype) -> int:
+    """Expected bytes of a loss against another model's distribution, which comes on top while what one row keeps is there: the other model's head, and the
+    logits of a chunk in float32, twice (`llmlite.training.chunked`).
+
+    Args:
+        config: of the model.
+        row_tokens: tokens of a row.
+        dtype: of the head.
+    """
+    from llmlite.training.chunked import CHUNK_ELEMENTS
+
+    text = config.get_text_config()
+    return int(dtype.itemsize * text.vocab_size * text.hidden_size + 2 * 4 * min(CHUNK_ELEMENTS, text.vocab_size * row_tokens))

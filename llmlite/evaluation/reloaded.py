@@ -24,7 +24,7 @@ from llmlite.errors import ConfigError, counted
 from llmlite.evaluating import Evaluate
 from llmlite.evaluation.result import Evaluation
 from llmlite.models.adapted import longest_of, tokens_left
-from llmlite.models.find import find, weight_bytes, weights_fingerprint
+from llmlite.models.find import Source, find, weight_bytes, weights_fingerprint
 from llmlite.report import Report, environment
 from llmlite.storage import damage, file_sums, read_object, write_json, writing_folder
 
@@ -93,17 +93,23 @@ def longest_read(context: Run, checkpoints: Sequence[Checkpoint]) -> int | None:
 
     Args:
         context: the run that knows the base.
-        checkpoints: stock model or adapter folders.
+        checkpoints: stock model or adapter folders. A prefix that leaves nothing counts for nothing: such an adapter does not load.
+
+    Raises:
+        LoadError: a folder's config is unreadable.
     """
-    from transformers import AutoConfig
+    from llmlite.models.load import load_config
+    from llmlite.models.settings import Model
 
     found = [context.longest_text]
     for folder in (checkpoint.folder for checkpoint in checkpoints):
         if (folder / "adapter_config.json").is_file():
-            before = read_object(folder / "adapter_config.json").get("num_virtual_tokens")
-            found.append(longest_of(context.config, before if isinstance(before, int) else 0))
+            before, whole = read_object(folder / "adapter_config.json").get("num_virtual_tokens"), longest_of(context.config)
+            if isinstance(before, int) and whole is not None and 0 < before < whole:
+                found.append(longest_of(context.config, before))
         else:
-            found.append(longest_of(AutoConfig.from_pretrained(folder)))
+            settings = Model(name=str(folder), trust_remote_code=context.recipe.model.trust_remote_code)
+            found.append(longest_of(load_config(Source(settings.name, folder, None), settings)))
     return min((longest for longest in found if longest is not None), default=None)
 
 

@@ -24,7 +24,7 @@ from llmlite.distillation.api.client import Client
 from llmlite.distillation.api.serve import served
 from llmlite.distillation.api.teacher import ApiTeacher
 from llmlite.errors import ApiError, ConfigError
-from tests.conftest import save_tiny
+from tests.conftest import randomise, save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,7 @@ def test_a_teacher_is_asked_for_no_more_than_it_has_positions_for(
 ) -> None:
     monkeypatch.setenv("LLMLITE_CACHE", str(tmp_path / "cache"))
     teacher = save_tiny(tmp_path / "gpt2", "gpt2", max_position_embeddings=64)
+    randomise(AutoModelForCausalLM.from_pretrained(teacher)).save_pretrained(teacher)  # answers that are not blank
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": "a " * words}) + "\n" for words in (4, 16, 30, 31)))
     step = llmlite.DistillBlackBox(
         teacher=f"serve:{teacher}", prompts=str(tmp_path / "prompts.jsonl"), endpoint="completions", max_answer_tokens=40, truncated="cut", max_retries=0

@@ -36,6 +36,14 @@ def question(words: int) -> Rows:
     return Rows("pair", [{"prompt": "a " * words, "completion": "b"}], ["here"], "here", None, "pairs", 1)
 
 
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows that are longer than any model here reads."""
+    file = tmp_path_factory.mktemp("texts") / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": f"The answer of {number} is the answer of the question. " * 4}) + "\n" for number in range(200)))
+    return file
+
+
 @pytest.fixture(scope="module", params=LEARNED)
 def narrow(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 64 positions."""
@@ -86,10 +94,8 @@ def test_speed_is_measured_on_fewer_tokens_where_there_are_few_positions(family:
     assert (found.prompt_tokens, found.new_tokens) == (1, 9)
 
 
-def test_a_prefix_is_measured_beside_its_base_within_the_positions(narrow: Path, prefixed: Path, tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"text": f"The answer of {number} is the answer of the question. " * 4}) + "\n" for number in range(200)))
-    found = llmlite.evaluate(prefixed, base=str(narrow), data=str(rows), answers=2, **SMALL)
+def test_a_prefix_is_measured_beside_its_base_within_the_positions(narrow: Path, prefixed: Path, texts: Path, tmp_path: Path) -> None:
+    found = llmlite.evaluate(prefixed, base=str(narrow), data=str(texts), answers=2, **SMALL)
     assert found.models["this"]["tokens"] == found.models["base"]["tokens"] > 0
     assert len(found.models["this"]["answers"]) == 2
     (tmp_path / "text.txt").write_text("What is the answer? It is the answer of the question. " * 20)
@@ -139,9 +145,9 @@ def test_a_task_that_asks_for_longer_answers_than_there_are_positions_says_so(na
     assert found.metric == "exact_match"
 
 
-def test_a_run_with_a_prefix_that_leaves_few_positions_answers_is_timed_and_reloads(narrow: Path, pairs_file: Path, tmp_path: Path) -> None:
+def test_a_run_with_a_prefix_that_leaves_few_positions_answers_is_timed_and_reloads(narrow: Path, texts: Path, tmp_path: Path) -> None:
     steps = [llmlite.Prefix(num_virtual_tokens=40, max_steps=1, per_device_train_batch_size=2)]
-    data = llmlite.Data(train=str(pairs_file), max_length=24, packing=False, evaluation_rows=2)
+    data = llmlite.Data(train=str(texts), max_length=24, packing=False, evaluation_rows=2)
     report = llmlite.Recipe(model=str(narrow), data=data, steps=steps, output_dir=str(tmp_path / "out")).run()
     assert report.reload_difference == 0.0
     assert report.rows[-1].decode_tokens_per_second is not None

@@ -15,7 +15,8 @@ import llmlite
 from llmlite.context import Run
 from llmlite.distillation import descent
 from llmlite.errors import ConfigError, LlmliteError, RunError
-from llmlite.models.size import count_zeros
+from llmlite.memory import measured_peak, resident_bytes
+from llmlite.models.size import count_zeros, expected_bytes, runtime_bytes
 from llmlite.models.view import ModelView
 from llmlite.pruning.factors import Factors
 from llmlite.pruning.rescale import PruneRescale
@@ -113,6 +114,19 @@ def test_a_descent_stopped_twice_ends_in_the_same_bits(folder: Path, tmp_path: P
     again, calls = once(tmp_path / "stopped", None)
     assert calls == ROWS - 2 - 6
     assert all(torch.equal(one, other) for one, other in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_the_plan_counts_the_logits_of_a_large_vocabulary(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "wide", vocab_size=49_152)
+    run = Run(llmlite.Recipe(model=str(folder), data=llmlite.Data(max_length=512, calibration_sequences=2), steps=(PruneRescale(),)))
+    run.__dict__["calibration_windows"] = token_ids(2, 512, seed=3)
+    (step,) = run.recipe.steps
+    planned = step.check(ModelPlan(run.config), run).peak_bytes - runtime_bytes(run.device)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with measured_peak() as peak:
+        before = resident_bytes() - expected_bytes(run.config)
+        step.apply(model, run)
+    assert planned == pytest.approx(peak.bytes - before, rel=0.4)  # 0.85 too little without them
 
 
 def test_a_descent_that_overflows_says_so_and_leaves_the_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
