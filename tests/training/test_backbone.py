@@ -34,7 +34,7 @@ FAMILIES = {
     "olmo2": GROUPED,
     "cohere": {**GROUPED, "logit_scale": 0.25, "pad_token_id": 0},
     "hyperclovax": {**GROUPED, "logits_scaling": 6.0},
-    "recurrent_gemma": {**SMALL, "logits_soft_cap": 3.0},
+    "recurrent_gemma": {**SMALL, "num_hidden_layers": 3, "logits_soft_cap": 3.0},  # the third is the first with attention
 }
 
 
