@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from llmlite.pruning.settings import UnitStep
     from llmlite.pruning.units import Cut
 
-__all__ = ["Spread", "Trials", "cuts_of", "fitted", "layers_of", "neighbours", "search"]
+__all__ = ["Spread", "Trials", "cuts_of", "fitted", "neighbours", "search"]
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def cuts_of(config: Any, spread: Spread, head_score: str | None = None) -> tuple
     if spread.kv_groups:
         cuts.append(Cut("kv_groups", kv_heads, kv_heads - spread.kv_groups, score=head_score))
     if spread.query_heads:
-        cuts.append(Cut("query_heads", heads, heads - spread.query_heads, kv_heads if kv_heads < heads else 1, score=head_score))
+        cuts.append(Cut("query_heads", heads, heads - spread.query_heads, family.query_groups(config), score=head_score))
     if spread.channels:
         cuts.append(Cut("ffn", channels, channels - spread.channels))
     return cuts, config_with_channels(_without_channels(config, spread), channels - spread.channels)
@@ -107,8 +107,7 @@ def neighbours(config: Any, spread: Spread) -> Iterator[Spread]:
     from llmlite.models.families import family_of
 
     family = family_of(config)
-    heads, kv_heads = family.heads(config), family.kv_heads(config)
-    step = kv_heads if kv_heads < heads else 1
+    heads, kv_heads, step = family.heads(config), family.kv_heads(config), family.query_groups(config)
     yield dataclasses.replace(spread, layers=spread.layers + 1)
     if kv_heads < heads and not spread.query_heads and spread.kv_groups + 1 < kv_heads:
         yield dataclasses.replace(spread, kv_groups=spread.kv_groups + 1)
@@ -131,6 +130,8 @@ def search(config: Any, keep_parameters: float, loss_of: Callable[[Spread], floa
     Raises:
         ConfigError: no spread reaches the budget.
     """
+    from llmlite.models.families import family_of
+
     found: dict[Spread, float] = {}
 
     def measure(spread: Spread) -> Spread | None:
@@ -144,7 +145,7 @@ def search(config: Any, keep_parameters: float, loss_of: Callable[[Spread], floa
     while best is None:
         best = measure(start)
         if best is None:
-            if start.layers + 1 >= layers_of(config):
+            if start.layers + 1 >= family_of(config).layers(config):
                 raise ConfigError("prune.structured", [f"keep_parameters={keep_parameters} cannot be reached by layers, heads and FFN channels together."])
             start = dataclasses.replace(start, layers=start.layers + 1)
     while len(found) < most:
@@ -240,13 +241,6 @@ class Trials:
                     linear.bias.data.copy_(bias)
         write_json(self._file, {"losses": self.known, "dampings": self._dampings})
         return self.known[key]
-
-
-def layers_of(config: Any) -> int:
-    """Decoder blocks."""
-    from llmlite.models.families import family_of
-
-    return family_of(config).layers(config)
 
 
 def _without_channels(config: Any, spread: Spread) -> Any:

@@ -101,14 +101,15 @@ class PruneStructured(UnitStep):
 
     def _estimate(self, model: ModelPlan, run: Run) -> ModelPlan:
         """What the plan can say before anything is measured: the channels alone, if they can carry it."""
+        from llmlite.models.families import family_of
         from llmlite.models.size import size_of_config
-        from llmlite.pruning.budget import Spread, cuts_of, fitted, layers_of, neighbours
+        from llmlite.pruning.budget import Spread, cuts_of, fitted, neighbours
 
         config, start = model.config, Spread()
         if self.keep_parameters < 1:
             while (spread := fitted(model.config, start, self.keep_parameters, self.multiple_of)) is None:
                 start = next(iter(neighbours(model.config, start)))
-                if start.layers >= layers_of(model.config):
+                if start.layers >= family_of(model.config).layers(model.config):
                     raise ConfigError("prune.structured", [f"keep_parameters={self.keep_parameters} cannot be reached by layers, heads and FFN channels."])
             config = cuts_of(model.config, spread)[1]
         if self.bias_compensation and self.keep_parameters < 1:
