@@ -241,6 +241,9 @@ def test_that_8_bit_layers_cast_is_said_once_from_python_and_never_by_a_command(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(safety, "_CASTS", safety._Once(safety._CASTS.begins))
+    levels = {name: logging.getLogger(name).level for name in QUIET}
+    for name in levels:  # a command of an earlier test may have silenced them
+        logging.getLogger(name).setLevel(logging.NOTSET)
     logger = logging.getLogger("bitsandbytes.autograd._functions")
     for known in list(logger.filters):
         logger.removeFilter(known)
@@ -257,7 +260,6 @@ def test_that_8_bit_layers_cast_is_said_once_from_python_and_never_by_a_command(
     logger.warning("something else")
     assert caplog.messages.count("something else") == 2
     caplog.clear()
-    levels = {name: logging.getLogger(name).level for name in QUIET}
     safety._CASTS.said.clear()
     try:
         log_plainly()
