@@ -44,7 +44,7 @@ class PruneFfn(UnitStep):
             model,
             config_with_channels(config, keep),
             run,
-            calibrated=keep < channels,
+            calibrated=keep < channels and self.reads_text,
             notes=(f"{keep} of {channels} FFN channels stay",),
             backward=self._goes_backward,
         )
@@ -58,7 +58,8 @@ class PruneFfn(UnitStep):
         keep = self._number(channels)
         if keep == channels:
             return model
-        pruned, figures = cut_units(model, [Cut("ffn", channels, keep)], run.calibration_windows, self, walk_state(run))
+        windows_NT = run.calibration_windows if self.reads_text else None
+        pruned, figures = cut_units(model, [Cut("ffn", channels, keep)], windows_NT, self, walk_state(run))
         run.note(**figures)
         return pruned
 

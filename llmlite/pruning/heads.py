@@ -58,7 +58,7 @@ class PruneHeads(UnitStep):
         ]
         if type(config) is not type(model.config):
             notes.append(f"written as {config.model_type}, with equal logits: {model.config.model_type} refuses this number of heads")
-        return planned(model, config, run, calibrated=keep < units, notes=tuple(notes), backward=self._goes_backward)
+        return planned(model, config, run, calibrated=keep < units and self.reads_text, notes=tuple(notes), backward=self._goes_backward)
 
     def apply(self, model: PreTrainedModel, run: Run) -> PreTrainedModel:
         """Walk through the blocks, then slice."""
@@ -69,7 +69,8 @@ class PruneHeads(UnitStep):
         if keep == units:
             return model
         groups = family_of(model.config).query_groups(model.config) if self.unit == "query_heads" else 1
-        pruned, figures = cut_units(model, [Cut(self.unit, units, keep, groups)], run.calibration_windows, self, walk_state(run))
+        windows_NT = run.calibration_windows if self.reads_text else None
+        pruned, figures = cut_units(model, [Cut(self.unit, units, keep, groups)], windows_NT, self, walk_state(run))
         run.note(**figures)
         return pruned
 

@@ -36,6 +36,7 @@ Keep = Annotated[float, Field(gt=0, le=1)]
 Score = Literal["flap", "wanda", "magnitude", "taylor", "fisher", "obs"]
 """How heads and FFN channels are judged, see `llmlite.pruning.scores` and `llmlite.calibration.sensitivity.cost_of_silence`."""
 WITH_GRADIENTS = ("taylor", "fisher")
+_FROM_SUMS = ("flap", "wanda", "obs")  # over what the projections hear
 
 
 @settings
@@ -58,8 +59,22 @@ class UnitStep(Step):
     before; one pass dearer)."""
 
     @property
+    def _scores(self) -> tuple[Score, ...]:
+        return (self.score,)
+
+    @property
     def _goes_backward(self) -> bool:
-        return self.score in WITH_GRADIENTS
+        return any(score in WITH_GRADIENTS for score in self._scores)
+
+    @property
+    def listens(self) -> bool:
+        """Whether the step needs sums over what the projections hear: to repair, to fill a bias, or to judge."""
+        return self.reconstruct or self.bias_compensation or any(score in _FROM_SUMS for score in self._scores)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the step needs calibration text at all."""
+        return self.listens or self._goes_backward
 
     def no_blocks(self) -> str:
         """See `Step.no_blocks`."""

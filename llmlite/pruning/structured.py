@@ -18,7 +18,7 @@ from pydantic import Field
 
 from llmlite.config import settings
 from llmlite.errors import ConfigError
-from llmlite.pruning.settings import WITH_GRADIENTS, Keep, Score, UnitStep, compensated, kept_in, needs_gradients, planned, require_plain, walk_state
+from llmlite.pruning.settings import Keep, Score, UnitStep, compensated, kept_in, needs_gradients, planned, require_plain, walk_state
 from llmlite.step import ModelPlan
 
 if TYPE_CHECKING:
@@ -71,11 +71,11 @@ class PruneStructured(UnitStep):
         share = size_of_config(config).decoder / size_of_config(model.config).decoder
         parts = [f"{cut.keep} of {cut.units} {'FFN channels' if cut.kind == 'ffn' else cut.kind.replace('_', ' ')}" for cut in cuts]
         note = f"{share:.1%} of the decoder stays: {', '.join(parts) or 'everything'}"
-        return planned(model, config, run, calibrated=bool(cuts), notes=(note,), backward=self._goes_backward)
+        return planned(model, config, run, calibrated=bool(cuts) and self.reads_text, notes=(note,), backward=self._goes_backward)
 
     @property
-    def _goes_backward(self) -> bool:
-        return super()._goes_backward or self.head_score in WITH_GRADIENTS
+    def _scores(self) -> tuple[Score, ...]:
+        return (self.score, self.head_score)
 
     def no_blocks(self) -> str:
         """See `Step.no_blocks`."""
@@ -95,7 +95,7 @@ class PruneStructured(UnitStep):
         if not cuts:
             return model
         cuts = [cut if cut.role == "down" else dataclasses.replace(cut, score=self.head_score) for cut in cuts]
-        pruned, figures = cut_units(model, cuts, run.calibration_windows, self, walk_state(run))
+        pruned, figures = cut_units(model, cuts, run.calibration_windows if self.reads_text else None, self, walk_state(run))
         run.note(**figures)
         return pruned
 

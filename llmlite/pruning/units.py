@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from llmlite.calibration.blocks import Statistics, batches_of
+from llmlite.calibration.moments import Moments
 from llmlite.calibration.sensitivity import quick_silence
 from llmlite.calibration.walk import Walk, walk_blocks
 from llmlite.models.blockwise import rebuilt
@@ -26,6 +27,7 @@ from llmlite.models.slicing import take_ffn_channels, take_kv_groups, take_query
 from llmlite.models.view import BlockView, LinearView, ModelView
 from llmlite.pruning import scores
 from llmlite.pruning.reconstruct import choose_damping, least_squares, output_error
+from llmlite.pruning.settings import WITH_GRADIENTS
 from llmlite.pruning.taylor import taylor_scores
 
 if TYPE_CHECKING:
@@ -71,19 +73,19 @@ class Cut:
 
 
 def cut_units(
-    model: PreTrainedModel, cuts: Sequence[Cut], windows_NT: Tensor, step: UnitStep, state: Path | None = None
+    model: PreTrainedModel, cuts: Sequence[Cut], windows_NT: Tensor | None, step: UnitStep, state: Path | None = None
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Take units away, the kinds one after the other inside each block.
 
     Args:
         model: a stock model; its weights are used up.
         cuts: what goes. A cut that keeps everything does nothing.
-        windows_NT: calibration token ids without padding.
-        step: how to choose and repair.
+        windows_NT: calibration token ids without padding; None where the step reads no text (`UnitStep.reads_text`).
+        step: how to choose and repair. Where it listens to nothing (`UnitStep.listens`), there is no pass through the blocks, and no error is measured.
         state: folder of a walk that can be continued, or None.
 
     Returns:
-        A fresh stock model, and figures for the report: the units that went in each layer, dampings and relative output errors.
+        A fresh stock model, and figures for the report: the units that went in each layer, and dampings and relative output errors of a step that listens.
     """
     cuts = [cut for cut in cuts if cut.keep < cut.units]
     if not cuts:
@@ -91,17 +93,17 @@ def cut_units(
     if step.bias_compensation:
         roles = {cut.role for cut in cuts}
         model = rebuilt(model, partial(with_zero_biases, attention="o" in roles, ffn="down" in roles))
-    batches = batches_of(windows_NT)
-    gradients = gradients_for(model, windows_NT, cuts, step, state)
+    gradients = {} if windows_NT is None else gradients_for(model, windows_NT, cuts, step, state)
+    batches = batches_of(windows_NT) if step.listens and windows_NT is not None else []
 
     def change(block: BlockView, found: dict[str, Statistics]) -> Mapping[str, Any]:
         notes: dict[str, Any] = {}
         for cut in cuts:
-            if cut.role in found:
-                notes[cut.kind] = cut_block(block.linears[cut.role], cut, found[cut.role], step, gradients.get((cut.kind, block.index)))
+            if cut.role in found or not step.listens:
+                notes[cut.kind] = cut_block(block.linears[cut.role], cut, found.get(cut.role), step, gradients.get((cut.kind, block.index)))
         return notes
 
-    walk = Walk(stages=[(cut.role,) for cut in cuts], inputs=step.inputs, target=step.target)
+    walk = Walk(stages=[(cut.role,) for cut in cuts], inputs=step.inputs, target=step.target) if step.listens else Walk(stages=((),))
     remembered = walk_blocks(model, batches, walk, change, state)
     figures: dict[str, Any] = {}
     for cut in cuts:
@@ -111,9 +113,10 @@ def cut_units(
         figures[cut.kind] = {
             "units": cut.units,
             "removed": [sorted(set(range(cut.units)) - set(kept)) for kept in keep],
-            "damping": [notes[cut.kind]["damping"] for notes in remembered],
-            "relative_output_error": [notes[cut.kind]["error"] for notes in remembered],
         }
+        if step.listens:
+            figures[cut.kind]["damping"] = [notes[cut.kind]["damping"] for notes in remembered]
+            figures[cut.kind]["relative_output_error"] = [notes[cut.kind]["error"] for notes in remembered]
     return model, figures
 
 
@@ -135,51 +138,54 @@ def gradients_for(model: PreTrainedModel, windows_NT: Tensor, cuts: Sequence[Cut
     return found
 
 
-def cut_block(linear: LinearView, cut: Cut, found: Statistics, step: UnitStep, gradient_U: Tensor | None, damping: float | None = None) -> dict[str, Any]:
+def cut_block(
+    linear: LinearView, cut: Cut, found: Statistics | None, step: UnitStep, gradient_U: Tensor | None, damping: float | None = None
+) -> dict[str, Any]:
     """Choose and repair in one projection; writes its weight and bias. Returns what to remember.
 
     Args:
         linear: the output projection.
         cut: what goes.
-        found: sums over what it heard.
+        found: sums over what it heard; None for a step that does not listen, which repairs nothing.
         step: how to choose and repair.
         gradient_U: scores that were measured with gradients, where the units are judged by them.
         damping: of the repair; None chooses it on the sums that were held out.
     """
-    weight_OI, moments = linear.weight_OI, found.all
-    kept = _choose(weight_OI.float(), cut, found, cut.score or step.score, gradient_U)
+    weight_OI, moments = linear.weight_OI, None if found is None else found.all
+    kept = _choose(weight_OI.float(), cut, moments, cut.score or step.score, gradient_U)
     size = weight_OI.shape[1] // cut.units
     keep_K = (torch.tensor(kept, device=weight_OI.device)[:, None] * size + torch.arange(size, device=weight_OI.device)).flatten()
-    if not step.reconstruct:
-        damping = None
-    elif damping is None:
-        damping = choose_damping(weight_OI, keep_K, found.fit, found.held)
-    new_OK = weight_OI[:, keep_K].float() if damping is None else least_squares(weight_OI, keep_K, moments, damping)
-    energy = float((weight_OI.double() @ moments.gram_II.double() * weight_OI.double()).sum())
-    error = output_error(weight_OI, new_OK, keep_K, moments) / max(energy, 1e-30)
-    if step.bias_compensation and linear.bias is not None:
-        lost_O = weight_OI.float() @ moments.mean_I.float() - new_OK @ moments.mean_I.float()[keep_K]
-        linear.bias.data += lost_O.to(linear.bias.dtype)
+    new_OK = weight_OI[:, keep_K].float()
+    remembered: dict[str, Any] = {"keep": kept}
+    if found is not None and moments is not None:
+        if not step.reconstruct:
+            damping = None
+        elif damping is None:
+            damping = choose_damping(weight_OI, keep_K, found.fit, found.held)
+        if damping is not None:
+            new_OK = least_squares(weight_OI, keep_K, moments, damping)
+        energy = float((weight_OI.double() @ moments.gram_II.double() * weight_OI.double()).sum())
+        remembered |= {"damping": damping, "error": output_error(weight_OI, new_OK, keep_K, moments) / max(energy, 1e-30)}
+        if step.bias_compensation and linear.bias is not None:
+            lost_O = weight_OI.float() @ moments.mean_I.float() - new_OK @ moments.mean_I.float()[keep_K]
+            linear.bias.data += lost_O.to(linear.bias.dtype)
     weight_OI.zero_()
     weight_OI[:, keep_K] = new_OK.to(weight_OI.dtype)
-    return {"keep": kept, "damping": damping, "error": error}
+    return remembered
 
 
-def _choose(weight_OI: Tensor, cut: Cut, found: Statistics, score: str, gradient_U: Tensor | None) -> list[int]:
-    moments = found.all
-    match score:
-        case "obs":
+def _choose(weight_OI: Tensor, cut: Cut, moments: Moments | None, score: str, gradient_U: Tensor | None) -> list[int]:
+    if score in WITH_GRADIENTS:
+        assert gradient_U is not None
+        return strongest(gradient_U, cut.keep, cut.groups)
+    if score == "magnitude":
+        score_I = scores.magnitude_score(weight_OI).sum(0)
+    else:
+        assert moments is not None
+        if score == "obs":
             return obs_choice(weight_OI, scores.inverse_hessian(moments.gram_II, _OBS_DAMPING), cut)
-        case "taylor" | "fisher":
-            assert gradient_U is not None
-            score_U = gradient_U
-        case "magnitude":
-            score_U = scores.unit_sum(scores.magnitude_score(weight_OI).sum(0), cut.units)
-        case "wanda":
-            score_U = scores.unit_sum(scores.wanda_unit_score(weight_OI, moments.norm_I), cut.units)
-        case _:
-            score_U = scores.unit_sum(scores.flap_score(weight_OI, moments.variance_I), cut.units)
-    return strongest(score_U, cut.keep, cut.groups)
+        score_I = scores.wanda_unit_score(weight_OI, moments.norm_I) if score == "wanda" else scores.flap_score(weight_OI, moments.variance_I)
+    return strongest(scores.unit_sum(score_I, cut.units), cut.keep, cut.groups)
 
 
 def strongest(score_U: Tensor, keep: int, groups: int = 1) -> list[int]:

@@ -102,6 +102,24 @@ def test_without_repair_the_result_is_the_model_with_the_units_masked(kind: str,
     require_masked("qwen3", kind, score)
 
 
+def test_what_neither_repairs_nor_listens_reads_no_more_text_than_its_score_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    walked: list[int] = []
+    real = units.walk_blocks
+    monkeypatch.setattr(units, "walk_blocks", lambda model, batches, *rest: walked.append(len(batches)) or real(model, batches, *rest))
+    for score, batches, tokens in (("wanda", 16, True), ("taylor", 0, True), ("magnitude", 0, False)):
+        step, config = llmlite.PruneFfn(keep=0.5, multiple_of=16, score=score, reconstruct=False), tiny_config("llama")
+        plan = step.check(ModelPlan(config), run_of(config))
+        assert (plan.tokens > 0) == tokens
+        _, run = prune(build_tiny("llama"), step)
+        assert bool(walked.pop()) == bool(batches)
+        assert ("relative_output_error" in run.notes["ffn"]) == bool(batches)
+    run = run_of(config)
+    del run.__dict__["calibration_windows"]
+    monkeypatch.setattr("llmlite.calibration.sources.calibration_windows", lambda *_args: pytest.fail("magnitude asks for text"))
+    step.apply(build_tiny("llama"), run)
+    assert llmlite.PruneFfn(keep=0.5, multiple_of=16, score="magnitude", reconstruct=True).listens
+
+
 @pytest.mark.parametrize("name", [name for name in ALL_FAMILIES if name not in ("qwen3", "olmo2")])
 def test_pruned_equals_masked_in_every_family(name: str) -> None:
     for kind in ("ffn", "heads", "query heads"):
