@@ -33,7 +33,7 @@ bench: $(STAMP)
 
 bench-all: bench
 	$(BIN)/python benchmarks/run.py lora_int4 --examples 96 --repeats 2
-	for each in losses distillation_cache adapters lora_start merge calibration_memory scale kills peak_estimate; do $(BIN)/python benchmarks/$$each.py || exit 1; done
+	for each in losses distillation_cache adapters lora_start calibration_memory scale kills peak_estimate; do $(BIN)/python benchmarks/$$each.py || exit 1; done
 	$(BIN)/python benchmarks/run.py help_time --repeats 3
 	$(BIN)/python benchmarks/shrink.py --out outputs/bench-shrink
 	test -f outputs/bench-gpt2/config.json || $(BIN)/python benchmarks/train_gpt2.py outputs/bench-gpt2
