@@ -58,8 +58,7 @@ class PruneFfn(UnitStep):
         keep = self._number(channels)
         if keep == channels:
             return model
-        windows_NT = run.calibration_windows if self.reads_text else None
-        pruned, figures = cut_units(model, [Cut("ffn", channels, keep)], windows_NT, self, walk_state(run))
+        pruned, figures = cut_units(model, [Cut("ffn", channels, keep)], self.windows(run), self, walk_state(run))
         run.note(**figures)
         return pruned
 

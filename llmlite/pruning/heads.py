@@ -69,8 +69,7 @@ class PruneHeads(UnitStep):
         if keep == units:
             return model
         groups = family_of(model.config).query_groups(model.config) if self.unit == "query_heads" else 1
-        windows_NT = run.calibration_windows if self.reads_text else None
-        pruned, figures = cut_units(model, [Cut(self.unit, units, keep, groups)], windows_NT, self, walk_state(run))
+        pruned, figures = cut_units(model, [Cut(self.unit, units, keep, groups)], self.windows(run), self, walk_state(run))
         run.note(**figures)
         return pruned
 

@@ -14,6 +14,8 @@ from llmlite.step import ModelPlan, Step
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch import Tensor
+
     from llmlite.context import Run
 
 __all__ = [
@@ -75,6 +77,10 @@ class UnitStep(Step):
     def reads_text(self) -> bool:
         """Whether the step needs calibration text at all."""
         return self.listens or self._goes_backward
+
+    def windows(self, run: Run) -> Tensor | None:
+        """The calibration text, (N, T) token ids, or None where the step reads none."""
+        return run.calibration_windows if self.reads_text else None
 
     def no_blocks(self) -> str:
         """See `Step.no_blocks`."""

@@ -95,7 +95,7 @@ class PruneStructured(UnitStep):
         if not cuts:
             return model
         cuts = [cut if cut.role == "down" else dataclasses.replace(cut, score=self.head_score) for cut in cuts]
-        pruned, figures = cut_units(model, cuts, run.calibration_windows if self.reads_text else None, self, walk_state(run))
+        pruned, figures = cut_units(model, cuts, self.windows(run), self, walk_state(run))
         run.note(**figures)
         return pruned
 
