@@ -11,7 +11,7 @@ Logit MSE alone needs no logits at all (`llmlite.distillation.logit_products`).
 Gradients are written out (`llmlite.distillation.gradients`); that of ULD, which sorts, and those of logits that are not finite are left to autograd within a
 block of rows.
 
-Shapes: N tokens, C tokens of one chunk, R rows of one block of it, V vocabulary, D hidden size, K teacher tokens kept per position.
+Shapes: N tokens, C tokens of one chunk, R rows of one block of it, V vocabulary, D hidden size, K teacher tokens kept per position, J of them computed exactly.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ _GRADIENTS: Mapping[str, Callable[..., tuple[Tensor, Tensor] | None]] = {
 }
 """Those of log-probabilities whose gradient is written out."""
 
+_ROWS = 16  # whose likeliest tokens' rows of the head, gathered in float32, fit a CPU cache
+
 
 class TeacherSignal(Protocol):
     """Whatever can tell what the teacher says of some tokens of the batch."""
@@ -73,6 +75,8 @@ class HiddenTeacher:
         head_bias_V: with a head given as a weight, its bias.
         transform: the teacher's own logit transform.
         where_N: for each token of the batch its place in `hidden_ND`, int64, when that holds other tokens or in another order.
+        likeliest_NJ: ids of the J likeliest tokens at each place of `hidden_ND`, int64, with a head given as a weight: their logits are computed in float32
+            whatever the head's dtype, and only the others are rounded to it. So a head in bfloat16 is nearly as good as one in float32, where it is quicker.
     """
 
     def __init__(
@@ -83,23 +87,46 @@ class HiddenTeacher:
         head_bias_V: Tensor | None = None,
         transform: LogitTransform | None = None,
         where_N: Tensor | None = None,
+        likeliest_NJ: Tensor | None = None,
     ) -> None:
         self.hidden_ND, self.head, self.head_bias_V, self.transform, self.where_N = hidden_ND.detach(), head, head_bias_V, transform, where_N
+        self.likeliest_NJ = likeliest_NJ
         self._buffer_CV: Tensor | None = None
 
     def signal(self, rows_C: Tensor, device: torch.device) -> tuple[Tensor, ...]:
         """The chunk's logits, valid until the next call, which overwrites them."""
-        hidden_CD = self.hidden_ND[_places(rows_C, self.where_N).to(self.hidden_ND.device)]
+        places_C = _places(rows_C, self.where_N).to(self.hidden_ND.device)
+        hidden_CD = self.hidden_ND[places_C]
         out_CV = self._buffer_CV[: len(rows_C)] if self._buffer_CV is not None and len(self._buffer_CV) >= len(rows_C) else None
-        logits_CV = head_logits(hidden_CD, self.head, self.head_bias_V, self.transform, out=out_CV)
+        if self.likeliest_NJ is None:
+            logits_CV = head_logits(hidden_CD, self.head, self.head_bias_V, self.transform, out=out_CV)
+        else:
+            rounded_CV = head_logits(hidden_CD, self.head, self.head_bias_V)
+            logits_CV = rounded_CV.float() if out_CV is None else out_CV.copy_(rounded_CV)
+            self._sharpen_(logits_CV, hidden_CD, self.likeliest_NJ[places_C])
+            if self.transform is not None:
+                self.transform.apply_(logits_CV)
         if out_CV is None:
             self._buffer_CV = logits_CV
         return (logits_CV.to(device),)
+
+    def _sharpen_(self, raw_CV: Tensor, hidden_CD: Tensor, ids_CJ: Tensor) -> None:
+        """Replace the raw logits of a few tokens by what they are in float32."""
+        assert isinstance(self.head, Tensor)
+        ids_CJ = ids_CJ.to(raw_CV.device, torch.int64)
+        hidden_CD = hidden_CD.to(raw_CV.device, torch.float32)
+        for ids_RJ, hidden_RD, raw_RV in zip(*(torch.split(tensor, _ROWS) for tensor in (ids_CJ, hidden_CD, raw_CV)), strict=True):
+            exact_RJ = F.embedding(ids_RJ, self.head).float().mul_(hidden_RD[:, None]).sum(-1)
+            if self.head_bias_V is not None:
+                exact_RJ += self.head_bias_V[ids_RJ]
+            raw_RV.scatter_(1, ids_RJ, exact_RJ)
 
     def plain(self, rows_K: Tensor) -> tuple[Tensor, Tensor | None]:
         """Hidden states of some tokens, (K, D), and the weight (V, D) of a head that is a product with it and nothing else, `None` for other heads."""
         hidden_KD = self.hidden_ND[_places(rows_K, self.where_N).to(self.hidden_ND.device)]
         weight_VD, bias_V = as_weight_and_bias(self.head, self.head_bias_V) or (None, None)
+        if weight_VD is not None and self.likeliest_NJ is not None:
+            weight_VD = weight_VD.float()
         return hidden_KD, weight_VD if bias_V is None and (self.transform or LogitTransform()) == LogitTransform() else None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import llmlite
 from llmlite.context import Run
@@ -64,6 +65,27 @@ def test_a_cached_teacher_teaches_what_the_live_one_does(model_folder, pairs_fil
     ours, theirs = (loss_and_gradient(teacher.signal(inputs, labels_N), labels_N, 16, 320, 2.0) for teacher in (cache.read(run.device), live))
     torch.testing.assert_close(ours[0], theirs[0], rtol=allowed, atol=1e-3)
     assert (ours[1] - theirs[1]).norm() < allowed * theirs[1].norm()
+
+
+@pytest.mark.parametrize("share", [1.0, 0.1])
+def test_a_product_in_bfloat16_teaches_nearly_what_one_in_float32_does(model_folder, pairs_file, tmp_path, monkeypatch, share):
+    """The head of a published model is in bfloat16: nothing is lost by its type, only by the product's, and not for the ids that are kept."""
+    published = tmp_path / "published"
+    shutil.copytree(model_folder, published)
+    AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).save_pretrained(published)
+    monkeypatch.setattr(cache_module, "_LIKELIEST", round(share * 320))
+    run = context(published, pairs_file)
+    cache = cache_of(run, "hidden")
+    cache.fill(run, lambda: LiveTeacher(cache.teacher.load()), 3)
+    inputs, labels_N = batch_of(run, [5, 0, 7])
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(cache_module, "quick_dtype", lambda device, own, dtype=dtype: dtype)
+        teacher = cache.read(run.device)
+        assert teacher.head.weight_VD.dtype == dtype
+        found[dtype] = loss_and_gradient(teacher.signal(inputs, labels_N), labels_N, 16, 320)[1]
+    error = float((found[torch.bfloat16] - found[torch.float32]).norm() / found[torch.float32].norm())
+    assert error < 1e-6 if share == 1.0 else 0 < error < 2e-3
 
 
 def test_a_stopped_cache_continues_with_what_is_missing_and_a_complete_one_needs_no_teacher(model_folder, pairs_file):

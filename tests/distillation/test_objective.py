@@ -104,6 +104,24 @@ def test_every_teacher_that_knows_the_distribution_teaches_the_same():
     assert head.weight.grad is None
 
 
+@pytest.mark.parametrize("transform", [None, LogitTransform(scale=0.5, softcap=3.0)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_head_in_bfloat16_rounds_none_of_the_likeliest_logits(with_bias, transform):
+    hidden_ND, weight_VD, bias_V = torch.randn(N, E), torch.randn(V, E).bfloat16(), torch.randn(V).bfloat16() if with_bias else None
+    where_N = torch.randperm(N)
+    raw_NV = hidden_ND[where_N] @ weight_VD.float().T + (bias_V.float() if bias_V is not None else 0)
+    ids_NJ = raw_NV.topk(3).indices
+    likeliest_NJ = torch.empty_like(ids_NJ).index_copy_(0, where_N, ids_NJ)
+    teacher = HiddenTeacher(hidden_ND, weight_VD, head_bias_V=bias_V, transform=transform, where_N=where_N, likeliest_NJ=likeliest_NJ)
+    wanted_NV = raw_NV if transform is None else transform(raw_NV)
+    for rows_C in (torch.arange(N), torch.tensor([4, 1]), torch.tensor([], dtype=torch.int64)):  # the second and third in the first one's buffer
+        (logits_CV,) = teacher.signal(rows_C, torch.device("cpu"))
+        assert logits_CV.dtype == torch.float32
+        torch.testing.assert_close(logits_CV.gather(1, ids_NJ[rows_C]), wanted_NV[rows_C].gather(1, ids_NJ[rows_C]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits_CV, wanted_NV[rows_C], rtol=2e-2, atol=6e-2)
+    assert not torch.equal(teacher.signal(torch.arange(N), torch.device("cpu"))[0], wanted_NV)
+
+
 def test_a_bfloat16_teacher_under_autocast_teaches_a_float32_student():
     teacher_NE, head_VE = torch.randn(N, E), torch.randn(V, E)
     hidden_ND, weight_VD = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
