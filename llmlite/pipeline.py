@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmlite.evaluation.quality import Reference
+    from llmlite.evaluation.speed import Speed
 
 __all__ = ["run"]
 
@@ -167,6 +168,7 @@ class _Pipeline:
                         "text": self.context.evaluation_data.fingerprint(),
                         "weights": weights_fingerprint(self.context.source.folder),
                         **figures,
+                        **_held_up(speed),
                     },
                 )
                 with _memory_advice("base, saved", _TO_EVALUATE), writing_folder(folder) as temporary:
@@ -246,7 +248,7 @@ class _Pipeline:
                 speed.decode_tokens_per_second if speed else None,
                 peak.bytes,
                 energy.seconds,
-                dict(self.context.notes),
+                {**self.context.notes, **_held_up(speed)},
             )
             if worst := row.worst_layers():
                 log.info("%s: %s", name, worst)
@@ -425,6 +427,11 @@ def _require_numbers(recipe: Recipe, perplexity: float, dtype: torch.dtype) -> N
             f"base: the perplexity of {recipe.model.name} on the held-out text is {perplexity}, computed in {str(dtype).removeprefix('torch.')}. "
             "Its weights hold numbers that are infinite or none, or activations overflow. Download it again, or try dtype: float32."
         )
+
+
+def _held_up(speed: Speed | None) -> dict[str, float]:
+    """What a row notes of a speed that other programs held up."""
+    return {"processors_short": speed.processors_short} if speed and speed.processors_short else {}
 
 
 def _logical_parameters(model: PreTrainedModel) -> int:

@@ -8,7 +8,7 @@ import functools
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,7 +24,7 @@ from llmlite.storage import read_object, write_json
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["SPEED_OF_STEPS", "Report", "Row", "environment", "human_bytes", "human_count", "human_figure", "human_joules", "plan_table"]
+__all__ = ["SPEED_OF_STEPS", "Report", "Row", "busy_sentence", "environment", "human_bytes", "human_count", "human_figure", "human_joules", "plan_table"]
 
 
 SPEED_OF_STEPS = (
@@ -32,6 +32,22 @@ SPEED_OF_STEPS = (
     "warms up, without spread. `llmlite evaluate DIR --each_step`, or `evaluate: true` in the recipe, measures what every step left, reloaded, with its spread."
 )
 """What the rows' speed is, for wherever it is shown: the defaults of `llmlite.evaluation.speed.measure_speed`, said without torch."""
+
+_BUSY = 0.2
+"""Processors that other programs kept from a model that was timed, from which on its speed is doubted."""
+
+
+def busy_sentence(short: Mapping[str, float]) -> str:
+    """That other programs held up what was timed, in a sentence; empty where they did not.
+
+    Args:
+        short: for each model by name the processors that were kept from it; see `llmlite.evaluation.speed.Latency`.
+    """
+    held = {name: value for name, value in short.items() if value >= _BUSY}
+    if not held:
+        return ""
+    worst = f"{max(held.values()):.1f} of the processors it could use"
+    return f"Other programs kept up to {worst} from {', '.join(held)} meanwhile: do not compare speeds; time again on a quiet machine."
 
 
 @dataclass(frozen=True)
@@ -178,6 +194,12 @@ class Report:
         missing = [f"{name} ({energy.get('source') or 'no reason noted'})" for name, energy in noted if energy.get("joules") is None]
         return [*sentences, f"Energy not available: {'; '.join(missing)}."] if missing else sentences
 
+    def speed_on(self) -> str:
+        """What the rows' speed is and whether to believe it, in sentences; empty where nothing was timed."""
+        if not any(row.decode_tokens_per_second for row in self.rows):
+            return ""
+        return " ".join(filter(None, (SPEED_OF_STEPS, busy_sentence({row.name: row.details.get("processors_short", 0.0) for row in self.rows}))))
+
     def expectation(self) -> str:
         """Expected beside obtained, in a sentence; empty where nothing was expected."""
         if not self.expected or not self.rows:
@@ -201,8 +223,7 @@ class Report:
         """`lines` for a terminal: a column for the base and for each step, a row for each figure."""
         from rich.table import Table
 
-        timed = any(row.decode_tokens_per_second for row in self.rows)
-        table = Table(title=f"{self.path}", title_justify="left", caption=SPEED_OF_STEPS if timed else None, caption_justify="left")
+        table = Table(title=f"{self.path}", title_justify="left", caption=self.speed_on() or None, caption_justify="left")
         table.add_column("")
         for row in self.rows:
             table.add_column(row.name, justify="right", no_wrap=True)

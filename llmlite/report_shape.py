@@ -88,6 +88,7 @@ class _Details(TypedDict, total=False):
     removed_layers: list[Count] | None
     layer_sparsity: list[Number] | None
     layer_errors: dict[str, Number] | None
+    processors_short: Number
 
 
 @pydantic.with_config(_OPEN)

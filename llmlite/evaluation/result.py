@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmlite.errors import counted
 from llmlite.gate import collapse_warning
-from llmlite.report import human_bytes
+from llmlite.report import busy_sentence, human_bytes
 from llmlite.storage import write_json
 
 if TYPE_CHECKING:
@@ -120,11 +120,14 @@ class Evaluation:
         timed = next((model["latency"][0] for model in self.models.values() if model["latency"]), None)
         if timed is None:
             return ""
-        return (
+        latencies = zip(self.headings(), (model["latency"] for model in self.models.values()), strict=True)
+        busy = busy_sentence({name: max(one.get("processors_short", 0.0) for one in found) for name, found in latencies if found})
+        measured = (
             f"Speed of the reloaded models: {counted(timed['repeats'], 'repeat')} after one that warms up, prompts of "
             f"{counted(timed['prompt_tokens'], 'random token')} and {timed['new_tokens']} more; p50 is the median over them, p95 the 95th percentile"
             + (": of so few first tokens nearly the slowest." if timed["repeats"] < _MANY else ".")
         )
+        return " ".join(filter(None, (measured, busy)))
 
     def grid(self) -> str:
         """The grid that grams of CO2 are of, in a sentence after a space; empty where none was stated."""

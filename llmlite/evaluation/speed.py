@@ -4,14 +4,18 @@
     TPOT   from one token to the next (decode)               decode tokens/s  = batch / TPOT
 
 Every figure is a median over repeats after one that warms up, with the 95th percentile beside it where the spread matters. What is measured is the
-model as it stands in memory, kernels of the machine included; zeros in a mask or fewer bytes on disk count for nothing here.
+model as it stands in memory, kernels of the machine included; zeros in a mask or fewer bytes on disk count for nothing here. How many processors other programs
+kept from it is noted, since a model that had to wait is not slow.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,10 +38,12 @@ class Speed:
     Attributes:
         prefill_tokens_per_second: prompt tokens read a second.
         decode_tokens_per_second: tokens written a second after the prompt.
+        processors_short: see `Latency`.
     """
 
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
+    processors_short: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class Latency:
         tpot_p50, tpot_p95: time of each further token, over all tokens of all repeats.
         prefill_tokens_per_second, decode_tokens_per_second: of the whole batch, from the medians.
         peak_memory_bytes: of the process (CPU) or the allocator (CUDA), model included.
+        processors_short: how many of the processors that its threads could use were kept busy by other programs meanwhile, on average; 0 on a GPU.
     """
 
     batch: int
@@ -63,6 +70,7 @@ class Latency:
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
     peak_memory_bytes: int
+    processors_short: float = 0.0
 
 
 def measure_speed(model: PreTrainedModel, prompt_tokens: int = 256, new_tokens: int = 16, repeats: int = 3) -> Speed:
@@ -74,7 +82,7 @@ def measure_speed(model: PreTrainedModel, prompt_tokens: int = 256, new_tokens: 
         repeats: timed repeats after one that warms up.
     """
     found = measure_latency(model, 1, prompt_tokens, new_tokens, repeats)
-    return Speed(found.prefill_tokens_per_second, found.decode_tokens_per_second)
+    return Speed(found.prefill_tokens_per_second, found.decode_tokens_per_second, found.processors_short)
 
 
 @torch.no_grad()
@@ -99,7 +107,7 @@ def measure_latency(model: PreTrainedModel, batch: int = 1, prompt_tokens: int =
     prompt_BT = torch.randint(0, min(1000, model.config.vocab_size), (batch, prompt_tokens), generator=generator).to(device)
     first: list[float] = []
     further: list[float] = []
-    with measured_peak(device.type) as peak:
+    with measured_peak(device.type) as peak, _watched(torch.get_num_threads() if device.type == "cpu" else 0) as short:
         for repeat in range(repeats + 1):
             ttft, tpot = _timed(model, prompt_BT, new_tokens)
             if repeat:
@@ -119,7 +127,28 @@ def measure_latency(model: PreTrainedModel, batch: int = 1, prompt_tokens: int =
         batch * prompt_tokens / ttft_p50,
         batch / tpot_p50,
         peak.bytes,
+        short[0],
     )
+
+
+@contextmanager
+def _watched(threads: int) -> Iterator[list[float]]:
+    """After the block the list holds `Latency.processors_short` of `threads` threads of this process."""
+    short = [0.0]
+    started, before = time.perf_counter(), _seconds_of_others()
+    yield short
+    seconds = time.perf_counter() - started
+    if threads and seconds > 0:
+        others = (_seconds_of_others() - before) / seconds
+        short[0] = round(min(max(others + threads - (os.cpu_count() or 1), 0.0), threads), 2)
+
+
+def _seconds_of_others() -> float:
+    """Processor time of all programs of this machine but this one, from any start."""
+    import psutil
+
+    of_all = psutil.cpu_times()
+    return float(of_all.user + getattr(of_all, "nice", 0.0) + of_all.system) - time.process_time()
 
 
 def _timed(model: PreTrainedModel, prompt_BT: Tensor, new_tokens: int) -> tuple[float, list[float]]:

@@ -12,7 +12,7 @@ from llmlite.errors import counted
 from llmlite.evaluation.result import Evaluation
 from llmlite.gate import COLLAPSE
 from llmlite.html import plots
-from llmlite.report import SPEED_OF_STEPS, Report, Row, human_bytes, human_figure
+from llmlite.report import Report, Row, human_bytes, human_figure
 from llmlite.step import step_class
 from llmlite.storage import write_text
 
@@ -122,8 +122,8 @@ def _conditions(report: Report) -> str:
     about, text = report.environment, report.evaluation
     tokens, examples = counted(text.get("tokens", "?"), "held-out token"), counted(text.get("examples", "?"), "example")
     quality = f"Quality on {tokens} ({examples}) of {text.get('text', 'held-out text')}"
-    speed = f" {SPEED_OF_STEPS}" if any(row.decode_tokens_per_second for row in report.rows) else ""
-    return f"{quality}; {_machine(about)}; {about.get('date', '')}; seed {report.recipe.get('seed', 0)}.{speed}"
+    conditions = f"{quality}; {_machine(about)}; {about.get('date', '')}; seed {report.recipe.get('seed', 0)}."
+    return " ".join(filter(None, (conditions, report.speed_on())))
 
 
 def _machine(about: dict[str, Any]) -> str:

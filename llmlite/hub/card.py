@@ -18,7 +18,7 @@ from llmlite.html.images import CURVE, OVERVIEW, card_images
 from llmlite.hub.base import base_of
 from llmlite.hub.lines import adapter_loader, loading_snippet
 from llmlite.hub.published import hub_dataset, public_evaluation, published
-from llmlite.report import SPEED_OF_STEPS, Report, Row, human_bytes
+from llmlite.report import Report, Row, human_bytes
 from llmlite.storage import read_object
 
 __all__ = ["LAST_LINE", "fenced", "is_ours", "model_card", "plain", "write_card"]
@@ -203,10 +203,9 @@ def _conditions(report: Report) -> str:
     versions = ", ".join(f"{name} {about[name]}" for name in ("llmlite", "torch", "transformers", "peft", "bitsandbytes") if about.get(name))
     source = plain(str(text.get("text", "held-out text")))
     machine = f"{about.get('device', '?')} ({about.get('cpu', '?')}, {counted(about.get('cores', '?'), 'core')})"
-    speed = f" {SPEED_OF_STEPS}" if report.rows[-1].decode_tokens_per_second else ""
     return (
         f"Perplexity, KL and agreement on {counted(text.get('tokens', '?'), 'token')} ({counted(text.get('examples', '?'), 'example')}) of {source}. "
-        f"Speed and memory on {machine}, batch 1.{speed} {versions}. {about.get('date', '')}."
+        f"Speed and memory on {machine}, batch 1.{f' {report.speed_on()}'.rstrip()} {versions}. {about.get('date', '')}."
     )
 
 
