@@ -74,7 +74,7 @@ def flap_score(weight_OI: Tensor, variance_I: Tensor) -> Tensor:
     Returns:
         Scores, float32, (I,). The scales of layers differ; FLAP standardises them within a layer, which changes nothing where each layer keeps the same number.
 
-    Source: An et al. 2023 (FLAP), arXiv:2312.11983, eq. 5.
+    Source: An et al. 2023 (FLAP), arXiv:2312.11983, the fluctuation metric.
     """
     return variance_I.float() * weight_OI.float().square().sum(0)
 

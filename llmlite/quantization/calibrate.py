@@ -1,8 +1,8 @@
 """Calibrated 4-bit weights of a whole model, block by block.
 
-Each projection's codes and scales are chosen by its own second-order error (`llmlite.quantization.nf4`) on the inputs that calibration text gives it. The
-weights of a whole dense model are overwritten with those that their codes stand for; codes and scales are kept in a folder, from which `write_calibrated` puts
-them into a stock bitsandbytes model. What was stopped continues, in each of its parts.
+Each projection's codes and scales are chosen by its own second-order error (`llmlite.quantization.second_order`) on the inputs that calibration text gives it.
+The weights of a whole dense model are overwritten with those that their codes stand for; codes and scales are kept in a folder, from which `write_calibrated`
+puts them into a stock bitsandbytes model. What was stopped continues, in each of its parts.
 
 Tokens count by how much an error at them would change what the model says (`llmlite.calibration.sensitivity`), and at the end the scales are tuned end to end
 with the codes fixed (`llmlite.quantization.tune`).
@@ -33,7 +33,8 @@ from llmlite.models.device_map import is_offloaded
 from llmlite.models.quick import quick_dtype_of
 from llmlite.models.view import BlockView, LinearView, ModelView
 from llmlite.processes import rank_and_processes
-from llmlite.quantization.nf4 import Codes, Grid, calibrated_codes, grid_of
+from llmlite.quantization.nf4 import Codes, Grid, grid_of
+from llmlite.quantization.second_order import calibrated_codes
 from llmlite.quantization.stock_format import write_codes
 from llmlite.quantization.tune import tune_scales
 from llmlite.storage import damage, file_sums, flush, set_aside, writing_folder

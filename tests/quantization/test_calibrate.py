@@ -21,7 +21,7 @@ from llmlite.hub.lines import loading_lines
 from llmlite.models.load import load_model
 from llmlite.models.safety import make_safe
 from llmlite.quantization import calibrate as calibrate_module
-from llmlite.quantization import nf4
+from llmlite.quantization import second_order
 from llmlite.quantization.calibrate import CalibratedScheme, calibrate, write_calibrated
 from llmlite.quantization.error import error_report, layer_errors
 from tests.conftest import build_tiny, logits_of, save_tiny, token_ids
@@ -108,7 +108,7 @@ def test_the_layer_error_is_the_error_of_the_layers_output(tmp_path: Path) -> No
 def test_a_stopped_calibration_continues_and_ends_in_the_same_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     how = CalibratedScheme()
     whole = calibrate(build_tiny("llama"), windows(), how, tmp_path / "whole", tmp_path / "whole-walk")
-    real, calls = nf4.calibrated_codes, []
+    real, calls = second_order.calibrated_codes, []
 
     def dies(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
