@@ -33,11 +33,11 @@ bench: $(STAMP)
 
 bench-all: bench
 	$(BIN)/python benchmarks/run.py lora_int4 --examples 96 --repeats 2
-	for each in losses distillation_cache adapters lora_start calibration_memory scale kills peak_estimate; do $(BIN)/python benchmarks/$$each.py || exit 1; done
+	for each in losses distillation_cache adapters lora_start merge calibration_memory scale kills peak_estimate; do $(BIN)/python benchmarks/$$each.py || exit 1; done
 	$(BIN)/python benchmarks/run.py help_time --repeats 3
 	$(BIN)/python benchmarks/shrink.py --out outputs/bench-shrink
-	test -f outputs/bench-gpt2/config.json || $(BIN)/python benchmarks/train_gpt2.py outputs/bench-gpt2
-	$(BIN)/python benchmarks/headline.py --model outputs/bench-gpt2 --data builtin:python-docs-prose --work outputs/headline-gpt2 --out benchmarks/results/headline_gpt2.json
+	test -f outputs/bench-gpt2/config.json || $(BIN)/python benchmarks/train_gpt2.py outputs/bench-gpt2 --dtype bfloat16
+	$(BIN)/python benchmarks/headline.py --model outputs/bench-gpt2 --data outputs/bench-gpt2-text.jsonl --dtype bfloat16 --work outputs/headline-gpt2 --out benchmarks/results/headline_gpt2.json
 ifdef TRAIN
 ifdef ENVS
 	$(BIN)/python benchmarks/peers/environments.py $(ENVS)

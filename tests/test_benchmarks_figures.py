@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_docs_figures import results, row
+from tests.test_docs_figures import merging, results, row
 
 ROOT = Path(__file__).parent.parent
 
@@ -112,6 +112,7 @@ def structured() -> list[str]:
         (cache, "## Distillation: the teacher beside the student, or read from disk", "teacher"),
         (quantization, "## 4 and 8 bits: own formats and peers in one table", "bits a weight"),
         (structured, "## Structured pruning beside Torch-Pruning", "processor time"),
+        (merging, "## Merging an adapter", "time of a pass"),
         (sparsity, "## Zeros: SparseGPT and Wanda beside llm-compressor's", "processor time"),
     ],
 )

@@ -135,6 +135,14 @@ def adapters() -> list[str]:
     return [
         *(row(kind, f"{one['numbers']:,}", f"{one['perplexity']:.2f}", f"{one['cpu_ratio']:.2f}", f"{one['memory_ratio']:.2f}") for kind, one in kinds),
         *(row(one["seed"], starts[one["start"]], f"{one['kl_before_to_nf4']:.3f}", f"{one['after']['loss']:.3f}") for one in results("lora_start")["rows"]),
+        *merging(),
+    ]
+
+
+def merging() -> list[str]:
+    table = results("merge")["table"]
+    return [
+        row(name, f"{one['perplexity']:.2f}", f"{one['kl']:.3f}", f"{one['bytes'] / 1e6:.0f} MB", f"{one['of_the_time']:.2f}") for name, one in table.items()
     ]
 
 
