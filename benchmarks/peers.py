@@ -68,6 +68,7 @@ ROWS: dict[str, dict[str, tuple[str, str, str]]] = {  # row -> (environment, scr
     },
     "structured": {  # the same number of FFN channels gone from every layer
         "llmlite prune.ffn": (OURS, "llmlite_steps.py", "ffn"),
+        "llmlite prune.ffn, taylor": (OURS, "llmlite_steps.py", "ffn-taylor-repaired"),
         "llmlite prune.ffn, taylor, no repair": (OURS, "llmlite_steps.py", "ffn-taylor"),
         "llmlite prune.ffn, magnitude, no repair": (OURS, "llmlite_steps.py", "ffn-magnitude"),
         "Torch-Pruning, taylor": ("misc", "torch_pruning_ffn.py", "taylor"),

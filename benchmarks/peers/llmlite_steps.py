@@ -27,6 +27,7 @@ METHODS: dict[str, Any] = {
     "sparsegpt-0.5": lambda: llmlite.PruneWeights(sparsity=0.5),
     "sparsegpt-2:4": lambda: llmlite.PruneWeights(sparsity="2:4"),
     "ffn": lambda: llmlite.PruneFfn(keep=KEEP_CHANNELS, multiple_of=2),
+    "ffn-taylor-repaired": lambda: llmlite.PruneFfn(keep=KEEP_CHANNELS, multiple_of=2, score="taylor"),
     "ffn-magnitude": lambda: llmlite.PruneFfn(keep=KEEP_CHANNELS, multiple_of=2, score="magnitude", reconstruct=False),
     "ffn-taylor": lambda: llmlite.PruneFfn(keep=KEEP_CHANNELS, multiple_of=2, score="taylor", reconstruct=False),
     "wanda-0.5": lambda: llmlite.PruneWeights(sparsity=0.5, method="wanda"),

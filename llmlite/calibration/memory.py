@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["backward_bytes", "blockwise_bytes", "head_loss_bytes", "spilled_bytes", "walk_bytes"]
+__all__ = ["backward_bytes", "blockwise_bytes", "factor_bytes", "head_loss_bytes", "spilled_bytes", "walk_bytes"]
 
 
 def walk_bytes(config: Any, tokens: int) -> int:
@@ -78,7 +78,20 @@ def backward_bytes(config: Any, row_tokens: int, dtype: torch.dtype, scale_block
     return expected_bytes(config, dtype=dtype) + kept + 4 * 5 * scales
 
 
-def head_loss_bytes(config: Any, row_tokens: int, dtype: torch.dtype) -> int:
+def factor_bytes(config: Any, row_tokens: int, dtype: torch.dtype) -> int:
+    """Expected bytes of what one row keeps for the gradients of factors at the outputs of its projections, beside `backward_bytes`: those outputs.
+
+    Args:
+        config: of the model.
+        row_tokens: tokens of a row.
+        dtype: of the outputs.
+    """
+    from llmlite.models.size import linear_shapes
+
+    return row_tokens * dtype.itemsize * sum(outputs for outputs, _ in linear_shapes(config).values())
+
+
+def head_loss_bytes(config: Any, row_tokens: int, dtype: torch.dtype, *, own_head: bool = True) -> int:
     """Expected bytes of a loss against another model's distribution, which comes on top while what one row keeps is there: the other model's head, and the
     logits of a chunk in float32, twice (`llmlite.training.chunked`).
 
@@ -86,8 +99,9 @@ def head_loss_bytes(config: Any, row_tokens: int, dtype: torch.dtype) -> int:
         config: of the model.
         row_tokens: tokens of a row.
         dtype: of the head.
+        own_head: the other model has a head of its own.
     """
     from llmlite.training.chunked import CHUNK_ELEMENTS
 
     text = config.get_text_config()
-    return int(dtype.itemsize * text.vocab_size * text.hidden_size + 2 * 4 * min(CHUNK_ELEMENTS, text.vocab_size * row_tokens))
+    return int(own_head * dtype.itemsize * text.vocab_size * text.hidden_size + 2 * 4 * min(CHUNK_ELEMENTS, text.vocab_size * row_tokens))

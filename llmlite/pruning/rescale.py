@@ -55,7 +55,7 @@ class PruneRescale(Step):
         Raises:
             ConfigError: the model has other tokens than the base.
         """
-        from llmlite.calibration.memory import backward_bytes, head_loss_bytes
+        from llmlite.calibration.memory import backward_bytes, factor_bytes, head_loss_bytes
         from llmlite.models.quick import quick_dtype
         from llmlite.models.size import expected_bytes, runtime_bytes
 
@@ -69,7 +69,8 @@ class PruneRescale(Step):
         quick, width = quick_dtype(run.device, run.compute_dtype), run.config.get_text_config().hidden_size
         tokens, row_tokens = self.epochs * calibration_tokens(run), run.recipe.data.max_length
         base = expected_bytes(run.config, dtype=quick)
-        descent = backward_bytes(model.config, row_tokens, quick) + head_loss_bytes(run.config, row_tokens, quick)
+        kept = backward_bytes(model.config, row_tokens, quick) + factor_bytes(model.config, row_tokens, quick)
+        descent = kept + head_loss_bytes(run.config, row_tokens, quick)
         beside = max(base, descent) + quick.itemsize * width * calibration_tokens(run)
         steps = self.epochs * -(-run.recipe.data.calibration_sequences // self.rows)
         return dataclasses.replace(

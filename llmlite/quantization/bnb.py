@@ -69,7 +69,7 @@ class Quantize(Step):
         Raises:
             ConfigError: layers whose width bitsandbytes cannot represent, unless they are skipped; names in `skip` that no layer has; no layer left.
         """
-        from llmlite.calibration.memory import backward_bytes, walk_bytes
+        from llmlite.calibration.memory import backward_bytes, head_loss_bytes, walk_bytes
         from llmlite.models.quick import quick_dtype, slow_here
         from llmlite.models.size import BLOCK_SIZE, expected_bytes, linear_shapes, runtime_bytes
 
@@ -107,6 +107,8 @@ class Quantize(Step):
         if self._goes_backward:
             quick = quick_dtype(run.device, run.compute_dtype)
             backward = backward_bytes(model.config, run.recipe.data.max_length, quick, BLOCK_SIZE if self.tune_epochs else 0)
+            if self.tune_epochs:
+                backward += head_loss_bytes(model.config, run.recipe.data.max_length, quick, own_head=False)
         return dataclasses.replace(
             model,
             form=self.scheme,
