@@ -36,7 +36,7 @@ from llmlite.distillation.objective import HiddenTeacher, TopKTeacher
 from llmlite.errors import ConfigError, RunError, counted
 from llmlite.models.quick import quick_dtype
 from llmlite.storage import cache_folder, damage, require_space, writing_folder
-from llmlite.training.chunked import as_weight_and_bias
+from llmlite.training.chunked import as_weight_and_bias, fitting_chunk
 from llmlite.training.token_loss import IGNORE_INDEX, LogitTransform, next_token_labels
 
 if TYPE_CHECKING:
@@ -175,19 +175,20 @@ class TeacherCache:
         collate = self.data.collator(flatten="flash" in str(teacher.model.config._attn_implementation))
         rows = range(shard * _ROWS_PER_SHARD, min((shard + 1) * _ROWS_PER_SHARD, len(dataset)))
         counts = [sum(label != IGNORE_INDEX for label in dataset[row]["labels"][1:]) for row in rows]
-        parts = []
+        parts: list[dict[str, Tensor]] = []
+        buffers: dict[str, Tensor] = {}
         for start in range(rows.start, rows.stop, rows_per_batch):
             batch = collate([dataset[row] for row in range(start, min(start + rows_per_batch, rows.stop))])
             labels_N = next_token_labels(batch.pop("labels")).reshape(-1)
-            parts.append(self._entries(teacher.signal(batch, labels_N), (labels_N != IGNORE_INDEX).nonzero().flatten()))
+            parts.append(self._entries(teacher.signal(batch, labels_N), (labels_N != IGNORE_INDEX).nonzero().flatten(), buffers))
         return {"counts": torch.tensor(counts), **{name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}}
 
-    def _entries(self, signal: HiddenTeacher, rows_E: Tensor) -> dict[str, Tensor]:
-        """What is kept of a batch: the entries of the tokens `rows_E`, which may be none."""
+    def _entries(self, signal: HiddenTeacher, rows_E: Tensor, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is kept of a batch: the entries of the tokens `rows_E`, which may be none; `buffers` as for `_rough`."""
         chunks = torch.split(rows_E, _CHUNK_TOKENS)  # one empty chunk where there are no tokens
         if self.kind == "hidden":
             hidden_ED = signal.hidden_ND[rows_E.to(signal.hidden_ND.device)].to("cpu", torch.bfloat16)
-            rough = _rough(signal)
+            rough = _rough(signal, buffers)
             count = min(_LIKELIEST, self._vocabulary)
             ids_EJ = torch.cat([rough.signal(rows_C, rough.hidden_ND.device)[0].topk(count).indices.cpu() for rows_C in chunks])
             return {"hidden": hidden_ED, "likeliest": _as_stored(ids_EJ, self._vocabulary)}
@@ -213,15 +214,22 @@ class TeacherCache:
             _Head(weight.detach(), None if bias is None else bias.detach(), logit_transform(model.config)).save(temporary / "head.safetensors")
 
 
-def _rough(signal: HiddenTeacher) -> HiddenTeacher:
-    """The same teacher with the product in the type that this machine multiplies fastest: which tokens are the likeliest is seen by that as well."""
+def _rough(signal: HiddenTeacher, buffers: dict[str, Tensor]) -> HiddenTeacher:
+    """The same teacher with the product in the type that this machine multiplies fastest: which tokens are the likeliest is seen by that as well.
+
+    Args:
+        signal: what the teacher says of a batch.
+        buffers: empty for the first batch, then given again.
+    """
     linear = as_weight_and_bias(signal.head, signal.head_bias_V)
     if linear is None:
         return signal
     weight_VD, bias_V = linear
     dtype = quick_dtype(weight_VD.device, weight_VD.dtype)
+    if not buffers:
+        buffers["logits"] = _buffer(weight_VD, dtype)
     bias_V = None if bias_V is None else bias_V.to(dtype)
-    return HiddenTeacher(signal.hidden_ND, weight_VD.to(dtype), head_bias_V=bias_V, transform=signal.transform, where_N=signal.where_N)
+    return HiddenTeacher(signal.hidden_ND, weight_VD.to(dtype), head_bias_V=bias_V, transform=signal.transform, where_N=signal.where_N, buffers=buffers)
 
 
 @dataclass(frozen=True)
@@ -265,6 +273,11 @@ class CachedTeacher:
 
     def __init__(self, shards: list[dict[str, Tensor]], head: _Head | None) -> None:
         self.shards, self.head = shards, head
+        self.buffers: dict[str, Tensor] = {}
+        if head is not None:
+            self.buffers["logits"] = _buffer(head.weight_VD, torch.float32 if head.sharpen else head.weight_VD.dtype)
+            if head.sharpen:
+                self.buffers["rounded"] = _buffer(head.weight_VD, head.weight_VD.dtype)
         self.starts = [torch.cat([torch.zeros(1, dtype=torch.int64), shard["counts"].cumsum(0)]).tolist() for shard in shards]
 
     def signal(self, inputs: dict[str, Tensor], labels_N: Tensor) -> HiddenTeacher | TopKTeacher:
@@ -291,6 +304,7 @@ class CachedTeacher:
                 transform=self.head.transform,
                 where_N=where_N,
                 likeliest_NJ=_widened(entries["likeliest"]) if self.head.sharpen else None,
+                buffers=self.buffers,
             )
         return TopKTeacher(_widened(entries["ids"]), _consistent(entries["logprobs"], entries["tail"]), where_N=where_N)
 
@@ -298,6 +312,11 @@ class CachedTeacher:
         for row in rows:
             shard, place = divmod(row, _ROWS_PER_SHARD)
             yield shard, slice(self.starts[shard][place], self.starts[shard][place + 1])
+
+
+def _buffer(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    """For the logits of a chunk. Made once, whole: many of different sizes, given back in between, leave holes in the process's memory."""
+    return torch.empty(fitting_chunk(len(weight_VD)), len(weight_VD), dtype=dtype, device=weight_VD.device)
 
 
 def _id_bytes(vocabulary: int) -> int:

@@ -77,6 +77,8 @@ class HiddenTeacher:
         where_N: for each token of the batch its place in `hidden_ND`, int64, when that holds other tokens or in another order.
         likeliest_NJ: ids of the J likeliest tokens at each place of `hidden_ND`, int64, with a head given as a weight: their logits are computed in float32
             whatever the head's dtype, and only the others are rounded to it. So a head in bfloat16 is nearly as good as one in float32, where it is quicker.
+        buffers: (at least the rows of a chunk, V) that chunks of `logits`, and of logits `rounded` to the head's dtype, are written to, from who makes a
+            teacher for every batch; else the first chunk's is kept.
     """
 
     def __init__(
@@ -88,27 +90,32 @@ class HiddenTeacher:
         transform: LogitTransform | None = None,
         where_N: Tensor | None = None,
         likeliest_NJ: Tensor | None = None,
+        buffers: dict[str, Tensor] | None = None,
     ) -> None:
         self.hidden_ND, self.head, self.head_bias_V, self.transform, self.where_N = hidden_ND.detach(), head, head_bias_V, transform, where_N
         self.likeliest_NJ = likeliest_NJ
-        self._buffer_CV: Tensor | None = None
+        self._buffers = {} if buffers is None else buffers
 
     def signal(self, rows_C: Tensor, device: torch.device) -> tuple[Tensor, ...]:
         """The chunk's logits, valid until the next call, which overwrites them."""
         places_C = _places(rows_C, self.where_N).to(self.hidden_ND.device)
         hidden_CD = self.hidden_ND[places_C]
-        out_CV = self._buffer_CV[: len(rows_C)] if self._buffer_CV is not None and len(self._buffer_CV) >= len(rows_C) else None
+        out_CV = self._buffer("logits", len(rows_C))
         if self.likeliest_NJ is None:
             logits_CV = head_logits(hidden_CD, self.head, self.head_bias_V, self.transform, out=out_CV)
         else:
-            rounded_CV = head_logits(hidden_CD, self.head, self.head_bias_V)
+            rounded_CV = head_logits(hidden_CD, self.head, self.head_bias_V, out=self._buffer("rounded", len(rows_C)))
             logits_CV = rounded_CV.float() if out_CV is None else out_CV.copy_(rounded_CV)
             self._sharpen_(logits_CV, hidden_CD, self.likeliest_NJ[places_C])
             if self.transform is not None:
                 self.transform.apply_(logits_CV)
         if out_CV is None:
-            self._buffer_CV = logits_CV
+            self._buffers["logits"] = logits_CV
         return (logits_CV.to(device),)
+
+    def _buffer(self, what: str, rows: int) -> Tensor | None:
+        kept_CV = self._buffers.get(what)
+        return kept_CV[:rows] if kept_CV is not None and len(kept_CV) >= rows else None
 
     def _sharpen_(self, raw_CV: Tensor, hidden_CD: Tensor, ids_CJ: Tensor) -> None:
         """Replace the raw logits of a few tokens by what they are in float32."""

@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 from llmlite.errors import ConfigError
 from llmlite.training.token_loss import LogitTransform, PlainHead, TokenLoss, WithoutLogits
 
-__all__ = ["CHUNK_ELEMENTS", "HeadLoss", "as_weight_and_bias", "chunked_head_loss", "head_logits"]
+__all__ = ["CHUNK_ELEMENTS", "HeadLoss", "as_weight_and_bias", "chunked_head_loss", "fitting_chunk", "head_logits"]
 
 CHUNK_ELEMENTS = 24 * 2**20
 """Logits of a chunk: 100 MB of float32."""
@@ -94,7 +94,7 @@ def chunked_head_loss(
     _check(hidden_ND, head, head_bias_V, keep_N, chunk_tokens)
     linear = as_weight_and_bias(head, head_bias_V)
     if chunk_tokens is None:
-        chunk_tokens = _fitting_chunk(len(linear[0]) if linear is not None else getattr(head, "out_features", hidden_ND.shape[-1]))
+        chunk_tokens = fitting_chunk(len(linear[0]) if linear is not None else getattr(head, "out_features", hidden_ND.shape[-1]))
     rows_K = torch.arange(len(hidden_ND), device=hidden_ND.device)
     if keep_N is not None and not bool(keep_N.all()):
         rows_K = keep_N.to(hidden_ND.device).nonzero().squeeze(1)
@@ -162,7 +162,8 @@ def _check(hidden_ND: Tensor, head: nn.Module | Tensor, bias_V: Tensor | None, k
         raise ConfigError("chunked_head_loss", problems)
 
 
-def _fitting_chunk(vocabulary: int) -> int:
+def fitting_chunk(vocabulary: int) -> int:
+    """Tokens of a chunk whose logits are `CHUNK_ELEMENTS` numbers, 64 to 2,048."""
     return max(64, min(2048, CHUNK_ELEMENTS // max(vocabulary, 1) // 64 * 64))
 
 

@@ -88,6 +88,18 @@ def test_a_product_in_bfloat16_teaches_nearly_what_one_in_float32_does(model_fol
     assert error < 1e-6 if share == 1.0 else 0 < error < 2e-3
 
 
+def test_logits_of_all_batches_are_written_to_the_same_memory(model_folder, pairs_file):
+    run = context(model_folder, pairs_file)
+    cache = cache_of(run, "hidden")
+    cache.fill(run, lambda: LiveTeacher(cache.teacher.load()), 3)
+    teacher = cache.read(run.device)
+    places = set()
+    for rows in ([5], [0, 7], [3]):
+        inputs, labels_N = batch_of(run, rows)
+        places.add(teacher.signal(inputs, labels_N).signal((labels_N != IGNORE_INDEX).nonzero().flatten(), run.device)[0].data_ptr())
+    assert len(places) == 1
+
+
 def test_a_stopped_cache_continues_with_what_is_missing_and_a_complete_one_needs_no_teacher(model_folder, pairs_file):
     run = context(model_folder, pairs_file)
     cache = cache_of(run, "hidden")
@@ -162,7 +174,7 @@ def test_a_batch_of_which_no_token_is_trained_joins_the_others_of_its_shard(mode
     cache = cache_of(context(model_folder, pairs_file), "top_k")
     monkeypatch.setattr(cache.teacher.config, "vocab_size", vocabulary)
     signal = HiddenTeacher(torch.randn(5, 3), torch.randn(vocabulary, 3))
-    none, some = (cache._entries(signal, torch.tensor(rows, dtype=torch.int64)) for rows in ([], [4, 1]))
+    none, some = (cache._entries(signal, torch.tensor(rows, dtype=torch.int64), {}) for rows in ([], [4, 1]))
     for name, part in some.items():
         assert torch.equal(torch.cat([none[name], part]), part)
 
