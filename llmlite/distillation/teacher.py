@@ -218,10 +218,10 @@ class TeacherModel:
 
     def identity(self) -> list[Any]:
         """Plain values that change when its signals would."""
-        from llmlite.models.find import weight_files
+        from llmlite.models.find import config_text, weight_files
 
-        source = self.source(weights=True)
-        return [str(source.folder.resolve()), weight_files(source.folder), str(self.compute_dtype), self.quantization]
+        folder = self.source(weights=True).folder
+        return [str(folder.resolve()), config_text(folder), weight_files(folder), str(self.compute_dtype), self.quantization]
 
     @property
     def compute_dtype(self) -> torch.dtype:
