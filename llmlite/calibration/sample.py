@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmlite.config import fingerprint
 from llmlite.errors import counted
-from llmlite.models.find import Source, weight_files
+from llmlite.models.find import Source, config_text, weight_files
 from llmlite.storage import cache_folder, damage, writing_folder
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ def sampled_windows(source: Source, load: Callable[[], PreTrainedModel], windows
     document = min(DOCUMENT_TOKENS, window_tokens)
     for_each = -(-window_tokens // document)
     per_batch = max(1, BATCH_DOCUMENTS // for_each)  # windows
-    key = fingerprint(str(source.folder.resolve()), weight_files(source.folder), seed, document, for_each, per_batch, str(dtype), 1)
+    files = [weight_files(source.folder), config_text(source.folder)]
+    key = fingerprint(str(source.folder.resolve()), files, seed, document, for_each, per_batch, str(dtype), 1)
     folder = cache_folder() / "samples" / f"{(source.hub_id or source.folder.name).replace('/', '--')}-{key}"
     model, found = None, []
     for batch in range(-(-windows // per_batch)):

@@ -204,10 +204,20 @@ class TeacherModel:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """Its config."""
+        """Its config. That of the base has lost the tokens that the student has lost by now."""
         from llmlite.models.load import load_config
+        from llmlite.models.vocabulary import narrowed_config
 
-        return self.run.config if self.is_base else load_config(self.source(weights=False), self.settings)
+        if not self.is_base:
+            return load_config(self.source(weights=False), self.settings)
+        narrowed: PretrainedConfig = narrowed_config(self.run.config, self._kept) if self._kept else self.run.config
+        return narrowed
+
+    @property
+    def _kept(self) -> list[int]:
+        """Ids of the base's vocabulary that a step before has left, in the order of the student's; empty where all are there, and of another teacher."""
+        vocabulary = self.run.vocabulary if self.is_base else None
+        return [] if vocabulary is None else [int(index) for index in vocabulary.kept_K]
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -218,10 +228,10 @@ class TeacherModel:
 
     def identity(self) -> list[Any]:
         """Plain values that change when its signals would."""
-        from llmlite.models.find import weight_files
+        from llmlite.models.find import config_text, weight_files
 
-        source = self.source(weights=True)
-        return [str(source.folder.resolve()), weight_files(source.folder), str(self.compute_dtype), self.quantization]
+        folder = self.source(weights=True).folder
+        return [str(folder.resolve()), config_text(folder), weight_files(folder), self._kept, str(self.compute_dtype), self.quantization]
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -276,6 +286,7 @@ class TeacherModel:
         """
         from llmlite.models.load import load_model
         from llmlite.models.view import ModelView
+        from llmlite.models.vocabulary import narrow_model
         from llmlite.training.sharded import share_out
 
         options: dict[str, Any] = {"tensor_parallel": self.cut}
@@ -289,6 +300,8 @@ class TeacherModel:
 
             options["quantization_config"] = Quantize(scheme=self.quantization, unaligned="skip").bitsandbytes_config(ModelPlan(self.config), self.run)
         model = load_model(self.source(weights=True), self.laid_out, self.run.device, **options)
+        if self._kept:
+            model = narrow_model(model, self._kept).eval()
         model.requires_grad_(False)
         if not self._known:
             try:

@@ -30,7 +30,7 @@ from llmlite.step import ModelPlan, Scheme
 from llmlite.training.settings import NonNegative, PositiveInt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from llmlite.context import Run
     from llmlite.distillation.cache import TeacherCache
@@ -119,7 +119,7 @@ class DistillWhiteBox(StudentStep):
 
         teacher = self.teacher_model(run)
         problems = [*self._problems_of_losses(), *self._problems_of_cache(), *self.problems_of_student(model), *self._problems_of_teacher(model, teacher, run)]
-        problems += self._problems_of_layout(teacher, run)
+        problems += [*self._problems_of_layout(teacher, run), *self._problems_of_vocabulary(model.config, teacher, run)]
         if problems:
             raise ConfigError("distill.whitebox", problems)
         notes = [f"{self.ce_weight:g} CE + {self.kd_weight:g} {self.divergence} to {self.teacher}, {self.student_in_words(model)}"]
@@ -199,6 +199,26 @@ class DistillWhiteBox(StudentStep):
             problems.append("hidden_weight and attention_weight look inside of the teacher, which teacher_tp_plan=auto cuts. Leave one of them out.")
         return problems + [f"teacher: {problem}" for problem in indivisible(teacher.config, processes)]
 
+    def _problems_of_vocabulary(self, config: PretrainedConfig, teacher: TeacherModel, run: Run) -> list[str]:
+        """What keeps a teacher from reading the ids of a student that a step before has taken tokens from."""
+        if run.vocabulary is None and config.get_text_config().vocab_size >= run.config.get_text_config().vocab_size:
+            return []
+        if not teacher.is_base:
+            if self.divergence == "uld":
+                return []
+            return [
+                f"teacher '{self.teacher}': tokens have gone from the student's vocabulary, so the same id is another token to the two. Use teacher: base, "
+                "which loses them too, put this step before prune.vocabulary, or use divergence: uld."
+            ]
+        ways = {"teacher_quantization": self.teacher_quantization, "teacher_device_map": self.teacher_device_map in SPREADING}
+        ways["teacher_tp_plan"] = self.teacher_tp_plan != "none"
+        return [
+            f"{name} with teacher: base behind prune.vocabulary is not built: the teacher loses the same tokens, dense and on one device. Leave it out, or put "
+            "this step before prune.vocabulary."
+            for name, used in ways.items()
+            if used
+        ]
+
     def _problems_of_teacher(self, model: ModelPlan, teacher: TeacherModel, run: Run) -> list[str]:
         from llmlite.distillation.vocab import compare
         from llmlite.models.families import family_of
@@ -276,6 +296,8 @@ class DistillWhiteBox(StudentStep):
         from llmlite.distillation.teacher import AlignedTeacher, LiveTeacher
 
         source = self.teacher_model(run)
+        if problems := self._problems_of_vocabulary(student.config, source, run):  # texts of the Hub are read only now, and only they say what goes
+            raise ConfigError("distill.whitebox", problems)
         cache = self._chosen_cache(source, run)
         if cache is not None:
             cache.fill(run, lambda: LiveTeacher(source.load(), cut=source.cut), self.per_device_train_batch_size)

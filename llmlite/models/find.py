@@ -23,7 +23,7 @@ from llmlite.models.stored_codes import require_whole_codes
 from llmlite.paths import path_problem
 from llmlite.storage import cache_folder
 
-__all__ = ["Source", "find", "has_tokenizer", "stock_files", "weight_bytes", "weight_files", "weights_fingerprint"]
+__all__ = ["Source", "config_text", "find", "has_tokenizer", "model_files", "stock_files", "weight_bytes", "weight_files", "weights_fingerprint"]
 
 _STRETCHES, _STRETCH = 32, 4096  # of each weight file, and bytes of one
 _INDEX = "model.safetensors.index.json"
@@ -178,6 +178,20 @@ def weights_fingerprint(folder: Path) -> str | None:
 def weight_files(folder: Path) -> list[tuple[str, int, int]]:
     """Name, bytes and time of each weight file: what tells one state of a folder from another without reading it."""
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
+
+
+_BESIDE_WEIGHTS = ("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer*", "vocab*", "merges*", "chat_template*")
+
+
+def config_text(folder: Path) -> str:
+    """The config as it is written: the same weights compute something else with another."""
+    return (folder / "config.json").read_text(encoding="utf-8")
+
+
+def model_files(folder: Path) -> list[tuple[str, int, int]]:
+    """`weight_files`, and the same of what decides beside them what a model answers: its configs, tokenizer and chat template."""
+    beside = sorted({file for pattern in _BESIDE_WEIGHTS for file in folder.glob(pattern) if file.is_file()})
+    return weight_files(folder) + [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in beside]
 
 
 # The Hub ------------------------------------------------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from llmlite.distillation.api.client import Client, Fatal, Rejected, Unanswered, endpoint_problems, is_loopback
+from llmlite.distillation.api.client import Client, Fatal, Rejected, Unanswered, endpoint_problems, is_loopback, key_of
 from llmlite.errors import ApiError
-from tests.distillation.fake_api import FakeApi, serving
+from tests.distillation.fake_api import FakeApi, serving, serving_bytes
 
 KEY = "sk-planted-7d1f0a9c55e24b"
 BODY: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
@@ -107,6 +107,31 @@ def test_a_key_that_an_answer_repeats_is_struck_out(api: FakeApi) -> None:
     api.answer_with = lambda body: (f"Your key is {KEY}.", "stop")
     assert said(client(api).ask("chat", BODY)) == "Your key is [key]."
     assert KEY not in repr(client(api))
+
+
+def test_a_key_that_an_answer_repeats_in_other_letters_of_json_is_struck_out() -> None:
+    """JSON may write a letter in several ways: PHP writes each slash behind a backslash."""
+    key = "sk-planted/7d1f+0a9c/55e2=="
+    with serving_bytes(b'{"choices": [{"message": {"role": "assistant", "content": "' + key.replace("/", "\\/").encode() + b'"}}]}') as url:
+        body = Client(url, key, 10.0, 0).ask("chat", BODY).body
+    assert body["choices"][0]["message"]["content"] == "[key]"
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", " "])
+def test_a_key_that_came_with_the_end_of_its_line_is_sent_without(ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No request can carry a line break, and the HTTP library quotes what it cannot send: `Illegal header value b'Bearer sk-...'`."""
+    monkeypatch.setenv("MY_KEY", KEY + ending)
+    with serving_bytes(b'{"choices": [{"message": {"role": "assistant", "content": "Hello."}}]}') as url:
+        assert endpoint_problems(url, "MY_KEY") == []
+        assert said(Client(url, key_of("MY_KEY"), 10.0, 0).ask("chat", BODY)) == "Hello."
+
+
+@pytest.mark.parametrize("inside", ["\n", " ", "\N{EN DASH}"])
+def test_a_key_that_no_request_can_carry_is_refused_and_not_shown(inside: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", f"sk-first{inside}second")
+    (problem,) = endpoint_problems("https://host/v1", "MY_KEY")
+    assert "'MY_KEY' (not shown) holds a blank, a line break or a letter outside of ASCII" in problem
+    assert not any(part in problem for part in ("sk-first", "second"))
 
 
 def test_models(api: FakeApi) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,17 @@ def test_the_place_changes_with_teacher_text_precision_and_temperature(model_fol
     ]
     assert len({cache.folder for cache in places}) == len(places)
     assert cache_of(run, "hidden", temperature=2.0).folder == places[0].folder  # a hidden state has no temperature
+
+
+def test_the_place_changes_with_the_teachers_config(model_folder, pairs_file, tmp_path):
+    """The same weights with other positions, or with a softcap, say something else."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(model_folder, teacher)
+    places = [cache_of(context(model_folder, pairs_file), kind, name=str(teacher)).folder for kind in ("hidden", "top_k")]
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    places += [cache_of(context(model_folder, pairs_file), kind, name=str(teacher)).folder for kind in ("hidden", "top_k")]
+    assert len(set(places)) == 4
 
 
 def test_rows_that_are_not_the_caches_are_refused(model_folder, pairs_file):

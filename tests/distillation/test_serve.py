@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -95,6 +96,24 @@ def test_a_teacher_is_asked_for_no_more_than_it_has_positions_for(
     assert "row 4: of the 64 tokens that the teacher reads and writes together, none is left" in caplog.text
     step._collect(run)
     assert (run.notes["collecting"]["asked"], run.notes["collecting"].get("unanswered", 0)) == (3, 0)
+
+
+def test_what_is_kept_of_its_answers_is_of_its_template_and_configs_too(model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "teacher"
+    shutil.copytree(model_folder, folder)
+    step = llmlite.DistillBlackBox(teacher=f"serve:{folder}")
+
+    def identity() -> str:
+        return ApiTeacher(step, Run(llmlite.Recipe(steps=[step]))).identity
+
+    found = [identity(), identity()]
+    assert found[0] == found[1]
+    (folder / "README.md").write_text("A note, which changes no answer.")
+    assert identity() == found[0]
+    for name, text in (("generation_config.json", '{"repetition_penalty": 1.3}'), ("config.json", "{}"), ("chat_template.jinja", "{{ messages[0].content }}")):
+        (folder / name).write_text(text)
+        found.append(identity())
+    assert len(set(found)) == 4
 
 
 def test_what_cannot_be_served_is_refused(model_folder: Path, questions_file: Path, tmp_path: Path) -> None:

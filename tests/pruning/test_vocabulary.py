@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import llmlite
 from llmlite.context import Run
 from llmlite.data.settings import Data
+from llmlite.distillation.teacher import TeacherModel
 from llmlite.errors import ConfigError
 from llmlite.evaluation.quality import measure_quality, reference_of
 from llmlite.models.size import size_of_config, size_of_model
@@ -165,6 +167,40 @@ def test_a_run_that_goes_on_behind_the_step_reads_by_the_new_tokenizer(finished:
     again = recipe.run(copy)
     assert [row.parameters for row in again.rows] == [row.parameters for row in report.rows]
     assert [row.perplexity for row in again.rows] == pytest.approx([row.perplexity for row in report.rows], rel=1e-4)
+
+
+@pytest.fixture
+def narrowing(model_folder: Path, pairs_file: Path, own_cache: None) -> Callable[..., llmlite.Recipe]:
+    """A recipe that trains behind a smaller vocabulary towards a teacher, with these options."""
+    data = Data(train=str(pairs_file), max_length=48, evaluation_rows=6)
+    return lambda **options: llmlite.Recipe(
+        model=str(model_folder), data=data, steps=(llmlite.PruneVocabulary(multiple_of=1), llmlite.DistillWhiteBox(max_steps=1, **options))
+    )
+
+
+def test_the_base_that_teaches_has_lost_the_same_tokens(narrowing: Callable[..., llmlite.Recipe], tmp_path: Path) -> None:
+    recipe = narrowing()
+    run, whole = Run(recipe, scratch=tmp_path), Run(recipe)
+    student = recipe.steps[0].apply(run.load_base(), run)
+    teacher = TeacherModel(run)
+    ids_BT = torch.arange(student.config.vocab_size)[None, :100]
+    with torch.no_grad():
+        said, wanted = (model(input_ids=ids_BT).logits for model in (teacher.load(), student))
+    torch.testing.assert_close(said, wanted)
+    assert teacher.config.vocab_size == student.config.vocab_size < whole.config.vocab_size
+    assert teacher.identity() != TeacherModel(whole).identity()  # what is kept on disk of one is not read for the other
+
+
+def test_teachers_that_cannot_lose_the_tokens_are_refused(narrowing: Callable[..., llmlite.Recipe], model_folder: Path) -> None:
+    narrowing(teacher_device_map="cpu").check()
+    narrowing(teacher=str(model_folder), divergence="uld", cache="none").check()
+    for options, words in (
+        ({"teacher": str(model_folder)}, "tokens have gone from the student's vocabulary"),
+        ({"teacher_quantization": "nf4"}, "teacher_quantization with teacher: base behind prune.vocabulary is not built"),
+        ({"teacher_device_map": "auto"}, "teacher_device_map with teacher: base behind prune.vocabulary is not built"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            narrowing(**options).check()
 
 
 def test_texts_can_be_named_and_texts_that_nobody_can_narrow_for_are_refused(model_folder: Path, tmp_path: Path, pairs_file: Path) -> None:

@@ -81,20 +81,25 @@ def endpoint_problems(url: str, key_variable: str) -> list[str]:
             "base_url holds a user name, a password or a query, which would be written into recipe.yaml. Keys come from the environment: api_key_env."
         )
     shown = f"'{key_variable}'" if key_variable.isidentifier() and key_variable.isupper() else "(not shown, since it looks like a key rather than a name)"
-    set_there = bool(os.environ.get(key_variable)) if key_variable.isidentifier() else False
-    if not set_there and shown.startswith("("):
+    key = key_of(key_variable) if key_variable.isidentifier() else None
+    if key is None and shown.startswith("("):
         problems.append(
             f"api_key_env {shown} should be the name of an environment variable that holds the key, such as OPENAI_API_KEY, and no environment variable is "
             "called so."
         )
-    elif not set_there and (key_variable != "OPENAI_API_KEY" or parts.hostname == urlsplit(OPENAI_URL).hostname):
+    elif key is None and (key_variable != "OPENAI_API_KEY" or parts.hostname == urlsplit(OPENAI_URL).hostname):
         problems.append(f"api_key_env: the environment variable {shown} is not set. Set it to your key: export {key_variable}=...")
+    elif key is not None and not all("!" <= letter <= "~" for letter in key):
+        problems.append(
+            f"api_key_env: the value of the environment variable {shown} (not shown) holds a blank, a line break or a letter outside of ASCII, which no key "
+            "has and no request can carry. Copy the key once more."
+        )
     return problems
 
 
 def key_of(key_variable: str) -> str | None:
-    """The key, from the environment; None where there is none."""
-    return os.environ.get(key_variable) or None
+    """The key, from the environment, without the line break that a file behind it may have ended with; None where there is none."""
+    return os.environ.get(key_variable, "").strip() or None
 
 
 class Client:
@@ -132,6 +137,14 @@ class Client:
     def clean(self, text: str) -> str:
         """The text without the key."""
         return text.replace(self._key, _STRUCK) if self._key else text
+
+    def _cleaned(self, value: Any) -> Any:
+        """Decoded JSON without the key; before it was decoded the key may have been written otherwise, as `\\/` for `/`."""
+        if isinstance(value, str):
+            return self.clean(value)
+        if isinstance(value, list):
+            return [self._cleaned(item) for item in value]
+        return {self.clean(name): self._cleaned(item) for name, item in value.items()} if isinstance(value, dict) else value
 
     def models(self, timeout: float = 5.0) -> list[str] | None:
         """Names of the models the server says it has; None when it has no such list.
@@ -190,7 +203,7 @@ class Client:
         extra = {name: value for name, value in body.items() if name in _OURS}
         try:
             response = create(**known, extra_body=extra or None)
-            text = self.clean(str(response.http_response.text))
+            text = str(response.http_response.text)
             taken = int(response.retries_taken)
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise self._refused_key(error) from None
@@ -207,7 +220,7 @@ class Client:
         except openai.APIConnectionError as error:
             raise Unanswered(self._reason(error)) from None
         try:
-            return json.loads(text), taken
+            return self._cleaned(json.loads(text)), taken
         except ValueError:
             return None, taken
 

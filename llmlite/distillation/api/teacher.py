@@ -22,7 +22,7 @@ from llmlite.distillation.api.prompts import Question, questions_of, read_prompt
 from llmlite.distillation.api.serve import served
 from llmlite.errors import ApiError, counted
 from llmlite.models.adapted import longest_of
-from llmlite.models.find import Source, find, weight_files
+from llmlite.models.find import Source, find, model_files
 from llmlite.models.load import load_config, load_tokenizer
 from llmlite.models.settings import Model
 from llmlite.storage import cache_folder
@@ -66,10 +66,10 @@ class ApiTeacher:
 
     @cached_property
     def identity(self) -> str:
-        """What names the teacher in the cache: the address, or the weights that are served."""
+        """What names the teacher in the cache: the address, or the model that is served: its weights, configs, tokenizer and template."""
         if self.own is None:
             return self.url
-        return f"served {fingerprint(weight_files(self.source.folder))}"
+        return f"served {fingerprint(model_files(self.source.folder))}"
 
     # Connections ----------------------------------------------------------------------------------------------------------------------
 
