@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 import shlex
 import sys
 import time
@@ -36,6 +37,7 @@ _SWITCHED = (bool, Evaluate)  # options whose bare name means true
 _HIDDEN = frozenset({"steps", "expected"})
 # torchrun takes every option that begins like one of its own, even behind the module's name: `--r` would be its --role or --redirects.
 _ALIASES = {"r": ("--lora_r",)}
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and new line
 Section = tuple[str, list[click.Option]]
 
 
@@ -251,10 +253,15 @@ def run_recipe(recipe: Recipe) -> None:
 
 
 def plain_console(quiet: bool = False) -> Any:
-    """A terminal that prints names as they are: `[v2]` in the name of a folder is no colour, `[/v2]` no mistake, and `:x:` no picture."""
+    """A terminal that prints what it is given and obeys none of it: `[v2]` in the name of a folder is no colour, `[/v2]` no mistake, `:x:` no picture, and an
+    escape sequence in a model's answer or in a row of data, which could clear the screen or fill the clipboard, is written out."""
     from rich.console import Console
 
-    return Console(quiet=quiet, highlight=False, markup=False, emoji=False)
+    class Plain(Console):
+        def render_str(self, text: str, **options: Any) -> Any:
+            return super().render_str(_CONTROL.sub(lambda found: repr(found[0])[1:-1], text), **options)
+
+    return Plain(quiet=quiet, highlight=False, markup=False, emoji=False)
 
 
 def _show_samples(console: Any, report: Any) -> None:
