@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 import shlex
 import sys
 import time
@@ -36,6 +37,7 @@ _SWITCHED = (bool, Evaluate)  # options whose bare name means true
 _HIDDEN = frozenset({"steps", "expected"})
 # torchrun takes every option that begins like one of its own, even behind the module's name: `--r` would be its --role or --redirects.
 _ALIASES = {"r": ("--lora_r",)}
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and new line
 Section = tuple[str, list[click.Option]]
 
 
@@ -210,8 +212,6 @@ def run_recipe(recipe: Recipe) -> None:
     quiet = not is_main()
     if quiet:
         keep_still()
-    from rich.console import Console
-
     from llmlite.context import Run
     from llmlite.evaluation.result import Evaluation
     from llmlite.pipeline import run
@@ -220,7 +220,7 @@ def run_recipe(recipe: Recipe) -> None:
 
     log_plainly()
     _hush()
-    console = Console(quiet=quiet, highlight=False)
+    console = plain_console(quiet)
     context = Run(recipe)
     plan = check(recipe, context)
     console.print(plan_table(plan.rows))
@@ -229,15 +229,15 @@ def run_recipe(recipe: Recipe) -> None:
         console.print("Dry run: nothing was loaded or written.")
         return
     data = context.evaluation_data
-    console.print(f"\n{data.echo}\n", markup=False)
-    console.print(f"One example; what is trained stands in ⟦ ⟧:\n{data.preview}\n", markup=False)
+    console.print(f"\n{data.echo}\n")
+    console.print(f"One example; what is trained stands in ⟦ ⟧:\n{data.preview}\n")
     report = run(recipe, context)
     if quiet:
         return
     _show_samples(console, report)
     console.print(report.table())
     if expectation := report.expectation():
-        console.print(expectation, markup=False, soft_wrap=True)
+        console.print(expectation, soft_wrap=True)
     for reason in dict.fromkeys(row.details["not_measured"] for row in report.rows if row.details.get("not_measured")):
         console.print(f"Not measured: {reason}.", soft_wrap=True)
     merged = report.rows[-1].details.get("perplexity_merged")
@@ -249,7 +249,19 @@ def run_recipe(recipe: Recipe) -> None:
     if recipe.evaluate is not None and (found := Evaluation.read(report.path)) is not None:
         show_evaluation(console, found)
     console.print(f"\nThe result is in {report.path}; a fresh process loaded it with the same logits (largest difference {report.reload_difference:.1e}):\n")
-    console.print(report.loading + "\n", markup=False, soft_wrap=True)
+    console.print(report.loading + "\n", soft_wrap=True)
+
+
+def plain_console(quiet: bool = False) -> Any:
+    """A terminal that prints what it is given and obeys none of it: `[v2]` in the name of a folder is no colour, `[/v2]` no mistake, `:x:` no picture, and an
+    escape sequence in a model's answer or in a row of data, which could clear the screen or fill the clipboard, is written out."""
+    from rich.console import Console
+
+    class Plain(Console):
+        def render_str(self, text: str, **options: Any) -> Any:
+            return super().render_str(_CONTROL.sub(lambda found: repr(found[0])[1:-1], text), **options)
+
+    return Plain(quiet=quiet, highlight=False, markup=False, emoji=False)
 
 
 def _show_samples(console: Any, report: Any) -> None:
@@ -257,12 +269,12 @@ def _show_samples(console: Any, report: Any) -> None:
     base, result = ((row.name, row.details.get("sample")) for row in (report.rows[0], report.rows[-1]))
     if len(report.rows) < 2 or not result[1]:
         return
-    console.print(f"\nA held-out question, answered by {'the base and by ' if base[1] else ''}the result:", markup=False)
-    console.print(f"  question  {result[1]['prompt']}", markup=False)
+    console.print(f"\nA held-out question, answered by {'the base and by ' if base[1] else ''}the result:")
+    console.print(f"  question  {result[1]['prompt']}")
     for name, sample in (base, result):
         if sample:
-            console.print(f"  {name:9s} {sample['answer']}", markup=False)
-    console.print(f"  expected  {result[1]['expected']}\n", markup=False)
+            console.print(f"  {name:9s} {sample['answer']}")
+    console.print(f"  expected  {result[1]['expected']}\n")
 
 
 def show_evaluation(console: Any, found: Any) -> None:
@@ -271,8 +283,8 @@ def show_evaluation(console: Any, found: Any) -> None:
     for asked, given in found.answers():
         width = max(len(name) for name, _ in given)
         answers = "".join(f"\n  {name:{max(width, 8)}}  {answer}" for name, answer in given)
-        console.print(f"\n  {'question':{max(width, 8)}}  {asked['prompt']}{answers}", markup=False)
-    console.print(f"\nThe figures: {found.path / 'evaluation.json'}", markup=False)
+        console.print(f"\n  {'question':{max(width, 8)}}  {asked['prompt']}{answers}")
+    console.print(f"\nThe figures: {found.path / 'evaluation.json'}")
 
 
 def _continuing(command: str, arguments: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from llmlite import __version__
-from llmlite.cli import CONTEXT, dotted_options, is_main, keep_still, log_plainly, run_recipe, show_evaluation, takes_text
+from llmlite.cli import CONTEXT, dotted_options, is_main, keep_still, log_plainly, plain_console, run_recipe, show_evaluation, takes_text
 from llmlite.config import default_of, field_doc, parse_flag, read_yaml, to_mapping, to_yaml
 from llmlite.errors import ConfigError, OutputError, counted
 from llmlite.models.device_map import SPREADING
@@ -101,8 +101,6 @@ def _evaluate_command(folder: str, tasks: str | None, batch_sizes: str, as_json:
 
     if not is_main():
         keep_still()
-    from rich.console import Console
-
     from llmlite.side_by_side import evaluate
 
     log_plainly()
@@ -119,7 +117,7 @@ def _evaluate_command(folder: str, tasks: str | None, batch_sizes: str, as_json:
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
         return
-    show_evaluation(Console(highlight=False), found)
+    show_evaluation(plain_console(), found)
 
 
 class _Bytes(click.ParamType[float]):
@@ -163,8 +161,6 @@ def _shrink_command(model: str | None, keeps: str, run_it: bool, output_dir: str
     sensitive layers left in 16 bit or with a low-rank correction) are measured alone; their combinations are computed. Measurements are kept in DIR, so other
     targets cost seconds, and the same command continues after a stop.
     """
-    from rich.console import Console
-
     from llmlite.shrink.shrink import shrink
 
     log_plainly()
@@ -177,17 +173,17 @@ def _shrink_command(model: str | None, keeps: str, run_it: bool, output_dir: str
     given = {name: value for name, value in about.items() if value is not None}
     recipe = Recipe.from_options(("flags", {"steps": [{"step": "quantize"}], **given}))
     found = shrink(recipe, keeps=shares, run=run_it, **options)
-    console = Console(highlight=False)
+    console = plain_console()
     console.print(found.table())
     if found.report is not None:
         console.print(found.report.table())
-        console.print(found.report.expectation(), markup=False, soft_wrap=True)
-        console.print(f"\nThe result is in {found.report.path}:\n\n{found.report.loading}", markup=False, soft_wrap=True)
+        console.print(found.report.expectation(), soft_wrap=True)
+        console.print(f"\nThe result is in {found.report.path}:\n\n{found.report.loading}", soft_wrap=True)
     elif found.chosen.steps:
         place = found.folder / "shrink.yaml"
-        console.print(f"\nThe recipe: {place}. To run it:\n  llmlite run {shlex.quote(str(place))}", markup=False, soft_wrap=True)
+        console.print(f"\nThe recipe: {place}. To run it:\n  llmlite run {shlex.quote(str(place))}", soft_wrap=True)
     else:
-        console.print("\nThe model is small enough as it is.", markup=False)
+        console.print("\nThe model is small enough as it is.")
 
 
 @group.command("compare")
@@ -195,24 +191,22 @@ def _shrink_command(model: str | None, keeps: str, run_it: bool, output_dir: str
 @click.option("--html", metavar="FILE", help="Also write a page with plots.")
 def _compare_command(folders: tuple[str, ...], html: str | None) -> None:
     """Put finished runs side by side: quality against bytes and speed, with the Pareto front."""
-    from rich.console import Console
-
     from llmlite.html.compare import compare
     from llmlite.paths import require_path
     from llmlite.storage import write_text
 
     page = require_path(html, "compare", "--html") if html else None
     found = compare(folders)
-    console = Console(highlight=False)
+    console = plain_console()
     for warning in found.warnings:
-        console.print(f"Note: {warning}", markup=False, soft_wrap=True)
+        console.print(f"Note: {warning}", soft_wrap=True)
     console.print(found.table())
     if page is not None:
         try:
             write_text(page, found.page())
         except OSError as error:
             raise OutputError(f"compare: --html {page} cannot be written: {error.strerror}. Name a file in a folder that is there.") from None
-        console.print(f"The page with plots: {html}", markup=False)
+        console.print(f"The page with plots: {html}")
 
 
 @group.command("export", context_settings=_OPTIONS)

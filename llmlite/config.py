@@ -212,6 +212,9 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # merges of merges unfold to billions while they are read
+                wanted = "merge keys (<<) are not read. Write the options out; an alias (*name) may stand for a whole step or mapping"
+                raise yaml.constructor.ConstructorError(None, None, wanted, key_node.start_mark)
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str | int | float | bool | None):
                 raise yaml.constructor.ConstructorError(None, None, "a key should be a name", key_node.start_mark)
@@ -258,7 +261,11 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError(str(path), [f"{place}{error.problem}."]) from None
+        problem = str(error.problem)
+        if problem.startswith("but "):
+            problem = f"{error.context}, {problem}"
+        advice = " YAML indents by spaces, not by tabs." if r"'\t'" in problem else ""
+        raise ConfigError(str(path), [f"{place}{problem}.{advice}"]) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(str(path), [f"not YAML: {first_line(error)}."]) from None
     if not _is_small(loaded):
@@ -266,11 +273,12 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     if loaded is None:
         raise ConfigError(str(path), ["the file is empty. A recipe has at least 'steps'."])
     if not isinstance(loaded, dict):
-        raise ConfigError(str(path), [f"should be a mapping of options, got a {type(loaded).__name__}."])
+        raise ConfigError(str(path), [f"should be a mapping of options, got {_KINDS.get(type(loaded), f'a {type(loaded).__name__}')}."])
     return loaded
 
 
 _MOST_VALUES = 20_000
+_KINDS = {int: "a number", float: "a number", str: "text", bool: "yes or no"}
 
 
 def _is_small(value: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 from tqdm import tqdm
 
-from llmlite.cli import main, recipe_main
+from llmlite.cli import main, plain_console, recipe_main
 from llmlite.recipes.lora_int4 import LoraInt4
+from llmlite.report import Report, Row
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -232,3 +235,31 @@ def test_an_error_stands_on_a_line_of_its_own_and_not_behind_a_bar(tmp_path: Pat
     said = capsys.readouterr().err
     assert "| 1/3 [" in said
     assert next(line for line in said.splitlines() if "nowhere.yaml" in line).startswith(("ConfigError: ", "LoadError: "))
+
+
+def test_a_name_in_brackets_is_printed_as_it_is(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    names = ("[v2]", "[red]a :x:")
+    for name in names:
+        (tmp_path / name).mkdir()
+        Report(tmp_path / name, {}, {}, {}, [Row("base", 1, 9, 20.0), Row("quantize", 1, 5, 21.0, 0.1, 0.9)]).save()
+    main(["compare", *(str(tmp_path / name) for name in names)])
+    out = capsys.readouterr().out
+    assert all(name in out for name in names)
+    plain_console().print(Report(Path("out/[/v2]"), {}, {}, {}, [Row("base", 1, 9, 20.0)]).table())
+    assert "out/[/v2]" in capsys.readouterr().out
+
+
+def test_what_a_terminal_would_obey_is_written_out(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table(title="\x1b[2J")
+    table.add_column("\x9b0m")
+    table.add_row("a\x1b]52;c;eA==\x07")
+    plain_console().print(table)
+    plain_console().print("two\nlines\x1b[8m")
+    out = capsys.readouterr().out
+    assert not set(out) & set("\x1b\x07\x9b")
+    assert all(part in out for part in (r"\x1b[2J", r"\x9b0m", r"a\x1b]52;c;eA==\x07", "two\nlines" + r"\x1b[8m"))
+
+
+def test_only_the_console_that_prints_names_as_they_are_is_used() -> None:
+    sources = {path.name: path.read_text(encoding="utf-8") for path in (Path(__file__).parent.parent / "llmlite").rglob("*.py")}
+    assert [name for name, text in sources.items() if re.search(r"\bConsole\b.*\(|\(Console\)", text)] == ["cli.py"]

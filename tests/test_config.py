@@ -58,8 +58,12 @@ def test_yaml_reads_numbers_as_people_write_them(tmp_path: Path, text: str, valu
     ("content", "message"),
     [
         (b"a: 1\na: 2\n", "line 2, column 1: the key 'a' is written twice"),
+        (b"steps:\n\t- step: lora\n", "line 2, column 1: found character '\\t' that cannot start any token. YAML indents by spaces, not by tabs."),
+        (b"a: &x {b: 1}\nc: {<<: *x}\n", "line 2, column 5: merge keys (<<) are not read. Write the options out"),
+        (b"a: 1\n---\na: 2\n", "line 2, column 1: expected a single document in the stream, but found another document"),
         (b"a: [1, 2\n", "line 2"),
         (b"", "the file is empty"),
+        (b"42\n", "should be a mapping of options, got a number"),
         (b"- 1\n- 2\n", "should be a mapping of options, got a list"),
         (b"\xff\xfe\x00", "not UTF-8 text"),
         (b"a: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),

@@ -185,3 +185,11 @@ def test_measured_tables_say_what_was_measured(rows: Callable[[], list[str]]) ->
     lines = page.partition("\n## Measured\n")[2].partition("\n## ")[0].splitlines()
     heads = {place + more for place, line in enumerate(lines) if line.startswith("|---") for more in (-1, 0)}
     assert [line for place, line in enumerate(lines) if line.startswith("|") and place not in heads] == rows()
+
+
+def test_the_pruning_page_quotes_the_headline_table() -> None:
+    rows = {one["row"]: one for one in results("headline")["rows"]}
+    vocabulary, owl, alike = (rows[name] for name in ("vocabulary of the text", "half of the weights zero, OWL", "half of the weights zero"))
+    page = (ROOT / "docs" / "pruning.md").read_text(encoding="utf-8")
+    assert f"`prune.vocabulary` ({vocabulary['of_the_base']:.2f} of the bytes at {vocabulary['perplexity_ratio']:.3f})" in page
+    assert f"OWL ({owl['perplexity_ratio']:.3f}, and {alike['perplexity_ratio']:.3f} without it" in page

@@ -168,6 +168,7 @@ def _message(item: object, where: str) -> dict[str, Any]:
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise DataError(f"{where}: content is {_shown(content)}; wanted text.")
+    _require_characters([content, *message.items()], where)
     return {"role": _ROLES[str(role).lower()], "content": content, **message}
 
 
@@ -177,7 +178,23 @@ def _string(record: Mapping[str, Any], column: str | None, where: str) -> str:
         return ""
     if not isinstance(value, str):
         raise DataError(f"{where}: column '{column}' holds {_shown(value)}; wanted text.")
+    _require_characters(value, f"{where}, column '{column}'")
     return value
+
+
+def _require_characters(value: Any, where: str) -> None:
+    """JSON can write half of a pair of surrogates (an emoji cut in two), which Python reads and no tokenizer takes."""
+    rest = [value]
+    while rest:
+        item = rest.pop()
+        if isinstance(item, Mapping | list | tuple):
+            rest += item.items() if isinstance(item, Mapping) else item
+        elif isinstance(item, str):
+            try:
+                item.encode("utf-8")
+            except UnicodeEncodeError as error:
+                half = f"\\u{ord(item[error.start]):04x}"
+                raise DataError(f"{where}: '{half}' at character {error.start + 1:,} is half of a character, as where an emoji was cut; take it out.") from None
 
 
 def _first(lower: Mapping[str, str], names: Sequence[str], without: str | None = None) -> str | None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from llmlite.config import shorten
 from llmlite.errors import DataError, counted, first_line
 
 __all__ = ["SUFFIXES", "Record", "data_suffix", "no_json", "read_file"]
@@ -64,6 +65,9 @@ def _decode(raw: bytes, path: Path, first_line: int = 1) -> str:
         if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise DataError(f"{path} is UTF-16; wanted UTF-8. Convert it, for instance with `iconv -f UTF-16 -t UTF-8`.")
         raw = raw.removeprefix(b"\xef\xbb\xbf")
+    if (place := raw.find(b"\0")) >= 0:  # also in UTF-16 without a mark, which would pass for UTF-8 where it is English
+        line = first_line + raw.count(b"\n", 0, place)
+        raise DataError(f"{path} line {line} holds a NUL byte, which text does not: UTF-16 (`iconv -f UTF-16LE -t UTF-8` converts it), or no text file?")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -145,6 +149,8 @@ def _read_csv(path: Path) -> Iterator[Record]:
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         header = next((row for row in reader if any(cell.strip() for cell in row)), [])
+        if twice := next((name for place, name in enumerate(header) if name.strip() and name in header[:place]), None):
+            raise DataError(f"{path} line {reader.line_num}: the column {shorten(repr(twice))} is there twice; rename one, or take it out.")
         start = reader.line_num + 1
         for cells in reader:
             line, start = start, reader.line_num + 1

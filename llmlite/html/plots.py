@@ -27,6 +27,7 @@ _STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
     "font.size": 10,
     "text.color": _INK,
+    "text.parse_math": False,  # names are names, whatever is in them
     "axes.labelcolor": _INK,
     "axes.edgecolor": _LINE,
     "axes.titlesize": 11,
@@ -235,7 +236,7 @@ def _svg(title: str, draw: Any, height: float = 2.6) -> str:
     text = re.sub(r"^.*?(?=<svg)", "", file.getvalue(), flags=re.DOTALL)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', rf'\1 role="img" aria-label="{_attribute(title)}"', text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', lambda found: f'{found[1]} role="img" aria-label="{_attribute(title)}"', text, count=1)
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, variable)
     return text

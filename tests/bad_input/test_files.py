@@ -306,6 +306,9 @@ ROWS: dict[str, bytes] = {
     "zero.parquet": b"",
     "blank.txt": b"   \n",
     "binary.txt": bytes(range(256)),
+    "unmarked.txt": "plain English. ".encode("utf-16-le"),
+    "half.jsonl": rb'{"text": "an emoji cut in two: \ud83d"}' + b"\n",
+    "twice.csv": b"text,text\na,b\n",
     "picture.png": b"\x89PNG",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -294,6 +295,13 @@ def test_thousands_are_written_out(tmp_path: Path) -> None:
     assert "15,034 tokens a second" in text
     assert "1,503 tokens a second" in text
     assert not re.search(r"\de\+0[1-9]", text)
+
+
+@pytest.mark.parametrize("name", [r"$\nonsense$", "$a_1$", r"\g<9>", r"C:\dir", "<b>&"])
+def test_a_name_is_drawn_as_it_is(name: str) -> None:
+    drawn = plots.bars(name, ["base", name], [1.0, 2.0], ["1", "2"]) + plots.lines(name, [0, 1], {name: [1.0, 2.0], "other": [2.0, 1.0]}, name, name)
+    assert drawn.count(f'aria-label="{html.escape(name)}"') == 2
+    assert drawn.count(f">{html.escape(name)}</text>") == 4  # a bar, a curve and both of its axes
 
 
 def test_a_long_name_keeps_the_end_that_tells_it_from_others() -> None:
