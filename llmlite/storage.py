@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +67,31 @@ def writing_folder(folder: Path) -> Iterator[Path]:
             temporary.chmod(0o755)
             yield temporary
             seal(temporary)
-            if folder.exists():
-                old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name[:_NAME]}-old-"))
-                folder.rename(old / folder.name)
-                temporary.rename(folder)
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                temporary.rename(folder)
+            _put(temporary, folder)
             flush(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put(temporary: Path, folder: Path) -> None:
+    """Rename one folder to another's name, whose place may be taken, by another run too while this one looks."""
+    while True:
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name[:_NAME]}-old-"))
+            with suppress(FileNotFoundError):  # the other run has just taken it away
+                folder.rename(old / folder.name)
+        else:
+            old = None
+        try:
+            temporary.rename(folder)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:
+                raise
+            continue
+        finally:
+            if old is not None and folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
+        return
 
 
 @contextmanager

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +44,32 @@ def test_a_folder_is_whole_after_its_block_and_nothing_else_is_left(tmp_path: Pa
     write(tmp_path / "out")
     assert damage(tmp_path / "out") is None
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_that_another_run_writes_at_the_same_moment_is_replaced(there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs of a sweep that fill one cache: the place is taken, or taken away, between a look at it and the renaming."""
+    real, seen = Path.exists, []
+
+    def exists(self: Path, **options: Any) -> bool:
+        found = real(self, **options)
+        if self == tmp_path / "0000" and not seen:
+            seen.append(found)
+            if there:
+                shutil.rmtree(self)
+            else:
+                self.mkdir()
+                (self / "signals").write_text("theirs")
+        return found
+
+    if there:
+        (tmp_path / "0000").mkdir()
+    monkeypatch.setattr(Path, "exists", exists)
+    with writing_folder(tmp_path / "0000") as temporary:
+        (temporary / "signals").write_text("ours")
+    assert seen == [there]
+    assert (tmp_path / "0000" / "signals").read_text() == "ours"
+    assert [path.name for path in tmp_path.iterdir()] == ["0000"]
 
 
 def test_a_block_that_fails_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> None:
