@@ -46,8 +46,9 @@ def busy_sentence(short: Mapping[str, float]) -> str:
     held = {name: value for name, value in short.items() if value >= _BUSY}
     if not held:
         return ""
-    worst = f"{max(held.values()):.1f} of the processors it could use"
-    return f"Other programs kept up to {worst} from {', '.join(held)} meanwhile: do not compare speeds; time again on a quiet machine."
+    many = "were" if len(held) > 1 else "was"
+    busy = f"other programs kept up to {max(held.values()):.1f} of the processors busy"
+    return f"While {', '.join(held)} {many} timed, {busy}: do not compare speeds; time again on a quiet machine."
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,11 @@ class Row:
     peak_memory_bytes: Count | None = None
     seconds: Number = 0.0
     details: Details = field(default_factory=dict)
+
+    def held_up(self) -> float:
+        """Processors that other programs kept busy while the model was timed, as far as it could have used them; 0 where that was too little to matter."""
+        short = float(self.details.get("processors_short", 0.0))
+        return short if short >= _BUSY else 0.0
 
     def worst_layers(self) -> str:
         """The layers whose output the step changed most, in a sentence, with what the step suggests; empty where no layer was measured."""
@@ -198,7 +204,7 @@ class Report:
         """What the rows' speed is and whether to believe it, in sentences; empty where nothing was timed."""
         if not any(row.decode_tokens_per_second for row in self.rows):
             return ""
-        return " ".join(filter(None, (SPEED_OF_STEPS, busy_sentence({row.name: row.details.get("processors_short", 0.0) for row in self.rows}))))
+        return " ".join(filter(None, (SPEED_OF_STEPS, busy_sentence({row.name: row.held_up() for row in self.rows}))))
 
     def expectation(self) -> str:
         """Expected beside obtained, in a sentence; empty where nothing was expected."""

@@ -96,12 +96,16 @@ def _cards(base: Row, this: Row) -> list[dict[str, str]]:
     ]
     if this.kl is not None and this.top1_agreement is not None:
         cards.append({"name": "as the base", "value": f"{this.top1_agreement:.0%}", "note": f"top-1 tokens; KL {this.kl:.3g}"})
-    if this.decode_tokens_per_second and base.decode_tokens_per_second:
-        ratio = this.decode_tokens_per_second / base.decode_tokens_per_second
-        cards.append({"name": "writing", "value": f"{ratio:.2f}x", "note": f"{human_figure(this.decode_tokens_per_second, 3)} tokens a second"})
-    if this.prefill_tokens_per_second and base.prefill_tokens_per_second:
-        ratio = this.prefill_tokens_per_second / base.prefill_tokens_per_second
-        cards.append({"name": "reading", "value": f"{ratio:.2f}x", "note": f"{human_figure(this.prefill_tokens_per_second)} tokens a second"})
+    for name, now, before, digits in (
+        ("writing", this.decode_tokens_per_second, base.decode_tokens_per_second, 3),
+        ("reading", this.prefill_tokens_per_second, base.prefill_tokens_per_second, 4),
+    ):
+        if now and before:
+            speed = human_figure(now, digits)
+            if base.held_up() or this.held_up():
+                cards.append({"name": name, "value": speed, "note": "tokens a second, beside other programs: not to be compared"})
+            else:
+                cards.append({"name": name, "value": f"{now / before:.2f}x", "note": f"{speed} tokens a second"})
     return cards
 
 

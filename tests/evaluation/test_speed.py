@@ -90,16 +90,23 @@ def test_table_page_and_card_say_whose_speed_others_held_up(tmp_path: Path) -> N
         Row("prune.ffn", 1, 1, 10.0, decode_tokens_per_second=2.0),
     ]
     report = Report(tmp_path, {}, {}, {}, rows)
-    said = "Other programs kept up to 1.3 of the processors it could use from base meanwhile"
+    said = "While base was timed, other programs kept up to 1.3 of the processors busy: do not compare speeds"
     shown = [str(report.table().caption), run_page(report), model_card(report, tmp_path)]
     assert all(said in one for one in shown)
+    assert "2.00x" not in shown[1]
+    assert "not to be compared" in shown[1]
     rows[0].details["processors_short"] = 0.1
-    assert "Other programs" not in report.speed_on()
+    assert "other programs" not in report.speed_on()
+    assert "2.00x" in run_page(report)
 
 
 def test_the_evaluation_says_whose_speed_others_held_up(tmp_path: Path) -> None:
     latency = dataclasses.asdict(measure_latency(build_tiny("llama"), prompt_tokens=10, new_tokens=2, repeats=1))
     models = {name: {"latency": [{**latency, "processors_short": short}]} for name, short in (("base", 0.0), ("this", 0.9))}
-    assert Evaluation(tmp_path, {}, models).speed_on().endswith("from this meanwhile: do not compare speeds; time again on a quiet machine.")
+    assert (
+        Evaluation(tmp_path, {}, models)
+        .speed_on()
+        .endswith("While this was timed, other programs kept up to 0.9 of the processors busy: do not compare speeds; time again on a quiet machine.")
+    )
     old = {name: {"latency": [{key: value for key, value in latency.items() if key != "processors_short"}]} for name in models}
-    assert "Other programs" not in Evaluation(tmp_path, {}, old).speed_on()
+    assert "other programs" not in Evaluation(tmp_path, {}, old).speed_on()
