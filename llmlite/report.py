@@ -24,7 +24,19 @@ from llmlite.storage import read_object, write_json
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["SPEED_OF_STEPS", "Report", "Row", "busy_sentence", "environment", "human_bytes", "human_count", "human_figure", "human_joules", "plan_table"]
+__all__ = [
+    "SPEED_OF_STEPS",
+    "Report",
+    "Row",
+    "busy_sentence",
+    "environment",
+    "held_up",
+    "human_bytes",
+    "human_count",
+    "human_figure",
+    "human_joules",
+    "plan_table",
+]
 
 
 SPEED_OF_STEPS = (
@@ -37,13 +49,18 @@ _BUSY = 0.2
 """Processors that other programs kept from a model that was timed, from which on its speed is doubted."""
 
 
+def held_up(processors_short: float) -> bool:
+    """Whether other programs kept so many processors from a model that its speed is doubted; see `llmlite.evaluation.speed.Latency`."""
+    return processors_short >= _BUSY
+
+
 def busy_sentence(short: Mapping[str, float]) -> str:
     """That other programs held up what was timed, in a sentence; empty where they did not.
 
     Args:
         short: for each model by name the processors that were kept from it; see `llmlite.evaluation.speed.Latency`.
     """
-    held = {name: value for name, value in short.items() if value >= _BUSY}
+    held = {name: value for name, value in short.items() if held_up(value)}
     if not held:
         return ""
     many = "were" if len(held) > 1 else "was"
@@ -82,10 +99,10 @@ class Row:
     seconds: Number = 0.0
     details: Details = field(default_factory=dict)
 
-    def held_up(self) -> float:
-        """Processors that other programs kept busy while the model was timed, as far as it could have used them; 0 where that was too little to matter."""
-        short = float(self.details.get("processors_short", 0.0))
-        return short if short >= _BUSY else 0.0
+    @property
+    def processors_short(self) -> float:
+        """Processors that other programs kept from the model while it was timed."""
+        return float(self.details.get("processors_short", 0.0))
 
     def worst_layers(self) -> str:
         """The layers whose output the step changed most, in a sentence, with what the step suggests; empty where no layer was measured."""
@@ -204,7 +221,7 @@ class Report:
         """What the rows' speed is and whether to believe it, in sentences; empty where nothing was timed."""
         if not any(row.decode_tokens_per_second for row in self.rows):
             return ""
-        return " ".join(filter(None, (SPEED_OF_STEPS, busy_sentence({row.name: row.held_up() for row in self.rows}))))
+        return " ".join(filter(None, (SPEED_OF_STEPS, busy_sentence({row.name: row.processors_short for row in self.rows}))))
 
     def expectation(self) -> str:
         """Expected beside obtained, in a sentence; empty where nothing was expected."""

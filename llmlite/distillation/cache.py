@@ -152,13 +152,14 @@ class TeacherCache:
             shards = [int(part) for part in missing if part != "head"]
             if not teacher.cut:  # all processes read all rows with a teacher of which each holds a slice
                 shards = shards[run.processes.process_index :: run.processes.num_processes]
+            rough = _Rough()
             for done, shard in enumerate(shards):
-                tensors = self._shard(teacher, shard, rows_per_batch)
+                tensors = self._shard(teacher, shard, rows_per_batch, rough)
                 if not teacher.cut or run.is_main:
                     with writing_folder(folder / f"{shard:04d}") as temporary:
                         save_file(tensors, temporary / "signals.safetensors")
                 log.info("teacher: part %d of %d", done + 1, len(shards))
-            del teacher
+            del teacher, rough
             gc.collect()  # its weights are not needed again
         run.wait()
 
@@ -169,28 +170,26 @@ class TeacherCache:
         head = _Head.read(self.folder / "head" / "head.safetensors", device) if self.kind == "hidden" else None
         return CachedTeacher(shards, head)
 
-    def _shard(self, teacher: LiveTeacher, shard: int, rows_per_batch: int) -> dict[str, Tensor]:
+    def _shard(self, teacher: LiveTeacher, shard: int, rows_per_batch: int, rough: _Rough) -> dict[str, Tensor]:
         """Entries of the rows of a shard, in order, and how many each row has."""
         dataset = self.data.dataset
         collate = self.data.collator(flatten="flash" in str(teacher.model.config._attn_implementation))
         rows = range(shard * _ROWS_PER_SHARD, min((shard + 1) * _ROWS_PER_SHARD, len(dataset)))
         counts = [sum(label != IGNORE_INDEX for label in dataset[row]["labels"][1:]) for row in rows]
         parts: list[dict[str, Tensor]] = []
-        buffers: dict[str, Tensor] = {}
         for start in range(rows.start, rows.stop, rows_per_batch):
             batch = collate([dataset[row] for row in range(start, min(start + rows_per_batch, rows.stop))])
             labels_N = next_token_labels(batch.pop("labels")).reshape(-1)
-            parts.append(self._entries(teacher.signal(batch, labels_N), (labels_N != IGNORE_INDEX).nonzero().flatten(), buffers))
+            parts.append(self._entries(teacher.signal(batch, labels_N), (labels_N != IGNORE_INDEX).nonzero().flatten(), rough))
         return {"counts": torch.tensor(counts), **{name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}}
 
-    def _entries(self, signal: HiddenTeacher, rows_E: Tensor, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What is kept of a batch: the entries of the tokens `rows_E`, which may be none; `buffers` as for `_rough`."""
+    def _entries(self, signal: HiddenTeacher, rows_E: Tensor, rough: _Rough) -> dict[str, Tensor]:
+        """What is kept of a batch: the entries of the tokens `rows_E`, which may be none."""
         chunks = torch.split(rows_E, _CHUNK_TOKENS)  # one empty chunk where there are no tokens
         if self.kind == "hidden":
             hidden_ED = signal.hidden_ND[rows_E.to(signal.hidden_ND.device)].to("cpu", torch.bfloat16)
-            rough = _rough(signal, buffers)
-            count = min(_LIKELIEST, self._vocabulary)
-            ids_EJ = torch.cat([rough.signal(rows_C, rough.hidden_ND.device)[0].topk(count).indices.cpu() for rows_C in chunks])
+            quick, count = rough.of(signal), min(_LIKELIEST, self._vocabulary)
+            ids_EJ = torch.cat([quick.signal(rows_C, quick.hidden_ND.device)[0].topk(count).indices.cpu() for rows_C in chunks])
             return {"hidden": hidden_ED, "likeliest": _as_stored(ids_EJ, self._vocabulary)}
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for rows_C in chunks:
@@ -214,22 +213,29 @@ class TeacherCache:
             _Head(weight.detach(), None if bias is None else bias.detach(), logit_transform(model.config)).save(temporary / "head.safetensors")
 
 
-def _rough(signal: HiddenTeacher, buffers: dict[str, Tensor]) -> HiddenTeacher:
-    """The same teacher with the product in the type that this machine multiplies fastest: which tokens are the likeliest is seen by that as well.
+class _Rough:
+    """Teachers with the product in the type that this machine multiplies fastest: which tokens are the likeliest is seen by that as well, and without what
+    comes behind the head. The head is converted once for all batches."""
 
-    Args:
-        signal: what the teacher says of a batch.
-        buffers: empty for the first batch, then given again.
-    """
-    linear = as_weight_and_bias(signal.head, signal.head_bias_V)
-    if linear is None:
-        return signal
-    weight_VD, bias_V = linear
-    dtype = quick_dtype(weight_VD.device, weight_VD.dtype)
-    if not buffers:
-        buffers["logits"] = _buffer(weight_VD, dtype)
-    bias_V = None if bias_V is None else bias_V.to(dtype)
-    return HiddenTeacher(signal.hidden_ND, weight_VD.to(dtype), head_bias_V=bias_V, transform=signal.transform, where_N=signal.where_N, buffers=buffers)
+    def __init__(self) -> None:
+        self._given: nn.Module | Tensor | None = None
+        self._head: tuple[Tensor, Tensor | None] | None = None
+        self._buffers: dict[str, Tensor] = {}
+
+    def of(self, signal: HiddenTeacher) -> HiddenTeacher:
+        """The same of what the teacher says of a batch; itself where the head is more than a product."""
+        if signal.head is not self._given:
+            self._given, linear = signal.head, as_weight_and_bias(signal.head, signal.head_bias_V)
+            self._head = None
+            if linear is not None:
+                weight_VD, bias_V = linear
+                dtype = quick_dtype(weight_VD.device, weight_VD.dtype)
+                self._head = weight_VD.detach().to(dtype), None if bias_V is None else bias_V.detach().to(dtype)
+                self._buffers = {"logits": _buffer(weight_VD, dtype)}
+        if self._head is None:
+            return signal
+        weight_VD, bias_V = self._head
+        return HiddenTeacher(signal.hidden_ND, weight_VD, head_bias_V=bias_V, where_N=signal.where_N, buffers=self._buffers)
 
 
 @dataclass(frozen=True)

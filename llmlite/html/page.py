@@ -12,7 +12,7 @@ from llmlite.errors import counted
 from llmlite.evaluation.result import Evaluation
 from llmlite.gate import COLLAPSE
 from llmlite.html import plots
-from llmlite.report import Report, Row, human_bytes, human_figure
+from llmlite.report import Report, Row, held_up, human_bytes, human_figure
 from llmlite.step import step_class
 from llmlite.storage import write_text
 
@@ -102,7 +102,7 @@ def _cards(base: Row, this: Row) -> list[dict[str, str]]:
     ):
         if now and before:
             speed = human_figure(now, digits)
-            if base.held_up() or this.held_up():
+            if held_up(max(base.processors_short, this.processors_short)):
                 cards.append({"name": name, "value": speed, "note": "tokens a second, beside other programs: not to be compared"})
             else:
                 cards.append({"name": name, "value": f"{now / before:.2f}x", "note": f"{speed} tokens a second"})

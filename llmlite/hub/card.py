@@ -203,10 +203,9 @@ def _conditions(report: Report) -> str:
     versions = ", ".join(f"{name} {about[name]}" for name in ("llmlite", "torch", "transformers", "peft", "bitsandbytes") if about.get(name))
     source = plain(str(text.get("text", "held-out text")))
     machine = f"{about.get('device', '?')} ({about.get('cpu', '?')}, {counted(about.get('cores', '?'), 'core')})"
-    return (
-        f"Perplexity, KL and agreement on {counted(text.get('tokens', '?'), 'token')} ({counted(text.get('examples', '?'), 'example')}) of {source}. "
-        f"Speed and memory on {machine}, batch 1.{f' {report.speed_on()}'.rstrip()} {versions}. {about.get('date', '')}."
-    )
+    quality = f"Perplexity, KL and agreement on {counted(text.get('tokens', '?'), 'token')} ({counted(text.get('examples', '?'), 'example')}) of {source}."
+    cost = f"Speed and memory on {machine}, batch 1."
+    return " ".join(filter(None, (quality, cost, report.speed_on(), f"{versions}. {about.get('date', '')}.")))
 
 
 def _loading_note(report: Report | None, is_adapter: bool, base_model: str | None) -> str:

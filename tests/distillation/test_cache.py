@@ -186,7 +186,7 @@ def test_a_batch_of_which_no_token_is_trained_joins_the_others_of_its_shard(mode
     cache = cache_of(context(model_folder, pairs_file), "top_k")
     monkeypatch.setattr(cache.teacher.config, "vocab_size", vocabulary)
     signal = HiddenTeacher(torch.randn(5, 3), torch.randn(vocabulary, 3))
-    none, some = (cache._entries(signal, torch.tensor(rows, dtype=torch.int64), {}) for rows in ([], [4, 1]))
+    none, some = (cache._entries(signal, torch.tensor(rows, dtype=torch.int64), cache_module._Rough()) for rows in ([], [4, 1]))
     for name, part in some.items():
         assert torch.equal(torch.cat([none[name], part]), part)
 
